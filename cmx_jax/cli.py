@@ -1,0 +1,138 @@
+"""The `cmx` command: every verb calls one library function.
+
+Results go to stdout, progress and errors to stderr. A user's mistake is one line and exit code 2.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from cmx_jax import __version__
+from cmx_jax.errors import CmxError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _progress() -> Callable[[str], None]:
+    """Overwrites one line of stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        return lambda _: None
+
+    def show(text: str) -> None:
+        sys.stderr.write(f"\r\033[K{text}")
+        sys.stderr.flush()
+
+    return show
+
+
+def _print(result: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], str]) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")
+    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else render(result))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from cmx_jax.serving import demo
+
+    result = demo.run(
+        name_or_path=args.model,
+        max_tokens=args.max_tokens,
+        prefill=args.prefill_instances,
+        wire=args.wire,
+        progress=_progress(),
+    )
+    _print(result, args.json, demo.render)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from cmx_jax.serving.llm import from_pretrained
+
+    show = _progress()
+    show("loading")
+    llm = from_pretrained(args.model, runner=args.runner, ranks=args.ranks, dtype=args.dtype, wire=args.wire)
+    show("generating (the first time compiles)")
+    completions = llm.generate(
+        args.prompt,
+        max_new_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    rows = [
+        {
+            "prompt": prompt,
+            "text": c.text,
+            "prompt_tokens": len(c.prompt_tokens),
+            "output_tokens": len(c.tokens),
+            "tokens": c.tokens,
+            "finish_reason": c.finish_reason,
+            "ttft_s": round(c.ttft_s, 4),
+            "tpot_s": round(c.tpot_s, 4),
+        }
+        for prompt, c in zip(args.prompt, completions, strict=True)
+    ]
+    notes = {"mtp": "named in the config, not stored"} if llm.model.mtp_missing else {}
+    if notes:
+        print(f"cmx: {args.model}: MTP layers are {notes['mtp']}; loaded without", file=sys.stderr)
+    result = {"model": args.model, "runner": args.runner, "ranks": args.ranks, "requests": rows, **notes}
+    _print(result, args.json, lambda r: "\n\n".join(row["prompt"] + row["text"] for row in r["requests"]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="cmx", description="CloudMatrix-Infer in JAX, on a virtual supernode.")
+    parser.add_argument("--version", action="version", version=f"cmx_jax {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="serve built-in prompts on the whole 384-device mesh")
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--model", default="tiny", help="a directory, or tiny (default)")
+    demo.add_argument("--max-tokens", type=int, default=32, help="tokens to generate for each prompt")
+    demo.add_argument("--prefill-instances", type=int, default=1, help="of the six, how many to start")
+
+    generate = verbs.add_parser("generate", help="continue prompts")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or tiny")
+    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    generate.add_argument("--max-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--runner", default="lanes", help="lanes (default) or devices")
+    generate.add_argument("--ranks", type=int, default=8, help="expert-parallel ranks (default 8)")
+    generate.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+
+    for verb in (demo, generate):
+        verb.add_argument("--wire", default="float32", help="dispatched tokens: float32, bfloat16 or int8")
+        verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except CmxError as error:
+        text = " ".join(str(error).split())
+        print(f"{chr(13) + chr(27) + '[K' if sys.stderr.isatty() else ''}cmx: error: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read us has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""The machine: supernode, pools, layouts, runners, token exchange."""
+
+from cmx_jax.mesh.host import enable_compilation_cache, host_devices, request_devices
+from cmx_jax.mesh.layout import Layout, expert_parallel
+from cmx_jax.mesh.pools import Pools, carve
+from cmx_jax.mesh.runners import Abstract, Devices, Lanes, Runner, make_runner
+from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
+
+__all__ = [
+    "CLOUDMATRIX384",
+    "Abstract",
+    "Devices",
+    "Lanes",
+    "Layout",
+    "Pools",
+    "Runner",
+    "Supernode",
+    "carve",
+    "enable_compilation_cache",
+    "expert_parallel",
+    "host_devices",
+    "make_runner",
+    "request_devices",
+]

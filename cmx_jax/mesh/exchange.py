@@ -1,0 +1,197 @@
+"""The token exchange: dispatch tokens to the ranks of their experts, combine what comes back.
+
+The paper's FusedDispatch and FusedCombine (section 4.2.1) write each message straight into a
+preallocated slot of the peer's memory. An XLA all-to-all moves the whole mailbox instead, so here
+the mailbox `[G, rows, message]` is sized for the usual load and **drained in rounds**: every rank
+sends up to `rows` messages to every peer, the experts run, results return, until no rank has
+anything left. Nothing is dropped; the number of rounds is an output. `rows` at the worst case
+(`worst_case_rows`, the paper's `max_tokens`) makes it one round always.
+
+One message is one copy of a token for one expert: the token's `D` numbers on the wire type, and
+behind them where it goes (and its scale, for INT8), so that one all-to-all carries everything.
+Results return unquantised, as in the paper.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from cmx_jax.errors import CmxError
+from cmx_jax.quant import dequantize, quantize_rows
+
+Axis = str | tuple[str, ...]
+ExpertFn = Callable[[Float[Array, "N D"], Int[Array, " N"]], Float[Array, "N D"]]
+"""Received rows and the local expert slot of each (-1: empty row) to the rows' results."""
+
+WIRES = ("float32", "bfloat16", "int8")
+_META = {"float32": 2, "bfloat16": 2, "int8": 6}  # elements behind the token, see _pack
+
+
+@struct.dataclass
+class ExchangeStats:
+    """What one exchange did on this rank. Scalars; the runners stack them over ranks."""
+
+    rounds: Int[Array, ""]
+    sent: Int[Array, ""]  # messages this rank sent, its own experts included
+
+
+class Exchange(Protocol):
+    """The signature behind which every exchange method stands."""
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        slots: Int[Array, "T K"],
+        weights: Float[Array, "T K"],
+        experts: ExpertFn,
+        *,
+        axis: Axis,
+        slots_per_rank: int,
+        rows: int,
+        wire: str,
+    ) -> tuple[Float[Array, "T D"], ExchangeStats]: ...
+
+
+def worst_case_rows(tokens: int, top_k: int, slots_per_rank: int) -> int:
+    """Rows that one peer can ever need: `local_batch x min(top_k, experts_per_rank)` (section 4.2.1)."""
+    return tokens * min(top_k, slots_per_rank)
+
+
+def usual_rows(tokens: int, top_k: int, slots_per_rank: int, ranks: int) -> int:
+    """Twice the mean load of a peer plus two, at most the worst case."""
+    mean = -(-tokens * top_k // ranks)
+    return min(worst_case_rows(tokens, top_k, slots_per_rank), 2 * mean + 2)
+
+
+def message_bytes(width: int, wire: str) -> int:
+    """Bytes of one dispatched message on the wire: the token and what is packed behind it."""
+    return (width + _META[wire]) * jnp.dtype(wire).itemsize
+
+
+def _pack(
+    x: Shaped[Array, "N D"], slot: Int[Array, " N"], valid: Bool[Array, " N"], wire: str
+) -> Shaped[Array, "N M"]:
+    """Token and metadata as one row. The slot travels as two digits that every wire type holds exactly."""
+    stamp = jnp.where(valid, slot + 1, 0)  # 0 marks an empty row
+    digits = jnp.stack([stamp // 128, stamp % 128], axis=-1)
+    if wire == "int8":
+        q, scale = quantize_rows(x, valid)
+        return jnp.concatenate(
+            [q, jax.lax.bitcast_convert_type(scale, jnp.int8), digits.astype(jnp.int8)], axis=-1
+        )
+    token = jnp.where(valid[:, None], x, jnp.zeros((), x.dtype)).astype(wire)
+    return jnp.concatenate([token, digits.astype(wire)], axis=-1)
+
+
+def _unpack(
+    row: Shaped[Array, "N M"], width: int, wire: str, dtype: jnp.dtype
+) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
+    """Tokens in `dtype`, and their local slots (-1: empty row)."""
+    digits = row[:, -2:].astype(jnp.int32)
+    slot = digits[:, 0] * 128 + digits[:, 1] - 1
+    if wire == "int8":
+        scale = jax.lax.bitcast_convert_type(row[:, width : width + 4], jnp.float32)
+        return dequantize(row[:, :width], scale, dtype), slot
+    return row[:, :width].astype(dtype), slot
+
+
+class _Outbox(NamedTuple):
+    """Where each message goes: destination rank (G: nowhere) and its turn in that rank's queue."""
+
+    rank: Int[Array, " M"]
+    turn: Int[Array, " M"]
+    longest: Int[Array, ""]
+
+
+def _queue(slots: Int[Array, " M"], slots_per_rank: int, ranks: int) -> _Outbox:
+    """Queues messages by destination, in the order of their tokens."""
+    rank = jnp.where(slots < 0, ranks, slots // slots_per_rank)
+    order = jnp.argsort(rank, stable=True)
+    counts = jnp.bincount(rank, length=ranks + 1)
+    start = jnp.cumsum(counts) - counts
+    place = jnp.zeros_like(rank).at[order].set(jnp.arange(rank.shape[0], dtype=rank.dtype))
+    return _Outbox(rank, place - start[rank], jnp.max(counts[:ranks]))
+
+
+def flat(
+    x: Float[Array, "T D"],
+    slots: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    experts: ExpertFn,
+    *,
+    axis: Axis,
+    slots_per_rank: int,
+    rows: int,
+    wire: str,
+) -> tuple[Float[Array, "T D"], ExchangeStats]:
+    """One all-to-all over all ranks out, one back, per round.
+
+    Args:
+      x: this rank's tokens.
+      slots: for each token its global expert slots; -1 sends nothing.
+      weights: what each expert's answer counts for.
+      experts: the local experts.
+      axis: mesh axis (or axes) of the expert-parallel ranks.
+      slots_per_rank: rank `r` owns slots `[r * slots_per_rank, (r + 1) * slots_per_rank)`.
+      rows: mailbox rows for each peer.
+      wire: type on the way out; the way back is `x.dtype`, or bfloat16 for `int8` and `bfloat16`.
+
+    Returns:
+      `sum_k weights[t, k] * expert_{slots[t, k]}(x[t])`, summed in float32 in the order of `k`, so
+      that neither rounds nor ranks change the result; and the stats.
+    """
+    ranks = jax.lax.axis_size(axis)
+    (tokens, top_k), width = slots.shape, x.shape[-1]
+    messages, flat_slots = tokens * top_k, slots.reshape(-1)
+    outbox = _queue(flat_slots, slots_per_rank, ranks)
+    back = x.dtype if wire == "float32" else jnp.dtype(jnp.bfloat16)
+
+    def one_round(turn: Int[Array, ""] | int, results: Array) -> Array:
+        row = outbox.turn - turn * rows
+        here = (row >= 0) & (row < rows) & (outbox.rank < ranks)
+        place = jnp.where(here, outbox.rank * rows + row, ranks * rows)
+        box = jnp.full((ranks * rows,), messages).at[place].set(jnp.arange(messages), mode="drop")
+        valid = box < messages
+        source = jnp.where(valid, box, 0)
+        with jax.named_scope("Dispatch"):
+            mail = _pack(x[source // top_k], flat_slots[source] % slots_per_rank, valid, wire)
+            mail = _all_to_all(mail, ranks, axis)
+        received, local = _unpack(mail, width, wire, x.dtype)
+        answers = experts(received, local).astype(back)
+        with jax.named_scope("Combine"):
+            answers = _all_to_all(answers, ranks, axis)
+        return results.at[box].set(answers.astype(x.dtype), mode="drop")
+
+    results = jnp.zeros((messages, width), x.dtype)
+    if rows >= worst_case_rows(tokens, top_k, slots_per_rank):
+        rounds = jnp.ones((), jnp.int32)
+        results = one_round(0, results)
+    else:  # every rank must take part in every round, so all agree on their number first
+        rounds = jax.lax.pmax(-(-outbox.longest // rows), axis).astype(jnp.int32)
+        results = jax.lax.fori_loop(0, rounds, one_round, results)
+    kept = jnp.where(slots[..., None] < 0, 0.0, results.reshape(tokens, top_k, width).astype(jnp.float32))
+    y = jnp.einsum("tk,tkd->td", weights, kept).astype(x.dtype)
+    return y, ExchangeStats(rounds=rounds, sent=jnp.sum(flat_slots >= 0).astype(jnp.int32))
+
+
+def _all_to_all(mail: Shaped[Array, "GN M"], ranks: int, axis: Axis) -> Shaped[Array, "GN M"]:
+    boxes = mail.reshape(ranks, -1, mail.shape[-1])
+    return jax.lax.all_to_all(boxes, axis, 0, 0).reshape(mail.shape)
+
+
+EXCHANGES: dict[str, Exchange] = {"flat": flat}
+
+
+def exchange(method: str) -> Exchange:
+    """The exchange of that name.
+
+    Raises:
+      CmxError: there is none.
+    """
+    if method not in EXCHANGES:
+        raise CmxError(f"exchange {method!r} is unknown, expected one of {sorted(EXCHANGES)}")
+    return EXCHANGES[method]

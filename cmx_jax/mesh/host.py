@@ -1,0 +1,79 @@
+"""What must be said to JAX before it starts: how many host devices, and where compiled programs are kept.
+
+This is the one place that does so. Nothing here starts the backend, except `host_devices`.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import jax
+
+from cmx_jax.errors import CmxError
+
+MAX_COLLECTIVE_CPU_DEVICES = 256
+"""XLA:CPU blocks one pool thread for each device that waits in a collective, and its pool ends at 256
+threads: a wider program waits for ever. Wider meshes run on the `lanes` runner or are compiled only."""
+
+_COUNT_FLAG = "xla_force_host_platform_device_count"
+_FLAGS = {  # a step on 160 devices can outlast the 40 s after which XLA gives up on a loaded machine
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 300,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 1200,
+}
+
+
+def request_devices(count: int) -> None:
+    """Makes sure that JAX has, or will have, at least `count` CPU devices. Call it before any computation.
+
+    Raises:
+      CmxError: JAX has already started with fewer, or `XLA_FLAGS` asks for fewer.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    for name, seconds in _FLAGS.items():
+        if name not in flags:
+            flags += f" --{name}={seconds}"
+    os.environ["XLA_FLAGS"] = flags.strip()
+    forced = re.search(rf"{_COUNT_FLAG}=(\d+)", flags)
+    if forced:
+        if int(forced[1]) < count:
+            raise CmxError(
+                f"XLA_FLAGS asks for {forced[1]} host devices, {count} are needed: raise or drop --{_COUNT_FLAG}"
+            )
+        return
+    if count <= jax.config.jax_num_cpu_devices:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # JAX has started
+        have = len(jax.devices("cpu"))
+        if have < count:
+            raise CmxError(
+                f"JAX has already started with {have} CPU device(s), {count} are needed: call "
+                f"cmx_jax.mesh.request_devices({count}) before the first JAX computation"
+            ) from None
+
+
+def host_devices(count: int) -> list[jax.Device]:
+    """`count` devices: the accelerator's if it has as many, else CPU devices. Starts JAX.
+
+    Raises:
+      CmxError: as `request_devices`.
+    """
+    request_devices(count)
+    devices = jax.devices()
+    return devices if len(devices) >= count else jax.devices("cpu")
+
+
+def cache_directory() -> Path:
+    """`$CMX_CACHE_DIR`, else `cmx_jax` in the user's cache folder."""
+    given = os.environ.get("CMX_CACHE_DIR")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmx_jax"
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between processes, unless the user has already said where (or that not)."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,114 @@
+"""How a model lies on an instance. Changing one field of a `Layout` is one experiment."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.exchange import WIRES, exchange, usual_rows, worst_case_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Mesh axes of an instance and what they carry.
+
+    Attributes:
+      axes: names and sizes, outermost first. Their product is the number of ranks.
+      data: axes over which sequences (and their cache) are split.
+      experts: axes over which expert slots are split. It may share axes with `data`: the paper's decode
+        instance is data-parallel attention and expert-parallel MoE over the same ranks.
+      slots: expert slots over all ranks, equally many on each; slots that hold no expert stay empty.
+      exchange: how tokens reach their experts, a name in `cmx_jax.mesh.exchange.EXCHANGES`.
+      wire: type of dispatched tokens; results return in the model's type (bfloat16 behind `int8`).
+      mailbox_rows: rows a peer's mailbox has; None sizes it for twice the mean load, 0 for the worst case.
+    """
+
+    axes: tuple[tuple[str, int], ...]
+    data: tuple[str, ...]
+    experts: tuple[str, ...]
+    slots: int
+    exchange: str = "flat"
+    wire: str = "float32"
+    mailbox_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.axes]
+        for name, size in self.axes:
+            if names.count(name) > 1:
+                raise CmxError(f"layout: axis {name!r} is given twice")
+            if size < 1:
+                raise CmxError(f"layout: axis {name!r} has size {size}, expected at least 1")
+        for field in ("data", "experts"):
+            used = getattr(self, field)
+            for name in used:
+                if name not in names:
+                    raise CmxError(f"layout: {field} uses axis {name!r}, expected one of {names}")
+                if used.count(name) > 1:
+                    raise CmxError(f"layout: {field} uses axis {name!r} twice")
+        if self.slots < 1 or self.slots % self.expert_ranks:
+            raise CmxError(
+                f"layout: {self.slots} expert slots do not divide over {self.expert_ranks} ranks, expected "
+                f"equally many on each, such as {-(-max(self.slots, 1) // self.expert_ranks) * self.expert_ranks}"
+            )
+        if self.wire not in WIRES:
+            raise CmxError(f"layout: wire {self.wire!r}, expected one of {list(WIRES)}")
+        if self.mailbox_rows is not None and self.mailbox_rows < 0:
+            raise CmxError(f"layout: mailbox_rows is {self.mailbox_rows}, expected zero or more")
+        exchange(self.exchange)
+
+    def size(self, names: tuple[str, ...]) -> int:
+        """Ranks along some axes."""
+        return math.prod(dict(self.axes)[name] for name in names)
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(size for _, size in self.axes)
+
+    @property
+    def data_ranks(self) -> int:
+        return self.size(self.data)
+
+    @property
+    def expert_ranks(self) -> int:
+        return self.size(self.experts)
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.slots // self.expert_ranks
+
+    @property
+    def data_spec(self) -> P:
+        """Spec of an array whose first axis is split like the sequences."""
+        return P(self.data)
+
+    def rows(self, tokens: int, top_k: int) -> int:
+        """Mailbox rows of one peer when a rank sends `tokens` tokens."""
+        if self.mailbox_rows:
+            return self.mailbox_rows
+        if self.mailbox_rows == 0:
+            return worst_case_rows(tokens, top_k, self.slots_per_rank)
+        return usual_rows(tokens, top_k, self.slots_per_rank, self.expert_ranks)
+
+    def placement(self, experts: int) -> np.ndarray:
+        """Slot of each expert, int32 [E]: experts spread evenly, so that empty slots are spread too.
+
+        Raises:
+          CmxError: there are more experts than slots.
+        """
+        if experts > self.slots:
+            raise CmxError(f"layout: {experts} experts do not fit {self.slots} slots, expected at least as many")
+        return (np.arange(experts, dtype=np.int64) * self.slots // max(experts, 1)).astype(np.int32)
+
+
+def expert_parallel(ranks: int, experts: int, **fields: object) -> Layout:
+    """The paper's layout (section 2): one axis `ep`, data-parallel attention and EP over all ranks.
+
+    256 experts get 320 slots on 160 ranks: the smallest number that is equal on each.
+    """
+    if ranks < 1:
+        raise CmxError(f"{ranks} ranks, expected at least 1")
+    slots = -(-max(experts, 1) // ranks) * ranks
+    given: dict[str, object] = {"slots": slots, **fields}
+    return Layout(axes=(("ep", ranks),), data=("ep",), experts=("ep",), **given)  # type: ignore[arg-type]

@@ -1,0 +1,86 @@
+"""How a supernode's NPUs are carved into instances (section 2: prefill, decode and caching are equal pools).
+
+The paper's deployment is the default: one decode instance of 160 NPUs (20 nodes), six prefill instances of
+16 (2 nodes each). On 384 NPUs that leaves 128, enough for eight more prefill instances.
+"""
+
+from dataclasses import dataclass
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
+
+DECODE_NPUS = 160
+PREFILL_NPUS = 16
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The NPUs of one instance: `[start, start + npus)` of the supernode."""
+
+    name: str
+    role: str
+    start: int
+    npus: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.npus
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Instances that do not overlap, in the order of their NPUs, and what is left over."""
+
+    supernode: Supernode
+    decode: tuple[Slice, ...]
+    prefill: tuple[Slice, ...]
+    spare: Slice
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: one entry an instance, with its nodes."""
+
+        def entry(s: Slice) -> dict[str, object]:
+            first, last = self.supernode.node_of(s.start), self.supernode.node_of(s.stop - 1)
+            return {"name": s.name, "npus": s.npus, "first_npu": s.start, "nodes": [first, last]}
+
+        return {
+            "decode": [entry(s) for s in self.decode],
+            "prefill": [entry(s) for s in self.prefill],
+            "spare": {"npus": self.spare.npus, "prefill_instances": self.spare.npus // PREFILL_NPUS},
+        }
+
+
+def carve(
+    supernode: Supernode = CLOUDMATRIX384,
+    *,
+    decode: int = 1,
+    prefill: int = 6,
+    decode_npus: int = DECODE_NPUS,
+    prefill_npus: int = PREFILL_NPUS,
+) -> Pools:
+    """Carves `decode` and `prefill` instances of the given sizes, decode first.
+
+    Raises:
+      CmxError: a size is not positive, not whole nodes where it spans several, or there are too few NPUs.
+    """
+    for name, npus in (("decode_npus", decode_npus), ("prefill_npus", prefill_npus)):
+        if npus < 1 or (npus > supernode.npus_per_node and npus % supernode.npus_per_node):
+            raise CmxError(
+                f"{name} is {npus}, expected whole nodes of {supernode.npus_per_node} NPUs (or a part of one)"
+            )
+    if decode < 0 or prefill < 0:
+        raise CmxError(f"{decode} decode and {prefill} prefill instances, expected zero or more of each")
+    needed = decode * decode_npus + prefill * prefill_npus
+    if needed > supernode.npus:
+        raise CmxError(
+            f"{decode} x {decode_npus} decode and {prefill} x {prefill_npus} prefill NPUs need {needed}, "
+            f"{supernode.name} has {supernode.npus}: carve fewer or smaller instances"
+        )
+    slices: dict[str, list[Slice]] = {"decode": [], "prefill": []}
+    start = 0
+    for role, count, npus in (("decode", decode, decode_npus), ("prefill", prefill, prefill_npus)):
+        for index in range(count):
+            slices[role].append(Slice(f"{role}-{index}", role, start, npus))
+            start += npus
+    spare = Slice("spare", "spare", start, supernode.npus - start)
+    return Pools(supernode, tuple(slices["decode"]), tuple(slices["prefill"]), spare)

@@ -1,0 +1,74 @@
+"""The paged latent cache of one rank.
+
+MLA caches one latent of `C + R` numbers per token and layer. A page holds `W` tokens of all layers, so
+that a sequence moves as whole pages:
+
+    pages [P, L, W, C + R]      page_table [B, pages of a sequence]: position s lies in
+                                page_table[b, s // W], row s % W
+
+A table entry of `NO_PAGE` is no page: writes to it are dropped, reads give zeros. Rows beyond a
+sequence's length may hold anything, NaN included; readers mask them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from cmx_jax.model.config import ModelConfig
+
+NO_PAGE = int(np.iinfo(np.int32).max)
+
+
+@struct.dataclass
+class PagedCache:
+    pages: Any  # [P, L, W, C + R]
+
+    @property
+    def width(self) -> int:
+        """Tokens of a page, `W`."""
+        return self.pages.shape[2]
+
+
+def abstract_cache(c: ModelConfig, pages: int, width: int, dtype: Any) -> PagedCache:
+    """Shape of a cache of `pages` pages of `width` tokens."""
+    shape = (pages, c.num_hidden_layers, width, c.latent_dim)
+    return PagedCache(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+
+
+def write(
+    cache: PagedCache,
+    layer: Int[Array, ""] | int,
+    page_table: Int[Array, "B P"],
+    positions: Int[Array, "B T"],
+    latents: Float[Array, "B T C"],
+) -> PagedCache:
+    """Puts each latent at its position. Position -1 is written nowhere."""
+    slot = jnp.where(positions < 0, 0, positions // cache.width)
+    page = jnp.take_along_axis(page_table, slot, axis=1, mode="fill", fill_value=NO_PAGE)
+    page = jnp.where(positions < 0, NO_PAGE, page)
+    at = cache.pages.at[page, layer, positions % cache.width]
+    return PagedCache(at.set(latents.astype(cache.pages.dtype), mode="drop"))
+
+
+def read(
+    cache: PagedCache, layer: Int[Array, ""] | int, page_table: Int[Array, "B P"]
+) -> Float[Array, "B S C"]:
+    """All rows of each sequence's pages in order of position, `S = pages of a sequence * W`."""
+    rows = cache.pages.at[page_table, layer].get(mode="fill", fill_value=0)
+    return rows.reshape(page_table.shape[0], -1, cache.pages.shape[-1])
+
+
+def take_pages(cache: PagedCache, ids: Int[Array, " N"]) -> Float[Array, "N L W C"]:
+    """Copies whole pages out, to be moved to another cache; `NO_PAGE` gives zeros."""
+    return cache.pages.at[ids].get(mode="fill", fill_value=0)
+
+
+def put_pages(
+    cache: PagedCache, ids: Int[Array, " N"], pages: Float[Array, "N L W C"]
+) -> PagedCache:
+    """Copies whole pages in; `NO_PAGE` drops."""
+    return PagedCache(cache.pages.at[ids].set(pages.astype(cache.pages.dtype), mode="drop"))

@@ -1,0 +1,113 @@
+"""The decoder: one body for every layer, scanned over the stacks of equal layers.
+
+Prefill, decode and training differ only in two functions that they pass in: how new tokens attend
+(`Attend`) and how experts are run (`RunExperts`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cmx_jax.model.attention import Query, project_out, prolog
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.layers import rms_norm, swiglu
+from cmx_jax.model.moe import MoEStats, RunExperts, moe
+from cmx_jax.model.weights import MTP, Attention, Layer, MoE, Weights
+
+Attend = Callable[[Any, Array, Query, Array, Attention], tuple[Array, Any]]
+"""(cache, layer index, queries, new latents, weights) -> (attention output [B, T, H, V], cache)."""
+
+
+def layer(
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    active: Bool[Array, "B T"],
+    w: Layer,
+    c: ModelConfig,
+    attend: Callable[[Query, Array, Attention], tuple[Array, Any]],
+    run: RunExperts,
+) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
+    """Pre-norm attention and FFN with residuals; the stats are None for a dense layer."""
+    query, latents = prolog(rms_norm(x, w.attn_norm, c.rms_norm_eps), positions, w.attn, c)
+    out, cache = attend(query, latents, w.attn)
+    x = x + project_out(out, w.attn)
+    h = rms_norm(x, w.ffn_norm, c.rms_norm_eps)
+    if not isinstance(w.ffn, MoE):
+        with jax.named_scope("DenseFFN"):
+            return x + swiglu(h, w.ffn), cache, None
+    y, stats = moe(h.reshape(-1, h.shape[-1]), active.reshape(-1), w.ffn, c, run)
+    return x + y.reshape(x.shape), cache, stats
+
+
+def decoder(
+    weights: Weights,
+    c: ModelConfig,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    active: Bool[Array, "B T"],
+    cache: Any,
+    attend: Attend,
+    run: RunExperts,
+) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
+    """Embedding, all layers, final norm.
+
+    Returns:
+      Hidden states after the final norm, the cache, and the MoE layers' stats with a leading axis of
+      MoE layers (None without any).
+    """
+    x = weights.embed[tokens]
+    stats = None
+    index = 0
+    for stack in (weights.dense, weights.moe):
+        if stack is None:
+            continue
+        count = stack.attn_norm.shape[0]
+
+        def body(carry: tuple[Array, Any], scanned: tuple[Layer, Array]) -> tuple[Any, MoEStats | None]:
+            (x, cache), (w, i) = carry, scanned
+            x, cache, stats = layer(
+                x, positions, active, w, c, lambda q, kv, a: attend(cache, i, q, kv, a), run
+            )
+            return (x, cache), stats
+
+        layers = jnp.arange(index, index + count, dtype=jnp.int32)
+        (x, cache), stats = jax.lax.scan(body, (x, cache), (stack, layers))
+        index += count
+    return rms_norm(x, weights.norm, c.rms_norm_eps), cache, stats
+
+
+def logits(hidden: Float[Array, "*B D"], weights: Weights) -> Float[Array, "*B O"]:
+    """Hidden states to float32 logits."""
+    with jax.named_scope("LMHead"):
+        if weights.head is None:
+            return jnp.einsum("...d,od->...o", hidden, weights.embed).astype(jnp.float32)
+        return jnp.einsum("...d,do->...o", hidden, weights.head).astype(jnp.float32)
+
+
+def mtp_hidden(
+    hidden: Float[Array, "B T D"],
+    next_tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    active: Bool[Array, "B T"],
+    w: MTP,
+    weights: Weights,
+    c: ModelConfig,
+    attend: Callable[[Query, Array, Attention], tuple[Array, Any]],
+    run: RunExperts,
+) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
+    """One MTP module: from the hidden state at `i` and token `i + 1` to the state that predicts `i + 2`.
+
+    Args:
+      hidden: after the final norm (or the previous module's result).
+      next_tokens: the token behind each position.
+      w: the module, without layer axis.
+    """
+    with jax.named_scope("MTP"):
+        embedding = rms_norm(weights.embed[next_tokens], w.enorm, c.rms_norm_eps)
+        joined = jnp.concatenate([embedding, rms_norm(hidden, w.hnorm, c.rms_norm_eps)], axis=-1)
+        x = jnp.einsum("bte,ed->btd", joined, w.eh_proj)
+        x, cache, stats = layer(x, positions, active, w.layer, c, attend, run)
+        return rms_norm(x, w.norm, c.rms_norm_eps), cache, stats

@@ -1,0 +1,91 @@
+"""The small parts that every layer shares: RMSNorm, SwiGLU, and the experts' grouped SwiGLU."""
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int
+
+from cmx_jax.model.weights import FFN, Experts
+
+
+def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """`weight * x / sqrt(mean(x^2) + eps)`, the mean in float32."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    return weight * (wide * scale).astype(x.dtype)
+
+
+def swiglu(x: Float[Array, "*B D"], w: FFN) -> Float[Array, "*B D"]:
+    """`(silu(x @ gate) * (x @ up)) @ down`."""
+    h = jnp.einsum("...d,dgf->...gf", x, w.gate_up)
+    return jnp.einsum("...f,fd->...d", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], w.down)
+
+
+def _tile_rows(rows: int, groups: int) -> int:
+    """Rows of one tile: near the mean group when a large batch fills groups, small in decode."""
+    mean = max(rows // max(groups, 1), 1)
+    return min(max(8, 1 << (mean.bit_length() - 1)), 64)
+
+
+TILES_AT_ONCE = 8
+
+
+def _grouped_swiglu(x: Array, group: Array, gate_up: Array, down: Array) -> Array:
+    """See `grouped_swiglu`. Rows are put in order of their group, then cut into tiles of one group
+    each; a loop runs over the tiles that exist, `TILES_AT_ONCE` at a time."""
+    rows, groups = x.shape[0], gate_up.shape[0]
+    tile = _tile_rows(rows, groups)
+    key = jnp.where(group < 0, groups, group)
+    order = jnp.argsort(key, stable=True).astype(jnp.int32)
+    counts = jnp.bincount(key, length=groups + 1)[:groups].astype(jnp.int32)
+    start = jnp.cumsum(counts) - counts
+    tiles_end = jnp.cumsum(-(-counts // tile))
+    tiles_start = tiles_end - (-(-counts // tile))
+
+    def body(step: Array, y: Array) -> Array:
+        tiles = step * TILES_AT_ONCE + jnp.arange(TILES_AT_ONCE, dtype=jnp.int32)
+        g = jnp.minimum(jnp.searchsorted(tiles_end, tiles, side="right"), groups - 1)
+        first = (tiles - tiles_start[g]) * tile
+        at = first[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
+        live = (at < counts[g][:, None]) & (tiles < tiles_end[-1])[:, None]
+        source = order[jnp.where(live, start[g][:, None] + at, 0)]
+        h = jnp.einsum("ntd,ndgf->ntgf", x[source], gate_up[g])
+        out = jnp.einsum("ntf,nfd->ntd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], down[g])
+        return y.at[jnp.where(live, source, rows)].set(out, mode="drop")
+
+    steps = -(-tiles_end[-1] // TILES_AT_ONCE)
+    return jax.lax.fori_loop(0, steps, body, jnp.zeros_like(x))
+
+
+@custom_vmap
+def _grouped(x: Array, group: Array, gate_up: Array, down: Array) -> Array:
+    return _grouped_swiglu(x, group, gate_up, down)
+
+
+@_grouped.def_vmap
+def _grouped_lanes(size, in_batched, x, group, gate_up, down):  # type: ignore[no-untyped-def]
+    """Lanes fold into groups: many ranks' experts are more experts, so that the loop still runs over
+    the tiles that exist instead of every lane paying for the longest."""
+    x_b, group_b, gate_b, down_b = in_batched
+    x = x if x_b else jnp.broadcast_to(x, (size, *x.shape))
+    group = group if group_b else jnp.broadcast_to(group, (size, *group.shape))
+    per_lane = gate_up.shape[1] if gate_b else gate_up.shape[0]
+    if gate_b:  # each lane has its own experts
+        offset = jnp.arange(size, dtype=group.dtype)[:, None] * per_lane
+        group = jnp.where(group < 0, -1, group + offset)
+        gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
+        down = down.reshape(-1, *down.shape[2:])
+    flat = _grouped(x.reshape(-1, x.shape[-1]), group.reshape(-1), gate_up, down)
+    return flat.reshape(x.shape), True
+
+
+def grouped_swiglu(
+    x: Float[Array, "N D"], group: Int[Array, " N"], w: Experts
+) -> Float[Array, "N D"]:
+    """SwiGLU of each row under the expert of its group.
+
+    Rows of group -1 are empty: they cost nothing, may hold anything and give zeros. Rows are compacted
+    by expert first, so that the work is that of the rows that are there.
+    """
+    return _grouped(x, group, w.gate_up, w.down)

@@ -1,0 +1,60 @@
+"""A token's path through a MoE layer: gate, dispatch, experts, combine, shared expert."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from cmx_jax.mesh.exchange import Axis, ExchangeStats, exchange
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.layers import grouped_swiglu, swiglu
+from cmx_jax.model.router import route
+from cmx_jax.model.weights import Experts, MoE
+
+RunExperts = Callable[
+    [Float[Array, "T D"], Int[Array, "T K"], Float[Array, "T K"], Experts],
+    tuple[Float[Array, "T D"], ExchangeStats],
+]
+"""Tokens, their global expert slots (-1: none) and weights, this rank's experts -> weighted sums."""
+
+
+@struct.dataclass
+class MoEStats:
+    """One MoE layer on one rank: the exchange's stats, and how many tokens chose each expert."""
+
+    exchange: ExchangeStats
+    load: Int[Array, " E"]
+
+
+def exchanged(method: str, *, axis: Axis, slots_per_rank: int, rows: int, wire: str) -> RunExperts:
+    """Runs experts where they are: dispatch over `axis`, grouped SwiGLU there, combine."""
+    send = exchange(method)
+
+    def run(x: Array, slots: Array, weights: Array, experts: Experts) -> tuple[Array, ExchangeStats]:
+        def ffn(rows_: Array, local: Array) -> Array:
+            with jax.named_scope("MLP"):
+                return grouped_swiglu(rows_, local, experts)
+
+        return send(
+            x, slots, weights, ffn, axis=axis, slots_per_rank=slots_per_rank, rows=rows, wire=wire
+        )
+
+    return run
+
+
+def moe(
+    x: Float[Array, "T D"], active: Bool[Array, " T"], w: MoE, c: ModelConfig, run: RunExperts
+) -> tuple[Float[Array, "T D"], MoEStats]:
+    """Routed experts plus the shared expert; inactive tokens (padding) are sent nowhere."""
+    with jax.named_scope("Gate"):
+        routing = route(x, w.router, w.router_bias, c)
+        slots = jnp.where(active[:, None], w.slot_of_expert[routing.experts], -1)
+        chosen = jnp.where(active[:, None], routing.experts, c.n_routed_experts)
+        load = jnp.bincount(chosen.reshape(-1), length=c.n_routed_experts + 1)[:-1].astype(jnp.int32)
+    y, stats = run(x, slots, routing.weights, w.experts)
+    if w.shared is not None:
+        with jax.named_scope("SharedExpert"):
+            y = y + swiglu(x, w.shared)
+    return y, MoEStats(stats, load)

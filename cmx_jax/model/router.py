@@ -1,0 +1,39 @@
+"""DeepSeek-V3's router: sigmoid scores, a correction bias that only chooses, groups, top-k."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from cmx_jax.model.config import ModelConfig
+
+
+@struct.dataclass
+class Routing:
+    """Where each token goes: `experts [T, K]` int32, distinct in a row, and their `weights [T, K]` float32."""
+
+    experts: Int[Array, "T K"]
+    weights: Float[Array, "T K"]
+
+
+def route(
+    x: Float[Array, "T D"], router: Float[Array, "E D"], bias: Float[Array, " E"], c: ModelConfig
+) -> Routing:
+    """Chooses by `sigmoid(x @ router) + bias`, weighs by the sigmoid alone.
+
+    Only the `topk_group` best of `n_group` groups compete, a group being worth the sum of its two best
+    experts; the others are masked with -inf, since biased scores may be negative.
+    """
+    scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x.astype(jnp.float32), router))
+    choice = scores + bias[None]
+    if c.n_group > 1:
+        grouped = choice.reshape(choice.shape[0], c.n_group, -1)
+        worth = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        kept = jax.lax.top_k(worth, c.topk_group)[1]
+        mask = jnp.any(kept[:, :, None] == jnp.arange(c.n_group)[None, None], axis=1)
+        choice = jnp.where(mask[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+    experts = jax.lax.top_k(choice, c.num_experts_per_tok)[1]
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if c.norm_topk_prob:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts.astype(jnp.int32), weights * c.routed_scaling_factor)

@@ -1,0 +1,48 @@
+"""Sampling inside the step's graph: greedy, temperature, top-k, top-p, one seed a request."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class Sampling:
+    """One row a sequence."""
+
+    temperature: Any  # [B] float32; 0 is greedy
+    top_k: Any  # [B] int32; 0 keeps all
+    top_p: Any  # [B] float32 in (0, 1]
+    seed: Any  # [B] uint32
+
+
+def greedy(logits: Float[Array, "B O"]) -> Int[Array, " B"]:
+    """The likeliest token, the first of equals."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def sample(
+    logits: Float[Array, "B O"], s: Sampling, positions: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """One token a row.
+
+    The draw depends on the request's seed and the token's position alone, so that a request gives the same
+    text in any batch, on any rank. Top-p keeps the fewest likeliest tokens that reach `top_p`, at least one.
+    """
+    vocab = logits.shape[-1]
+    scaled = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
+    ordered, order = jax.lax.top_k(scaled, vocab)
+    p = jax.nn.softmax(ordered, axis=-1)
+    rank = jnp.arange(vocab, dtype=jnp.int32)[None]
+    top_k = jnp.where(s.top_k > 0, s.top_k, vocab)[:, None]
+    kept = (rank < top_k) & (jnp.cumsum(p, axis=-1) - p < s.top_p[:, None])
+
+    def draw(seed: Array, position: Array, row: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.categorical(key, row)
+
+    choice = jax.vmap(draw)(s.seed, positions, jnp.where(kept, ordered, -jnp.inf))
+    drawn = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return jnp.where(s.temperature > 0, drawn, greedy(logits))

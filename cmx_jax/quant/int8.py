@@ -1,0 +1,28 @@
+"""Symmetric INT8 with one dynamic scale a row (the paper's per-token activation scheme, section 4.5)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int8
+
+
+def quantize_rows(
+    x: Float[Array, "N D"], valid: Bool[Array, " N"]
+) -> tuple[Int8[Array, "N D"], Float[Array, " N"]]:
+    """Rounds each row to `round(x / scale)` with `scale = max|row| / 127`, float32.
+
+    * `|q| <= 127`: -128 is never used, so that negation is exact.
+    * `|x - q * scale| <= scale / 2` for every valid row.
+    * Invalid rows give zeros and scale 0 whatever they hold, NaN included: a stale row must not
+      reach a scale.
+    """
+    rows = jnp.where(valid[:, None], x.astype(jnp.float32), 0.0)
+    scale = jnp.max(jnp.abs(rows), axis=-1) / 127.0
+    inverse = jnp.where(scale > 0, 1.0 / jnp.where(scale > 0, scale, 1.0), 0.0)
+    q = jnp.clip(jnp.round(rows * inverse[:, None]), -127, 127)
+    return q.astype(jnp.int8), scale
+
+
+def dequantize(
+    q: Int8[Array, "N D"], scale: Float[Array, " N"], dtype: jnp.dtype
+) -> Float[Array, "N D"]:
+    """`q * scale` in `dtype`, multiplied in float32."""
+    return (q.astype(jnp.float32) * scale[:, None]).astype(dtype)

@@ -1,0 +1,142 @@
+"""The demo: prompts through prefill and decode instances carved out of the 384-device virtual supernode."""
+
+from collections.abc import Callable
+from typing import Any
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.host import enable_compilation_cache, host_devices
+from cmx_jax.mesh.layout import expert_parallel
+from cmx_jax.mesh.pools import Pools, Slice, carve
+from cmx_jax.mesh.runners import make_runner
+from cmx_jax.mesh.supernode import CLOUDMATRIX384
+from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.model import Model
+from cmx_jax.serving.pages import pages_for
+from cmx_jax.serving.request import Request, SamplingParams
+
+PROMPTS = (
+    "The json module",
+    "Return a list of",
+    "A dictionary is",
+    "If the file does not exist,",
+    "This function is used to",
+    "The value of the argument",
+)
+
+
+def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str) -> Engine:
+    """Puts a model on the first decode instance and the first `prefill` prefill instances of the pools.
+
+    Args:
+      model: what to serve.
+      pools: where the instances lie.
+      prefill: prefill instances to start.
+      context: longest sequence to make room for, tokens.
+      wire: type of dispatched tokens.
+
+    Raises:
+      CmxError: there are not as many instances.
+    """
+    if not 1 <= prefill <= len(pools.prefill) or not pools.decode:
+        raise CmxError(f"{prefill} prefill instances asked for, expected 1 to {len(pools.prefill)}")
+    host_devices(pools.supernode.npus)  # all of the supernode, not just what the first instance needs
+    width = Capacity().page_width
+
+    def start(s: Slice) -> Instance:
+        layout = expert_parallel(s.npus, model.config.n_routed_experts, wire=wire)
+        capacity = Capacity(sequences=1, pages=pages_for(context, width), page_width=width)
+        return model.instance(s.name, layout, make_runner("devices", layout.axes, s.start), capacity)
+
+    return Engine([start(s) for s in pools.prefill[:prefill]], start(pools.decode[0]))
+
+
+def run(
+    *,
+    name_or_path: str = "tiny",
+    prompts: tuple[str, ...] = PROMPTS,
+    max_tokens: int = 32,
+    prefill: int = 1,
+    wire: str = "float32",
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Serves the prompts and reports: pools, each request, the exchanges' bytes by rank and step.
+
+    Every program runs once before the clock starts, so that times are of serving, not of compiling.
+    """
+    enable_compilation_cache()
+    progress("reading the model")
+    model = Model.read(name_or_path)
+    pools = carve(CLOUDMATRIX384)
+    progress(f"starting {CLOUDMATRIX384.npus} devices, 1 decode and {prefill} prefill instance(s)")
+    context = min(model.config.max_position_embeddings, 256)
+    engine = deploy(model, pools, prefill, context, wire)
+    params = SamplingParams(max_tokens=max_tokens)
+    for stage, tokens in (("compiling (kept for the next time)", 2), ("serving", max_tokens)):
+        progress(stage)
+        for instance in (*engine.prefill, engine.decode):
+            instance.traffic = type(instance.traffic)()
+        warm = SamplingParams(max_tokens=tokens)
+        requests = [engine.submit(model.encode(p), params if stage == "serving" else warm) for p in prompts]
+        while engine.busy:
+            engine.step()
+            progress(f"{stage}: {sum(len(r.tokens) for r in requests)} tokens")
+    return report(model, pools, engine, requests, prompts)
+
+
+def report(
+    model: Model, pools: Pools, engine: Engine, requests: list[Request], prompts: tuple[str, ...]
+) -> dict[str, Any]:
+    """The document that `cmx demo --json` prints."""
+    tokens = sum(len(r.tokens) for r in requests)
+    seconds = max(r.finished or 0 for r in requests) - min(r.arrived for r in requests)
+    return {
+        "model": str(model.directory.name),
+        "supernode": pools.supernode.name,
+        "devices": pools.supernode.npus,
+        "pools": pools.as_dict(),
+        "started": [i.name for i in (*engine.prefill, engine.decode)],
+        "requests": [
+            {
+                "prompt": prompt,
+                "text": model.decode(r.tokens),
+                "prompt_tokens": len(r.prompt),
+                "output_tokens": len(r.tokens),
+                "finish_reason": r.finish_reason,
+                "ttft_s": round(r.ttft_s, 4),
+                "tpot_s": round(r.tpot_s, 4),
+            }
+            for prompt, r in zip(prompts, requests, strict=True)
+        ],
+        "tokens_per_s": round(tokens / seconds, 2),
+        "exchange": {i.name: i.exchange_bytes() for i in (*engine.prefill, engine.decode)},
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    pools, lines = result["pools"], [f"{result['supernode']}: {result['devices']} devices"]
+    for role in ("decode", "prefill"):
+        for entry in pools[role]:
+            running = "model loaded" if entry["name"] in result["started"] else "free"
+            first, last = entry["nodes"]
+            lines.append(f"  {entry['name']:<10} {entry['npus']:>3} NPUs, nodes {first:>2}-{last:<2}  {running}")
+    spare = pools["spare"]
+    lines.append(
+        f"  {'spare':<10} {spare['npus']:>3} NPUs, room for {spare['prefill_instances']} prefill instances"
+    )
+    for r in result["requests"]:
+        lines.append("")
+        lines.append(f"> {r['prompt']}")
+        lines.append(r["text"].strip("\n"))
+        lines.append(
+            f"  [{r['prompt_tokens']} + {r['output_tokens']} tokens, first after {r['ttft_s']:.2f} s, "
+            f"then {r['tpot_s'] * 1000:.0f} ms a token]"
+        )
+    lines.append(f"\n{result['tokens_per_s']:.1f} tokens/s over all requests")
+    for name, e in result["exchange"].items():
+        lines.append(
+            f"{name}: {e['dispatch_bytes']:,.0f} bytes dispatched and {e['combine_bytes']:,.0f} combined "
+            f"per rank and step, {e['rounds_mean']:.1f} rounds a layer (most {e['rounds_most']})"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""The serving loop: requests wait, are prefilled on one instance, move their pages, decode on another.
+
+One `step` of the loop: admit what waits, run every prefill instance that has work, move finished prompts to
+the decode instance, run one decode step. Requests join and leave the decode batch between steps. Any request
+may go to any prefill instance and any decode rank: the least loaded is taken (section 2: no affinity).
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.instance import Instance
+from cmx_jax.serving.pages import pages_for
+from cmx_jax.serving.request import Request, SamplingParams, State
+
+
+@dataclass
+class Engine:
+    """Prefill instances and one decode instance; they may be the same one (`prefill == [decode]`)."""
+
+    prefill: list[Instance]
+    decode: Instance
+    waiting: deque[Request] = field(default_factory=deque)
+    transfers: deque[tuple[Instance, Request]] = field(default_factory=deque)
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> Request:
+        """Queues a prompt of token ids.
+
+        Raises:
+          CmxError: it is empty, holds an id outside the vocabulary, or cannot fit the context or the cache.
+        """
+        c = self.decode.config
+        if not prompt:
+            raise CmxError("the prompt is empty, expected at least one token")
+        for token in prompt:
+            if not 0 <= token < c.vocab_size:
+                raise CmxError(f"the prompt holds token id {token}, expected ids in [0, {c.vocab_size})")
+        request = Request(list(prompt), params)
+        if request.total_tokens > c.max_position_embeddings:
+            raise CmxError(
+                f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed the context of "
+                f"{c.max_position_embeddings}: shorten the prompt or ask for fewer tokens"
+            )
+        rooms = [(i.capacity, len(prompt)) for i in self.prefill if i is not self.decode]
+        for room, tokens in [(self.decode.capacity, request.cached_tokens), *rooms]:
+            if pages_for(tokens, room.page_width) > room.pages:
+                raise CmxError(
+                    f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed a rank's cache of "
+                    f"{room.pages} pages of {room.page_width} tokens"
+                )
+        self.waiting.append(request)
+        return request
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.transfers or any(self.decode.rows))
+
+    def run(self) -> None:
+        """Steps until every submitted request is finished."""
+        while self.busy:
+            self.step()
+
+    def step(self) -> list[Request]:
+        """One turn of the loop; returns the requests that finished in it."""
+        finished: list[Request] = []
+        for instance, batch in self._admit():
+            for request, token in zip(batch, instance.prefill(batch), strict=True):
+                self._behind_prefill(instance, request, token, finished)
+        self._move()
+        if any(r is not None and r.tokens for r in self.decode.rows):
+            for request, token in self.decode.decode().items():
+                if request.add(token, self.decode.config.eos_token_ids):
+                    self._finish(self.decode, request, finished)
+        return finished
+
+    def _admit(self) -> list[tuple[Instance, list[Request]]]:
+        """Places waiting requests in order, at most one a rank and step, until one finds no room."""
+        batches: dict[str, tuple[Instance, list[Request]]] = {i.name: (i, []) for i in self.prefill}
+        while self.waiting:
+            request = self.waiting[0]
+            for instance in sorted(self.prefill, key=lambda i: i.load):
+                batch = batches[instance.name][1]
+                stays = instance is self.decode
+                tokens = request.cached_tokens if stays else len(request.prompt)
+                taken = frozenset(instance.places[r].rank for r in batch)
+                if instance.place(request, tokens, decode=stays, taken=taken):
+                    batch.append(self.waiting.popleft())
+                    request.to(State.PREFILL)
+                    break
+            else:
+                break
+        return [(instance, batch) for instance, batch in batches.values() if batch]
+
+    def _behind_prefill(self, at: Instance, request: Request, token: int, finished: list[Request]) -> None:
+        if request.add(token, self.decode.config.eos_token_ids):
+            self._finish(at, request, finished)
+        elif at is self.decode:
+            request.to(State.DECODE)
+        else:
+            request.to(State.TRANSFER)
+            self.transfers.append((at, request))
+
+    def _move(self) -> None:
+        """Moves the pages of prefilled requests to decode ranks, in order, as far as there is room."""
+        moving: dict[str, tuple[Instance, list[Request]]] = {}
+        while self.transfers:
+            source, request = self.transfers[0]
+            if not self.decode.place(request, request.cached_tokens, decode=True):
+                break
+            self.transfers.popleft()
+            moving.setdefault(source.name, (source, []))[1].append(request)
+        for source, requests in moving.values():
+            self.decode.put_pages(requests, source.take_pages(requests))
+            for request in requests:
+                source.release(request)
+                request.to(State.DECODE)
+
+    @staticmethod
+    def _finish(at: Instance, request: Request, finished: list[Request]) -> None:
+        at.release(request)
+        request.to(State.FINISHED)
+        finished.append(request)

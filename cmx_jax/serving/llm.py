@@ -1,0 +1,155 @@
+"""Offline use: `from_pretrained` gives a model with `.logits` and `.generate`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.host import enable_compilation_cache
+from cmx_jax.mesh.layout import Layout, expert_parallel
+from cmx_jax.mesh.runners import make_runner
+from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.instance import Capacity, bucket
+from cmx_jax.serving.model import Model
+from cmx_jax.serving.pages import pages_for
+from cmx_jax.serving.request import Request, SamplingParams
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of one prompt; `str()` of it is its text."""
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    finish_reason: str  # "stop" at an end token, "length" at max_new_tokens
+    ttft_s: float
+    tpot_s: float
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class LLM:
+    """A model on one instance that prefills and decodes.
+
+    Attributes:
+      model: config, weights and tokenizer as read.
+      instance: the ranks it runs on.
+    """
+
+    def __init__(self, model: Model, layout: Layout, runner: str, max_num_seqs: int, max_model_len: int):
+        width = Capacity().page_width
+        sequences = -(-max_num_seqs // layout.data_ranks)
+        capacity = Capacity(
+            sequences=sequences, pages=sequences * pages_for(max_model_len, width), page_width=width
+        )
+        self.model = model
+        self.instance = model.instance(runner, layout, make_runner(runner, layout.axes), capacity)
+
+    def logits(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T O"]:
+        """Float32 logits of every position: row `t` predicts token `t + 1`.
+
+        Raises:
+          CmxError: not [B, T] integers of the vocabulary, or longer than the context.
+        """
+        c, ranks = self.model.config, self.instance.layout.data_ranks
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
+            raise CmxError(f"tokens are {tokens.dtype} {list(tokens.shape)}, expected integers [B, T]")
+        if tokens.min() < 0 or tokens.max() >= c.vocab_size:
+            raise CmxError(f"tokens reach from {tokens.min()} to {tokens.max()}, expected [0, {c.vocab_size})")
+        batch, length = tokens.shape
+        if length > c.max_position_embeddings:
+            raise CmxError(f"{length} tokens exceed the context of {c.max_position_embeddings}")
+        padded = np.zeros((bucket(batch, ranks), bucket(length, 16)), np.int32)
+        padded[:batch, :length] = tokens
+        lengths = np.zeros(padded.shape[0], np.int32)
+        lengths[:batch] = length
+        data = self.instance.layout.data_spec
+        placed = self.instance.runner.put((padded, lengths), (data, data))
+        return np.asarray(self.instance.steps.score(self.instance.weights, *placed))[:batch, :length]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | list[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> list[Completion]:
+        """Continues each prompt (text or token ids); greedy unless `temperature` is above 0.
+
+        The same seed gives the same continuation of a prompt in any company and on any runner.
+
+        Raises:
+          CmxError: a prompt or a parameter cannot be served; none is then.
+        """
+        params = SamplingParams(
+            max_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            ignore_eos=ignore_eos,
+        )
+        engine = Engine([self.instance], self.instance)
+        given = [prompts] if isinstance(prompts, str) else prompts
+        requests = [engine.submit(self.model.encode(prompt), params) for prompt in given]
+        engine.run()
+        return [completion(request, self.model) for request in requests]
+
+
+def completion(request: Request, model: Model) -> Completion:
+    """The result of a finished request."""
+    kept = request.tokens[:-1] if request.finish_reason == "stop" else request.tokens
+    return Completion(
+        prompt_tokens=request.prompt,
+        tokens=request.tokens,
+        text=model.decode(kept),
+        finish_reason=request.finish_reason or "",
+        ttft_s=request.ttft_s,
+        tpot_s=request.tpot_s,
+    )
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    runner: str = "lanes",
+    ranks: int = 8,
+    dtype: str = "float32",
+    wire: str | None = None,
+    max_num_seqs: int = 32,
+    max_model_len: int | None = None,
+) -> LLM:
+    """Loads a Hugging Face directory, or `tiny`, the model that ships.
+
+    Args:
+      name_or_path: the model.
+      runner: `lanes` (any number of ranks on one device) or `devices` (one device a rank).
+      ranks: expert-parallel ranks.
+      dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
+      wire: type of dispatched tokens, `float32`, `bfloat16` or `int8`; None takes `dtype`.
+      max_num_seqs: sequences decoded at once, over all ranks; further ones wait.
+      max_model_len: longest sequence to make room for; None takes the model's context, at most 4,096.
+
+    Raises:
+      CmxError: the model is unknown or refused, or the layout does not fit it or the machine.
+    """
+    enable_compilation_cache()
+    if max_num_seqs < 1:
+        raise CmxError(f"max_num_seqs is {max_num_seqs}, expected at least 1")
+    model = Model.read(name_or_path, dtype)
+    context = model.config.max_position_embeddings
+    length = min(context, 4096) if max_model_len is None else max_model_len
+    if not 1 <= length <= context:
+        raise CmxError(f"max_model_len is {length}, expected 1 to the model's context of {context}")
+    layout = expert_parallel(ranks, model.config.n_routed_experts, wire=wire or dtype)
+    return LLM(model, layout, runner, max_num_seqs, length)

@@ -1,0 +1,107 @@
+"""A model on disk: found by name or path, read once, put on as many instances as wanted."""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import jax.numpy as jnp
+from tokenizers import Tokenizer
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.runners import Runner
+from cmx_jax.model.checkpoint import read_weights
+from cmx_jax.model.config import ModelConfig, read_config
+from cmx_jax.model.weights import Weights, place_experts
+from cmx_jax.serving.instance import Capacity, Instance
+
+SHIPPED = ("tiny",)
+DTYPES = ("float32", "bfloat16")
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """The directory of a model: one that ships with the package, or a path.
+
+    Raises:
+      CmxError: it is neither.
+    """
+    if str(name_or_path) in SHIPPED:
+        return Path(str(files("cmx_jax") / "model" / "checkpoints" / str(name_or_path)))
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        raise CmxError(
+            f"model {str(name_or_path)!r} is neither a directory nor a model that ships: {', '.join(SHIPPED)}"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class Model:
+    """Config, weights (NumPy, expert `e` in slot `e`) and tokenizer of a Hugging Face directory."""
+
+    directory: Path
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer | None
+    dtype: str
+
+    @classmethod
+    def read(cls, name_or_path: str | Path, dtype: str = "float32") -> "Model":
+        """Reads a model.
+
+        Raises:
+          CmxError: there is none of that name, or it is refused; the field or tensor is named.
+        """
+        if dtype not in DTYPES:
+            raise CmxError(f"dtype {dtype!r} is unknown, expected one of {list(DTYPES)}")
+        directory = locate(name_or_path)
+        config = read_config(directory)
+        weights = read_weights(directory, config, jnp.dtype(dtype))
+        return cls(directory, config, weights, _tokenizer(directory, config), dtype)
+
+    @property
+    def mtp_missing(self) -> bool:
+        """The config names MTP layers, but none is stored."""
+        return self.config.num_nextn_predict_layers > 0 and self.weights.mtp is None
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt; ids pass through.
+
+        Raises:
+          CmxError: text, and the model has no tokenizer; or neither text nor ids.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise CmxError(f"{self.directory} has no tokenizer.json: give token ids instead of text")
+            return list(self.tokenizer.encode(prompt).ids)
+        try:
+            return [int(token) for token in prompt]
+        except (TypeError, ValueError):
+            raise CmxError(f"a prompt is {prompt!r}, expected text or a list of token ids") from None
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of token ids, without special tokens (empty without a tokenizer)."""
+        return "" if self.tokenizer is None else self.tokenizer.decode(tokens)
+
+    def instance(self, name: str, layout: Layout, runner: Runner, capacity: Capacity) -> Instance:
+        """This model on an instance."""
+        placement = layout.placement(self.config.n_routed_experts)
+        weights = place_experts(self.weights, placement, layout.slots)
+        return Instance(name, self.config, layout, runner, weights, capacity, self.dtype)
+
+
+
+
+def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise CmxError(f"{path}: not a tokenizer ({error})") from None
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise CmxError(
+            f"{path}: {tokenizer.get_vocab_size()} tokens, expected at most vocab_size {config.vocab_size}"
+        )
+    return tokenizer

@@ -1,0 +1,120 @@
+"""A request and the states it goes through.
+
+    WAITING    in the queue: it has neither pages nor a rank
+    PREFILL    it has pages on a rank of a prefill instance; its prompt runs in the next step there
+    TRANSFER   its first token is known; its pages wait for room on a decode rank
+    DECODE     it has a row and pages on a decode rank; every step gives it one token
+    FINISHED   it reached its length or an end token; it holds nothing
+
+On an instance that does both, PREFILL goes to DECODE directly: the pages stay where they are.
+"""
+
+import enum
+import itertools
+import time
+from dataclasses import dataclass, field
+
+from cmx_jax.errors import CmxError
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    TRANSFER = "transfer"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.PREFILL}),
+    State.PREFILL: frozenset({State.TRANSFER, State.DECODE, State.FINISHED}),
+    State.TRANSFER: frozenset({State.DECODE}),
+    State.DECODE: frozenset({State.FINISHED}),
+    State.FINISHED: frozenset(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a request is continued; vLLM's names.
+
+    Raises:
+      CmxError: a value is outside its range.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for ok, name, expected in (
+            (self.max_tokens >= 1, "max_tokens", "at least 1"),
+            (0 <= self.temperature < float("inf"), "temperature", "zero or more"),
+            (self.top_k >= 0, "top_k", "zero (off) or more"),
+            (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
+            (0 <= self.seed < 2**32, "seed", "in [0, 2^32)"),
+        ):
+            if not ok:
+                raise CmxError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+
+_ids = itertools.count()
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way; times are `time.perf_counter()` seconds."""
+
+    prompt: list[int]
+    params: SamplingParams
+    id: int = field(default_factory=lambda: next(_ids))
+    state: State = State.WAITING
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    finished: float | None = None
+
+    def to(self, state: State) -> None:
+        """Moves on, along `TRANSITIONS` only."""
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"request {self.id}: {self.state.name} cannot become {state.name}")
+        self.state = state
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and the most that may follow."""
+        return len(self.prompt) + self.params.max_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that the cache must hold at most: the last one is never attended to."""
+        return self.total_tokens - 1
+
+    def add(self, token: int, eos: tuple[int, ...]) -> bool:
+        """Takes the next token; True when it was the last."""
+        now = time.perf_counter()
+        self.first_token = self.first_token or now
+        self.tokens.append(token)
+        if token in eos and not self.params.ignore_eos:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.params.max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            self.finished = now
+        return self.finish_reason is not None
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token, from arrival, seconds."""
+        return (self.first_token or self.arrived) - self.arrived
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time of each further token, seconds (0 with a single one)."""
+        if self.finished is None or self.first_token is None or len(self.tokens) < 2:
+            return 0.0
+        return (self.finished - self.first_token) / (len(self.tokens) - 1)

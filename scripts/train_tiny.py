@@ -1,0 +1,374 @@
+"""Trains the model that ships as `tiny`: a small DeepSeek-V3 on English about Python.
+
+    python scripts/train_tiny.py --out cmx_jax/assets/tiny --work /tmp/tiny
+
+It runs on whatever JAX has (two CPU cores do), from one seed, and resumes from the last Orbax checkpoint
+in `--work` when started again. At the end it writes the Hugging Face directory and `training.json`: held-out
+loss, load of the experts, acceptance of the MTP layer's drafts.
+"""
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tiny_corpus
+
+from cmx_jax.mesh.exchange import ExchangeStats
+from cmx_jax.model.attention import expanded
+from cmx_jax.model.checkpoint import write_weights
+from cmx_jax.model.config import ModelConfig, parse_config
+from cmx_jax.model.decoder import decoder, logits, mtp_hidden
+from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
+
+CONFIG = {  # as a config.json says it
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "attention_bias": False,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 160,
+    "initializer_range": 0.02,
+    "intermediate_size": 640,
+    "kv_lora_rank": 64,
+    "max_position_embeddings": 512,
+    "moe_intermediate_size": 16,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 96,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_interleave": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 24,
+    "vocab_size": 2048,
+}
+MTP_LOSS = 0.3
+
+
+def init(c: ModelConfig, seed: int) -> Weights:
+    """Random weights: normal with 0.02 at the embedding, `1/sqrt(fan in)` in matrices, ones in norms."""
+    rng = np.random.default_rng(seed)
+
+    def make(leaf: Leaf) -> np.ndarray:
+        if leaf.kind == "slots":
+            return np.broadcast_to(np.arange(c.n_routed_experts, dtype=np.int32), leaf.shape).copy()
+        if leaf.kind in ("norm", "router_bias", "bias"):
+            fill = 1.0 if leaf.kind == "norm" else 0.0
+            return np.full(leaf.shape, fill, leaf_dtype(leaf, np.float32))
+        return (rng.standard_normal(leaf.shape) * _std(leaf, c)).astype(np.float32)
+
+    return weight_tree(c, c.n_routed_experts, make)
+
+
+def _std(leaf: Leaf, c: ModelConfig) -> float:
+    name = leaf.path.rsplit(".", 1)[-1]
+    fan_in = {
+        "embed": 2500,
+        "q_b": c.q_lora_rank or c.hidden_size,
+        "k_b": c.kv_lora_rank,
+        "v_b": c.kv_lora_rank,
+        "o": c.num_attention_heads * c.v_head_dim * 2 * c.num_hidden_layers,
+        "eh_proj": 2 * c.hidden_size,
+        "down": leaf.shape[-2] * 2 * c.num_hidden_layers,
+    }.get(name, c.hidden_size)
+    return fan_in**-0.5
+
+
+@jax.custom_vjp
+def permuted(x: Any, take: Any, give: Any) -> Any:
+    """`x[take]`, zeros where `take` is out of range; `give` is the inverse: the rows to which each row of
+    `x` goes (`[rows of x, copies]`). So the gradient is a gather too: scatter-adds are slow on CPU."""
+    return x.at[take].get(mode="fill", fill_value=0)
+
+
+def _permuted_backward(give: Any, grad: Any) -> Any:
+    return jnp.sum(grad.at[give].get(mode="fill", fill_value=0), axis=1), None, None
+
+
+permuted.defvjp(lambda x, take, give: (permuted(x, take, give), give), _permuted_backward)
+
+
+def capacity_experts(capacity: float) -> Any:
+    """Experts run in batches of `capacity` times their mean load: differentiable, and fast on CPU.
+
+    What overflows is dropped, as usual in training; with the load balanced there is little.
+    """
+
+    def run(x: Any, slots: Any, weights: Any, experts: Any) -> Any:
+        (tokens, top_k), count = slots.shape, experts.down.shape[0]
+        room = max(8, int(capacity * tokens * top_k / count))
+        flat = slots.reshape(-1)
+        messages, nowhere = flat.shape[0], count * room
+        order = jnp.argsort(flat, stable=True)
+        counts = jnp.bincount(flat, length=count)
+        turn = jnp.zeros_like(flat).at[order].set(jnp.arange(messages, dtype=flat.dtype))
+        turn = turn - (jnp.cumsum(counts) - counts)[flat].astype(flat.dtype)
+        place = jnp.where(turn < room, flat * room + turn, nowhere)
+        message = jnp.full(nowhere, messages, flat.dtype)
+        message = message.at[place].set(jnp.arange(messages, dtype=flat.dtype), mode="drop")
+        source = jnp.where(message < messages, message // top_k, tokens)
+        rows = permuted(x, source, place.reshape(tokens, top_k)).reshape(count, room, -1)
+        h = jnp.einsum("xcd,xdgf->xcgf", rows, experts.gate_up)
+        y = jnp.einsum("xcf,xfd->xcd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], experts.down)
+        back = permuted(y.reshape(nowhere, -1), place, message[:, None])
+        out = jnp.einsum("tk,tkd->td", weights, back.reshape(tokens, top_k, -1))
+        zero = jnp.zeros((), jnp.int32)
+        return out, ExchangeStats(rounds=zero, sent=zero)
+
+    return run
+
+
+def forward(weights: Weights, c: ModelConfig, tokens: Any, capacity: float) -> tuple[Any, Any, Any]:
+    """Logits of the model and of its MTP layer `[B, T, O]`, expert loads `[L, E]`.
+
+    tokens: int [B, T].
+    """
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    active = jnp.ones((batch, length), bool)
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    run = capacity_experts(capacity)
+
+    def attend(cache: Any, index: Any, q: Any, latents: Any, w: Any) -> tuple[Any, Any]:
+        return expanded(q, latents, mask, w, c), cache
+
+    hidden, _, stats = decoder(weights, c, tokens, positions, active, None, attend, run)
+    w = jax.tree.map(lambda a: a[0], weights.mtp)
+    drafted, _, extra = mtp_hidden(
+        hidden, jnp.roll(tokens, -1, axis=1), positions, active, w, weights, c,
+        lambda q, kv, a: attend(None, 0, q, kv, a), run,
+    )  # fmt: skip
+    return logits(hidden, weights), logits(drafted, weights), jnp.concatenate([stats.load, extra.load[None]])
+
+
+def losses(main: Any, draft: Any, tokens: Any) -> tuple[Any, Any]:
+    """Cross-entropy of the next token `[B, T-1]` and of the one behind it `[B, T-2]`, nats."""
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+    return entropy(main[:, :-1], tokens[:, 1:]), entropy(draft[:, :-2], tokens[:, 2:])
+
+
+def trainable(c: ModelConfig) -> Weights:
+    """True where gradients apply; placement and correction bias are set otherwise."""
+    return weight_tree(c, c.n_routed_experts, lambda leaf: leaf.kind not in ("slots", "router_bias"))
+
+
+def decayed(c: ModelConfig) -> Weights:
+    """True where weight decay applies: matrices."""
+    return weight_tree(c, c.n_routed_experts, lambda leaf: leaf.kind in ("matrix", "router"))
+
+
+def pick(mask: Weights, weights: Weights, keep: bool) -> Weights:
+    """The leaves where `mask` is `keep`, None elsewhere."""
+    return jax.tree.map(lambda m, w: w if m is keep else None, mask, weights)
+
+
+def merge(a: Weights, b: Weights) -> Weights:
+    """Two halves of `pick` as one again."""
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
+
+
+def balance(weights: Weights, load: Any, speed: Any) -> Weights:
+    """Moves each correction bias one step towards even load (DeepSeek-V3's auxiliary-loss-free balancing)."""
+    mean = jnp.mean(load.astype(jnp.float32), axis=-1, keepdims=True)
+    step = speed * jnp.sign(mean - load.astype(jnp.float32))
+    ffn, extra = weights.moe.ffn, weights.mtp.layer.ffn
+    moe = weights.moe.replace(ffn=ffn.replace(router_bias=ffn.router_bias + step[:-1]))
+    layer = weights.mtp.layer.replace(ffn=extra.replace(router_bias=extra.router_bias + step[-1:]))
+    return weights.replace(moe=moe, mtp=weights.mtp.replace(layer=layer))
+
+
+def optimizer(c: ModelConfig, args: argparse.Namespace) -> optax.GradientTransformation:
+    """AdamW, warm-up then cosine, clipped at global norm 1."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, args.steps // 20, args.steps, args.rate / 20)
+    mask = pick(trainable(c), decayed(c), True)
+    adamw = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=args.decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def bias_speed(step: int, steps: int) -> np.float32:
+    """DeepSeek-V3's 0.001, reached from 0.02: a short training cannot wait for slow biases."""
+    return np.float32(max(0.001, 0.02 * (1 - 2 * step / steps)))
+
+
+def make_step(c: ModelConfig, opt: optax.GradientTransformation, capacity: float) -> Any:
+    """One jitted training step: `(weights, opt state, tokens, bias speed) -> (weights, state, metrics)`."""
+    mask = trainable(c)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(weights: Weights, state: Any, tokens: Any, speed: Any) -> tuple[Weights, Any, Any]:
+        frozen = pick(mask, weights, False)
+
+        def objective(free: Weights) -> tuple[Any, Any]:
+            main, draft, load = forward(merge(free, frozen), c, tokens, capacity)
+            loss, mtp_loss = (jnp.mean(x) for x in losses(main, draft, tokens))
+            return loss + MTP_LOSS * mtp_loss, (loss, mtp_loss, load)
+
+        free = pick(mask, weights, True)
+        grads, (loss, mtp_loss, load) = jax.grad(objective, has_aux=True)(free)
+        updates, state = opt.update(grads, state, free)
+        weights = merge(optax.apply_updates(free, updates), frozen)
+        return balance(weights, load, speed), state, (loss, mtp_loss, load)
+
+    return step
+
+
+def batch_of(stream: np.ndarray, step: int, args: argparse.Namespace) -> np.ndarray:
+    """Random windows of the token stream; a function of seed and step alone, so that resuming is exact."""
+    rng = np.random.default_rng((args.seed, step))
+    starts = rng.integers(0, len(stream) - args.length, args.batch)
+    return np.stack([stream[s : s + args.length] for s in starts])
+
+
+def encode(texts: list[str], tokenizer: Any) -> np.ndarray:
+    """Documents as one stream, each behind an end-of-text token."""
+    ids: list[int] = []
+    for encoding in tokenizer.encode_batch([tiny_corpus.END + t for t in texts]):
+        ids.extend(encoding.ids)
+    return np.asarray([*ids, tokenizer.token_to_id(tiny_corpus.END)], np.int32)
+
+
+def evaluate(weights: Weights, c: ModelConfig, stream: np.ndarray, length: int) -> dict[str, Any]:
+    """Held-out loss (nats a token), MTP acceptance, and the experts' load: busiest over mean, by layer."""
+    sums, counts, loads = np.zeros(3), np.zeros(3), 0
+
+    @jax.jit
+    def run(weights: Weights, tokens: Any) -> tuple[Any, ...]:
+        main, draft, load = forward(weights, c, tokens, 8.0)
+        # a draft is accepted where it is what the model itself says behind the true token
+        accepted = jnp.argmax(draft[:, :-1], -1) == jnp.argmax(main[:, 1:], -1)
+        return *losses(main, draft, tokens), accepted, load
+
+    rows = stream[: len(stream) // (4 * length) * 4 * length].reshape(-1, 4, length)
+    for tokens in rows:
+        *results, load = run(weights, tokens)
+        sums += [float(r.sum()) for r in results]
+        counts += [r.size for r in results]
+        loads = loads + np.asarray(load)
+    means = sums / counts
+    loads = np.asarray(loads)
+    return {
+        "held_out_loss": means[0],
+        "held_out_perplexity": float(np.exp(means[0])),
+        "mtp_held_out_loss": means[1],
+        "mtp_acceptance": means[2],
+        "expert_load_max_over_mean": (loads.max(-1) / loads.mean(-1)).round(2).tolist(),
+        "experts_never_chosen": (loads == 0).sum(-1).tolist(),
+        "held_out_tokens": int(counts[0]),
+    }
+
+
+def train(args: argparse.Namespace, c: ModelConfig, streams: tuple[np.ndarray, np.ndarray]) -> Weights:
+    """Trains up to `--steps`, saving and resuming; returns the weights."""
+    weights = jax.tree.map(jnp.asarray, init(c, args.seed))
+    opt = optimizer(c, args)
+    state = opt.init(pick(trainable(c), weights, True))
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
+    step_fn = make_step(c, opt, args.capacity)
+    began, tokens_done = time.time(), 0
+    with ocp.CheckpointManager(args.work.absolute() / "checkpoints", options=options) as manager:
+        first = 0
+        if manager.latest_step() is not None:
+            first = manager.latest_step() + 1
+            saved = manager.restore(first - 1, args=ocp.args.StandardRestore((weights, state)))
+            weights, state = jax.tree.map(jnp.asarray, saved)
+            print(f"resuming behind step {first - 1}", flush=True)
+        for step in range(first, args.steps):
+            weights, state, (loss, mtp_loss, load) = step_fn(
+                weights, state, batch_of(streams[0], step, args), bias_speed(step, args.steps)
+            )
+            tokens_done += args.batch * args.length
+            if step % args.log_every == 0 or step == args.steps - 1:
+                busy = np.asarray(load)
+                print(
+                    f"step {step} loss {float(loss):.3f} mtp {float(mtp_loss):.3f} "
+                    f"load {busy.max() / busy.mean():.2f} {tokens_done / (time.time() - began):.0f} tokens/s",
+                    flush=True,
+                )
+            if args.eval_every and step % args.eval_every == args.eval_every - 1:
+                result = evaluate(weights, c, streams[1], args.length)
+                print(f"step {step} held out {result['held_out_loss']:.3f}", flush=True)
+            manager.save(step, args=ocp.args.StandardSave((weights, state)), force=step == args.steps - 1)
+            if args.minutes and (time.time() - began) / 60 > args.minutes:
+                manager.save(step, args=ocp.args.StandardSave((weights, state)), force=True)
+                manager.wait_until_finished()
+                raise SystemExit(f"stopped behind step {step}; the same command goes on from there")
+        manager.wait_until_finished()
+    return weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--corpus", type=Path, help="documents as JSON, by tiny_corpus.py (default: this Python's)")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--decay", type=float, default=0.1)
+    parser.add_argument("--capacity", type=float, default=1.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--log-every", type=int, default=20)
+    parser.add_argument("--eval-every", type=int, default=200)
+    parser.add_argument("--minutes", type=float, help="stop (resumably) after so long")
+    args = parser.parse_args()
+
+    c = parse_config(CONFIG)
+    texts = json.loads(args.corpus.read_text()) if args.corpus else tiny_corpus.documents()
+    training, held_out = tiny_corpus.split(texts)
+    tokenizer = tiny_corpus.train_tokenizer(training, c.vocab_size)
+    streams = encode(training, tokenizer), encode(held_out, tokenizer)
+    print(f"{len(streams[0])} training tokens, {len(streams[1])} held out", flush=True)
+    began = time.time()
+    weights = train(args, c, streams)
+
+    shipped = jax.tree.map(  # what is measured is what is shipped
+        lambda w: w if w.dtype == jnp.int32 else w.astype(ml_dtypes.bfloat16).astype(jnp.float32), weights
+    )
+    report = evaluate(shipped, c, streams[1], args.length) | {
+        "training_tokens": len(streams[0]),
+        "training_loss": evaluate(shipped, c, streams[0][: 64 * args.length + 1], args.length)["held_out_loss"],
+        "corpus_sha256": tiny_corpus.fingerprint(texts),
+        "documents": len(texts),
+        "jax": jax.__version__,
+        "backend": jax.devices()[0].device_kind,
+        "seconds_of_last_run": round(time.time() - began),
+        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("out", "work", "corpus")},
+    }
+    write_weights(args.out, c, shipped)
+    (args.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    tokenizer.save(str(args.out / "tokenizer.json"))
+    (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
