@@ -8,11 +8,11 @@ import ast
 import hashlib
 import inspect
 import json
+import pydoc_data.topics
 import sys
 import sysconfig
 from pathlib import Path
 
-import pydoc_data.topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END = "<|endoftext|>"

@@ -327,7 +327,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
-    parser.add_argument("--corpus", type=Path, help="documents as JSON, by tiny_corpus.py (default: this Python's)")
+    parser.add_argument(
+        "--corpus", type=Path, help="documents as JSON, by tiny_corpus.py (default: this Python's)"
+    )
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
@@ -355,7 +357,9 @@ def main() -> None:
     )
     report = evaluate(shipped, c, streams[1], args.length) | {
         "training_tokens": len(streams[0]),
-        "training_loss": evaluate(shipped, c, streams[0][: 64 * args.length + 1], args.length)["held_out_loss"],
+        "training_loss": evaluate(shipped, c, streams[0][: 64 * args.length + 1], args.length)[
+            "held_out_loss"
+        ],
         "corpus_sha256": tiny_corpus.fingerprint(texts),
         "documents": len(texts),
         "jax": jax.__version__,

@@ -13,7 +13,7 @@ Results return unquantised, as in the paper.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,11 @@ _META = {"float32": 2, "bfloat16": 2, "int8": 6}  # elements behind the token, s
 class ExchangeStats:
     """What one exchange did on this rank. Scalars; the runners stack them over ranks."""
 
-    rounds: Int[Array, ""]
-    sent: Int[Array, ""]  # messages this rank sent, its own experts included
+    rounds: Any  # [] int32
+    sent: Any  # [] int32: messages this rank sent, to its own experts included
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """The signature behind which every exchange method stands."""
 

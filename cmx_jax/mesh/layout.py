@@ -47,10 +47,11 @@ class Layout:
                     raise CmxError(f"layout: {field} uses axis {name!r}, expected one of {names}")
                 if used.count(name) > 1:
                     raise CmxError(f"layout: {field} uses axis {name!r} twice")
-        if self.slots < 1 or self.slots % self.expert_ranks:
+        ranks = self.expert_ranks
+        if self.slots < 1 or self.slots % ranks:
             raise CmxError(
-                f"layout: {self.slots} expert slots do not divide over {self.expert_ranks} ranks, expected "
-                f"equally many on each, such as {-(-max(self.slots, 1) // self.expert_ranks) * self.expert_ranks}"
+                f"layout: {self.slots} expert slots do not divide over {ranks} ranks, expected equally many "
+                f"on each, such as {-(-max(self.slots, 1) // ranks) * ranks}"
             )
         if self.wire not in WIRES:
             raise CmxError(f"layout: wire {self.wire!r}, expected one of {list(WIRES)}")
@@ -98,7 +99,9 @@ class Layout:
           CmxError: there are more experts than slots.
         """
         if experts > self.slots:
-            raise CmxError(f"layout: {experts} experts do not fit {self.slots} slots, expected at least as many")
+            raise CmxError(
+                f"layout: {experts} experts do not fit {self.slots} slots, expected at least as many"
+            )
         return (np.arange(experts, dtype=np.int64) * self.slots // max(experts, 1)).astype(np.int32)
 
 

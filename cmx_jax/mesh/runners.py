@@ -13,7 +13,7 @@ callers of a runner only ever hold whole arrays:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, host_devices
 Axes = tuple[tuple[str, int], ...]
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What every runner does."""
 
@@ -83,9 +84,7 @@ class Devices:
     def jit(
         self, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate_argnums: Sequence[int] = ()
     ) -> Any:
-        mapped = jax.shard_map(
-            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
+        mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate_argnums)
 
     def put(self, tree: Any, specs: Any) -> Any:
@@ -218,9 +217,7 @@ class Abstract:
     def jit(
         self, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate_argnums: Sequence[int] = ()
     ) -> Any:
-        mapped = jax.shard_map(
-            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
+        mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate_argnums)
 
     def put(self, tree: Any, specs: Any) -> Any:

@@ -67,8 +67,6 @@ def take_pages(cache: PagedCache, ids: Int[Array, " N"]) -> Float[Array, "N L W 
     return cache.pages.at[ids].get(mode="fill", fill_value=0)
 
 
-def put_pages(
-    cache: PagedCache, ids: Int[Array, " N"], pages: Float[Array, "N L W C"]
-) -> PagedCache:
+def put_pages(cache: PagedCache, ids: Int[Array, " N"], pages: Float[Array, "N L W C"]) -> PagedCache:
     """Copies whole pages in; `NO_PAGE` drops."""
     return PagedCache(cache.pages.at[ids].set(pages.astype(cache.pages.dtype), mode="drop"))

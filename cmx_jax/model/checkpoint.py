@@ -197,9 +197,7 @@ def _ignored(name: str, c: ModelConfig, mtp: bool) -> bool:
 
 def has_mtp(c: ModelConfig, names: Mapping[str, Any]) -> bool:
     """Whether any tensor of an MTP layer is stored."""
-    prefixes = tuple(
-        f"model.layers.{c.num_hidden_layers + i}." for i in range(c.num_nextn_predict_layers)
-    )
+    prefixes = tuple(f"model.layers.{c.num_hidden_layers + i}." for i in range(c.num_nextn_predict_layers))
     return bool(prefixes) and any(name.startswith(prefixes) for name in names)
 
 

@@ -91,12 +91,12 @@ class ModelConfig:
 
 
 _POSITIVE = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads kv_lora_rank "
-    "qk_nope_head_dim qk_rope_head_dim v_head_dim max_position_embeddings"
-).split()
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
+)
 _POSITIVE_IF_MOE = (
-    "moe_intermediate_size n_routed_experts num_experts_per_tok n_group topk_group"
-).split()
+    *("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
+)
 
 
 def _expect(ok: bool, field: str, given: object, expected: str) -> None:
@@ -105,7 +105,7 @@ def _expect(ok: bool, field: str, given: object, expected: str) -> None:
 
 
 def _check(c: ModelConfig) -> None:
-    for field in _POSITIVE + (_POSITIVE_IF_MOE if c.num_moe_layers > 0 else []):
+    for field in _POSITIVE + (_POSITIVE_IF_MOE if c.num_moe_layers > 0 else ()):
         _expect(getattr(c, field) > 0, field, getattr(c, field), "a positive integer")
     for field in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
         _expect(getattr(c, field) >= 0, field, getattr(c, field), "zero or more")

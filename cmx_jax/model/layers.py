@@ -67,7 +67,7 @@ def _grouped(x: Array, group: Array, gate_up: Array, down: Array) -> Array:
 def _grouped_lanes(size, in_batched, x, group, gate_up, down):  # type: ignore[no-untyped-def]
     """Lanes fold into groups: many ranks' experts are more experts, so that the loop still runs over
     the tiles that exist instead of every lane paying for the longest."""
-    x_b, group_b, gate_b, down_b = in_batched
+    x_b, group_b, gate_b, _ = in_batched
     x = x if x_b else jnp.broadcast_to(x, (size, *x.shape))
     group = group if group_b else jnp.broadcast_to(group, (size, *group.shape))
     per_lane = gate_up.shape[1] if gate_b else gate_up.shape[0]
@@ -80,9 +80,7 @@ def _grouped_lanes(size, in_batched, x, group, gate_up, down):  # type: ignore[n
     return flat.reshape(x.shape), True
 
 
-def grouped_swiglu(
-    x: Float[Array, "N D"], group: Int[Array, " N"], w: Experts
-) -> Float[Array, "N D"]:
+def grouped_swiglu(x: Float[Array, "N D"], group: Int[Array, " N"], w: Experts) -> Float[Array, "N D"]:
     """SwiGLU of each row under the expert of its group.
 
     Rows of group -1 are empty: they cost nothing, may hold anything and give zeros. Rows are compacted

@@ -1,6 +1,7 @@
 """A token's path through a MoE layer: gate, dispatch, experts, combine, shared expert."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ RunExperts = Callable[
 class MoEStats:
     """One MoE layer on one rank: the exchange's stats, and how many tokens chose each expert."""
 
-    exchange: ExchangeStats
-    load: Int[Array, " E"]
+    exchange: Any  # ExchangeStats
+    load: Any  # [E] int32
 
 
 def exchanged(method: str, *, axis: Axis, slots_per_rank: int, rows: int, wire: str) -> RunExperts:
@@ -37,9 +38,7 @@ def exchanged(method: str, *, axis: Axis, slots_per_rank: int, rows: int, wire: 
             with jax.named_scope("MLP"):
                 return grouped_swiglu(rows_, local, experts)
 
-        return send(
-            x, slots, weights, ffn, axis=axis, slots_per_rank=slots_per_rank, rows=rows, wire=wire
-        )
+        return send(x, slots, weights, ffn, axis=axis, slots_per_rank=slots_per_rank, rows=rows, wire=wire)
 
     return run
 

@@ -23,9 +23,7 @@ def greedy(logits: Float[Array, "B O"]) -> Int[Array, " B"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def sample(
-    logits: Float[Array, "B O"], s: Sampling, positions: Int[Array, " B"]
-) -> Int[Array, " B"]:
+def sample(logits: Float[Array, "B O"], s: Sampling, positions: Int[Array, " B"]) -> Int[Array, " B"]:
     """One token a row.
 
     The draw depends on the request's seed and the token's position alone, so that a request gives the same

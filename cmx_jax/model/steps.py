@@ -52,7 +52,7 @@ class StepOutput:
     """`tokens [B]`: the next token of each row. `stats`: of each MoE layer and rank (None without any)."""
 
     tokens: Any
-    stats: MoEStats | None
+    stats: Any  # MoEStats
 
 
 def run_experts(c: ModelConfig, layout: Layout, tokens: int) -> RunExperts:
@@ -172,7 +172,7 @@ def step_specs(c: ModelConfig, layout: Layout, mtp: bool) -> tuple[Any, P, Any]:
     """Specs of the weights, of everything split like the sequences, and of a `StepOutput`."""
     axes = tuple(name for name, _ in layout.axes)
     # a prefix: one spec for all stats
-    output = StepOutput(layout.data_spec, P(None, axes) if c.num_moe_layers else None)  # type: ignore[arg-type]
+    output = StepOutput(layout.data_spec, P(None, axes) if c.num_moe_layers else None)
     return weight_specs(c, layout.experts, mtp), layout.data_spec, output
 
 

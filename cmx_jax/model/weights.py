@@ -222,11 +222,11 @@ def place_experts(weights: Weights, slot_of_expert: np.ndarray, slots: int) -> W
             return layer
         table = np.broadcast_to(slot_of_expert, layer.ffn.slot_of_expert.shape).astype(np.int32)
         experts = jax.tree.map(spread, layer.ffn.experts)
-        return layer.replace(ffn=layer.ffn.replace(experts=experts, slot_of_expert=table))  # type: ignore[attr-defined]
+        return layer.replace(ffn=layer.ffn.replace(experts=experts, slot_of_expert=table))
 
-    return weights.replace(  # type: ignore[attr-defined]
+    return weights.replace(
         moe=weights.moe and move(weights.moe),
-        mtp=weights.mtp and weights.mtp.replace(layer=move(weights.mtp.layer)),  # type: ignore[attr-defined]
+        mtp=weights.mtp and weights.mtp.replace(layer=move(weights.mtp.layer)),
     )
 
 
@@ -239,9 +239,7 @@ def leaf_dtype(leaf: Leaf, dtype: Any) -> Any:
 
 def abstract_weights(c: ModelConfig, slots: int, dtype: Any, mtp: bool = True) -> Weights:
     """Shapes and dtypes without arrays."""
-    return weight_tree(
-        c, slots, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(leaf, dtype)), mtp
-    )
+    return weight_tree(c, slots, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(leaf, dtype)), mtp)
 
 
 def weight_specs(c: ModelConfig, expert_axes: tuple[str, ...], mtp: bool = True) -> Weights:

@@ -120,7 +120,9 @@ def render(result: dict[str, Any]) -> str:
         for entry in pools[role]:
             running = "model loaded" if entry["name"] in result["started"] else "free"
             first, last = entry["nodes"]
-            lines.append(f"  {entry['name']:<10} {entry['npus']:>3} NPUs, nodes {first:>2}-{last:<2}  {running}")
+            lines.append(
+                f"  {entry['name']:<10} {entry['npus']:>3} NPUs, nodes {first:>2}-{last:<2}  {running}"
+            )
     spare = pools["spare"]
     lines.append(
         f"  {'spare':<10} {spare['npus']:>3} NPUs, room for {spare['prefill_instances']} prefill instances"

@@ -45,8 +45,8 @@ class Engine:
         for room, tokens in [(self.decode.capacity, request.cached_tokens), *rooms]:
             if pages_for(tokens, room.page_width) > room.pages:
                 raise CmxError(
-                    f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed a rank's cache of "
-                    f"{room.pages} pages of {room.page_width} tokens"
+                    f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed a rank's "
+                    f"cache of {room.pages} pages of {room.page_width} tokens"
                 )
         self.waiting.append(request)
         return request

@@ -20,6 +20,11 @@ from cmx_jax.serving.pages import PagePool, pages_for
 from cmx_jax.serving.request import Request
 
 
+# A program is compiled for each length, so lengths are few: these many pages, doubled as often as needed.
+PREFILL_PAGES = 2
+DECODE_PAGES = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
     """What each rank of an instance has room for."""
@@ -129,7 +134,7 @@ class Instance:
     def prefill(self, requests: list[Request]) -> list[int]:
         """Runs the prompts of placed requests, at most one a rank; returns their first tokens."""
         ranks, width = self.layout.data_ranks, self.capacity.page_width
-        length = bucket(max(len(r.prompt) for r in requests), width)
+        length = bucket(max(len(r.prompt) for r in requests), PREFILL_PAGES * width)
         row_of = [self.places[r].rank for r in requests]
         tokens, lengths = np.zeros((ranks, length), np.int32), np.zeros(ranks, np.int32)
         for row, request in zip(row_of, requests, strict=True):
@@ -148,7 +153,7 @@ class Instance:
         for row, request in running:
             tokens[row] = request.tokens[-1]
             positions[row] = len(request.prompt) + len(request.tokens) - 1
-        longest = bucket(int(positions.max()) + 1, width)
+        longest = bucket(int(positions.max()) + 1, DECODE_PAGES * width)
         table = self._page_table(size, rows, requests, longest // width)
         batch = DecodeBatch(tokens, positions, table, sampling(size, rows, requests))
         return dict(zip(requests, self._run(self.steps.decode, batch, rows, requests), strict=True))

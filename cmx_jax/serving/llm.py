@@ -61,7 +61,9 @@ class LLM:
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
             raise CmxError(f"tokens are {tokens.dtype} {list(tokens.shape)}, expected integers [B, T]")
         if tokens.min() < 0 or tokens.max() >= c.vocab_size:
-            raise CmxError(f"tokens reach from {tokens.min()} to {tokens.max()}, expected [0, {c.vocab_size})")
+            raise CmxError(
+                f"tokens reach from {tokens.min()} to {tokens.max()}, expected [0, {c.vocab_size})"
+            )
         batch, length = tokens.shape
         if length > c.max_position_embeddings:
             raise CmxError(f"{length} tokens exceed the context of {c.max_position_embeddings}")

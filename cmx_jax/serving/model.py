@@ -90,8 +90,6 @@ class Model:
         return Instance(name, self.config, layout, runner, weights, capacity, self.dtype)
 
 
-
-
 def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     path = directory / "tokenizer.json"
     if not path.is_file():
