@@ -19,7 +19,6 @@ from cmx_jax.model.weights import Weights
 from cmx_jax.serving.pages import PagePool, pages_for
 from cmx_jax.serving.request import Request
 
-
 # A program is compiled for each length, so lengths are few: these many pages, doubled as often as needed.
 PREFILL_PAGES = 2
 DECODE_PAGES = 8

@@ -1,0 +1,102 @@
+"""The serving loop: any split, order and company gives the tokens of a request served alone."""
+
+import numpy as np
+import pytest
+from reference.dense import greedy
+from support import BASE, instance, serve
+
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.model import Model
+from cmx_jax.serving.request import SamplingParams, State
+
+TOKENS = 11
+
+
+@pytest.fixture(scope="module")
+def expected(prompts: list[list[int]]) -> list[list[int]]:
+    return [list(greedy(BASE, prompt, TOKENS)) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def split(base: Model) -> Engine:
+    """Two prefill instances of 2 ranks and a decode instance of 4, with room for few at a time."""
+    prefill = [instance(base, f"prefill-{i}", 2, sequences=1, pages=8) for i in range(2)]
+    return Engine(prefill, instance(base, "decode", 4, sequences=1, pages=8))
+
+
+def held(engine: Engine) -> int:
+    return sum(len(i.places) + i.load for i in (*engine.prefill, engine.decode))
+
+
+def test_disaggregated_serving_equals_the_dense_reference(split, prompts, expected) -> None:
+    assert serve(split, prompts, TOKENS) == expected
+    assert held(split) == 0
+
+
+def test_one_instance_that_does_both_gives_the_same(base, prompts, expected) -> None:
+    both = instance(base, "both", 4, sequences=2, pages=16)
+    engine = Engine([both], both)
+    assert serve(engine, prompts, TOKENS) == expected
+    assert held(engine) == 0
+
+
+def test_requests_join_and_leave_between_steps(split, prompts, expected) -> None:
+    """Each is submitted while others run, with lengths that make them end at different steps."""
+    requests = []
+    for i, prompt in enumerate(prompts):
+        requests.append(split.submit(prompt, SamplingParams(max_tokens=3 + i % 5, ignore_eos=True)))
+        split.step()
+        split.step()
+    split.run()
+    for request, tokens in zip(requests, expected, strict=True):
+        assert request.tokens == tokens[: request.params.max_tokens]
+        assert request.state is State.FINISHED
+    assert held(split) == 0
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_company(base, split, prompts) -> None:
+    draw = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
+    together = serve(split, prompts, TOKENS, **draw)
+    both = instance(base, "both", 2, sequences=1, pages=8)
+    alone = [serve(Engine([both], both), [prompt], TOKENS, **draw)[0] for prompt in prompts[:3]]
+    assert alone == together[:3]
+    assert together != serve(split, prompts, TOKENS, **(draw | {"seed": 6}))
+
+
+def test_nan_in_the_pages_of_those_who_left_reaches_nobody(base, prompts, expected) -> None:
+    engine = Engine(
+        [instance(base, "prefill", 2, sequences=1, pages=8)],
+        instance(base, "decode", 4, sequences=2, pages=16),
+    )
+    for i in (*engine.prefill, engine.decode):
+        i.cache = i.runner.put(
+            i.cache.replace(pages=np.full(i.cache.pages.shape, np.nan, np.float32)), i._data
+        )
+    assert serve(engine, prompts, TOKENS) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        ([], 4, "the prompt is empty"),
+        ([64], 4, "token id 64, expected ids in"),
+        ([-1], 4, "token id -1"),
+        ([1] * 60, 5, "60 tokens and max_tokens 5 exceed the context of 64"),
+        ([1] * 20, 45, "exceed the context of 64"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_it_queues(split, prompt, max_tokens, message) -> None:
+    with pytest.raises(CmxError, match=message):
+        split.submit(prompt, SamplingParams(max_tokens=max_tokens))
+    assert not split.busy
+
+
+@pytest.mark.parametrize(("prefill_pages", "decode_pages"), [(8, 2), (2, 8)])
+def test_a_request_larger_than_a_rank_s_cache_is_refused(base, prefill_pages, decode_pages) -> None:
+    engine = Engine(
+        [instance(base, "prefill", 2, sequences=1, pages=prefill_pages)],
+        instance(base, "decode", 2, sequences=1, pages=decode_pages),
+    )
+    with pytest.raises(CmxError, match="cache of 2 pages of 8 tokens"):
+        engine.submit([1] * 20, SamplingParams(max_tokens=4))

@@ -1,0 +1,29 @@
+"""Small instances for tests that serve."""
+
+from pathlib import Path
+
+from cmx_jax.mesh.layout import expert_parallel
+from cmx_jax.mesh.runners import make_runner
+from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.model import Model
+from cmx_jax.serving.request import SamplingParams
+
+GOLDENS = Path(__file__).parent / "goldens"
+BASE = GOLDENS / "base"
+
+
+def instance(
+    model: Model, name: str, ranks: int, *, runner: str = "lanes", first_device: int = 0, **capacity: int
+) -> Instance:
+    layout = expert_parallel(ranks, model.config.n_routed_experts)
+    return model.instance(
+        name, layout, make_runner(runner, layout.axes, first_device), Capacity(page_width=8, **capacity)
+    )
+
+
+def serve(engine: Engine, prompts: list[list[int]], max_tokens: int, **params: float) -> list[list[int]]:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
+    requests = [engine.submit(prompt, sampling) for prompt in prompts]
+    engine.run()
+    return [request.tokens for request in requests]
