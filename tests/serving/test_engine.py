@@ -65,15 +65,11 @@ def test_a_seed_gives_the_same_text_alone_and_in_company(base, split, prompts) -
 
 
 def test_nan_in_the_pages_of_those_who_left_reaches_nobody(base, prompts, expected) -> None:
-    engine = Engine(
-        [instance(base, "prefill", 2, sequences=1, pages=8)],
-        instance(base, "decode", 4, sequences=2, pages=16),
-    )
-    for i in (*engine.prefill, engine.decode):
-        i.cache = i.runner.put(
-            i.cache.replace(pages=np.full(i.cache.pages.shape, np.nan, np.float32)), i._data
-        )
-    assert serve(engine, prompts, TOKENS) == expected
+    prefill = instance(base, "prefill", 2, sequences=1, pages=8)
+    decode = instance(base, "decode", 4, sequences=2, pages=16)
+    for i in (prefill, decode):
+        i.cache = i.cache.replace(pages=i.cache.pages * np.float32("nan"))
+    assert serve(Engine([prefill], decode), prompts, TOKENS) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,24 @@
+"""Logits and greedy tokens of random-weight models against transformers (goldens by scripts/make_goldens.py)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cmx_jax
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+CASES = sorted(path.name for path in GOLDENS.iterdir() if (path / "config.json").is_file())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_tokens_equal_transformers(case: str) -> None:
+    golden = np.load(GOLDENS / case / "golden.npz")
+    llm = cmx_jax.from_pretrained(GOLDENS / case, ranks=4, max_num_seqs=4)
+    for name in golden.files:
+        if name.startswith("tokens_"):
+            expected = golden[name.replace("tokens", "logits")]
+            np.testing.assert_allclose(llm.logits(golden[name]), expected, atol=1e-4, rtol=0)
+    generated = golden["generated"].tolist()
+    [completion] = llm.generate([golden["prompt"].tolist()], max_new_tokens=len(generated), ignore_eos=True)
+    assert completion.tokens == generated

@@ -1,0 +1,107 @@
+"""`from_pretrained` on the model that ships: every runner and width gives the dense reference's values."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference.dense import greedy, logits
+
+import cmx_jax
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.model import locate
+
+TINY = locate("tiny")
+PROMPTS = ("The json module", "A dictionary is", "Return a list of")
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def encoded() -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def expected(encoded: list[list[int]]) -> list[list[int]]:
+    return [list(greedy(TINY, prompt, TOKENS)) for prompt in encoded]
+
+
+@pytest.mark.parametrize(
+    ("runner", "ranks"),
+    [("lanes", 8), ("lanes", 320), ("lanes", 384), ("devices", 8), ("devices", 16), ("devices", 160)],
+)
+def test_every_runner_and_width_equals_the_dense_reference(runner, ranks, encoded, expected) -> None:
+    llm = cmx_jax.from_pretrained("tiny", runner=runner, ranks=ranks, max_num_seqs=8, max_model_len=64)
+    tokens = np.asarray(encoded[0] + expected[0], np.int32)[None]
+    np.testing.assert_allclose(llm.logits(tokens)[0], logits(TINY, tokens[0]), atol=1e-5, rtol=0)
+    completions = llm.generate(PROMPTS, max_new_tokens=TOKENS, ignore_eos=True)
+    assert [c.tokens for c in completions] == expected
+    assert [c.prompt_tokens for c in completions] == encoded
+
+
+@pytest.mark.parametrize(("wire", "dtype"), [("int8", "float32"), ("bfloat16", "bfloat16")])
+def test_narrow_wires_stay_close(wire, dtype, encoded) -> None:
+    """Both round each message at about 1/256: the logits (of magnitude 10) move by less than half a unit."""
+    llm = cmx_jax.from_pretrained("tiny", dtype=dtype, wire=wire)
+    got = llm.logits(np.asarray(encoded[0], np.int32)[None])[0]
+    exact = logits(TINY, np.asarray(encoded[0]))
+    assert 1e-4 < np.abs(got - exact).max() < 0.5
+
+
+def test_text_is_the_tokens_decoded() -> None:
+    [completion] = cmx_jax.from_pretrained("tiny").generate("The json module", max_new_tokens=8)
+    assert completion.text == str(completion)
+    assert completion.text.isprintable() or "\n" in completion.text
+    assert len(completion.tokens) <= 8
+
+
+def test_the_mtp_layer_that_ships_is_loaded() -> None:
+    assert cmx_jax.from_pretrained("tiny").model.weights.mtp is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name_or_path": "no-such-model"}, "neither a directory nor a model that ships: tiny"),
+        ({"runner": "threads"}, "runner 'threads' is unknown, expected one of"),
+        ({"runner": "devices", "ranks": 384}, "a program over 384 CPU devices would deadlock"),
+        ({"ranks": 0}, "0 ranks, expected at least 1"),
+        ({"dtype": "float8"}, "dtype 'float8' is unknown"),
+        ({"wire": "int4"}, "wire 'int4', expected one of"),
+        ({"max_model_len": 513}, "max_model_len is 513, expected 1 to the model's context of 512"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(arguments, message) -> None:
+    with pytest.raises(CmxError, match=message) as caught:
+        cmx_jax.from_pretrained(**({"name_or_path": "tiny"} | arguments))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros((1, 3)), "expected integers"),
+        (np.zeros(3, np.int32), "expected integers"),
+        (np.zeros((0, 3), np.int32), "expected integers"),
+        (np.full((1, 3), 2048), r"expected \[0, 2048\)"),
+        (np.full((1, 3), -1), r"expected \[0, 2048\)"),
+        (np.zeros((1, 513), np.int32), "513 tokens exceed the context of 512"),
+    ],
+)
+def test_tokens_that_are_none_are_refused(tokens, message) -> None:
+    with pytest.raises(CmxError, match=message):
+        cmx_jax.from_pretrained("tiny").logits(tokens)
+
+
+def test_a_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(Path(__file__).parents[1] / "goldens" / "base" / name)
+    llm = cmx_jax.from_pretrained(tmp_path, ranks=2)
+    with pytest.raises(CmxError, match="no tokenizer.json: give token ids"):
+        llm.generate(["text"])
+    with pytest.raises(CmxError, match="expected text or a list of token ids"):
+        llm.generate([3])
+    assert len(llm.generate([[1, 2]], max_new_tokens=2, ignore_eos=True)[0].tokens) == 2

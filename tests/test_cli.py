@@ -1,0 +1,81 @@
+"""The `cmx` command as a user runs it: in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reference.dense import greedy
+
+from cmx_jax.serving.demo import PROMPTS
+from cmx_jax.serving.model import Model, locate
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def cmx(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cmx_jax.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_demo_serves_on_384_devices_what_the_dense_reference_says() -> None:
+    done = cmx("demo", "--json", "--max-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["devices"] == 384
+    assert [entry["npus"] for entry in result["pools"]["decode"]] == [160]
+    assert [entry["npus"] for entry in result["pools"]["prefill"]] == [16] * 6
+    assert result["pools"]["spare"] == {"npus": 128, "prefill_instances": 8}
+    assert [r["prompt"] for r in result["requests"]] == list(PROMPTS)
+    model = Model.read("tiny")
+    for r in result["requests"]:
+        prompt = model.encode(r["prompt"])
+        tokens = list(greedy(locate("tiny"), prompt, r["output_tokens"]))
+        assert r["text"] == model.decode(tokens)
+        assert r["prompt_tokens"] == len(prompt)
+        assert r["ttft_s"] > 0
+        assert r["tpot_s"] > 0
+    decode, layers, top_k = result["exchange"]["decode-0"], 3, 8
+    busy = sum(r["output_tokens"] - 1 for r in result["requests"])
+    messages = busy * layers * top_k / decode["steps"] / 160
+    assert decode["combine_bytes"] == pytest.approx(messages * 160 * 4)
+    assert decode["dispatch_bytes"] == pytest.approx(messages * (160 + 2) * 4)
+
+
+def test_generate_prints_the_prompt_and_its_continuation() -> None:
+    done = cmx("generate", "tiny", "--prompt", "The json module", "--max-tokens", "6")
+    assert done.returncode == 0, done.stderr
+    tokens = greedy(locate("tiny"), Model.read("tiny").encode("The json module"), 6)
+    assert done.stdout == "The json module" + Model.read("tiny").decode(list(tokens)) + "\n"
+
+
+def test_seeds_repeat_and_differ() -> None:
+    draw = ("generate", "tiny", "--prompt", "It is", "--max-tokens", "8", "--temperature", "1", "--json")
+    first, again, other = (json.loads(cmx(*draw, "--seed", seed).stdout) for seed in ("1", "1", "2"))
+    assert first["requests"][0]["tokens"] == again["requests"][0]["tokens"]
+    assert first["requests"][0]["tokens"] != other["requests"][0]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "nowhere", "--prompt", "x"), "model 'nowhere' is neither a directory nor"),
+        (("generate", "tiny", "--prompt", "x" * 2000), "exceed the context of 512"),
+        (("generate", "tiny", "--prompt", ""), "the prompt is empty"),
+        (("generate", "tiny", "--prompt", "x", "--max-tokens", "0"), "max_tokens is 0, expected at least 1"),
+        (("generate", "tiny", "--prompt", "x", "--ranks", "384", "--runner", "devices"), "would deadlock"),
+        (("generate", "tiny", "--prompt", "x", "--ranks", "zwei"), "invalid int value: 'zwei'"),
+        (("generate", str(GOLDENS), "--prompt", "x"), "no config.json there"),
+        (("generate", str(GOLDENS / "base"), "--prompt", "x"), "has no tokenizer.json"),
+        (("generate", "tiny"), "arguments are required: --prompt"),
+        (("demo", "--prefill-instances", "7"), "7 prefill instances asked for, expected 1 to 6"),
+        (("sing",), "invalid choice: 'sing'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+    done = cmx(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
