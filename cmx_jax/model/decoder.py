@@ -4,6 +4,8 @@ Prefill, decode and training differ only in two functions that they pass in: how
 (`Attend`) and how experts are run (`RunExperts`).
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,12 +81,25 @@ def decoder(
     return rms_norm(x, weights.norm, c.rms_norm_eps), cache, stats
 
 
+HEAD_BLOCKS = 4
+
+
 def logits(hidden: Float[Array, "*B D"], weights: Weights) -> Float[Array, "*B O"]:
-    """Hidden states to float32 logits."""
+    """Hidden states to float32 logits.
+
+    Summed in blocks of the width: one running float32 sum of large terms that cancel would cost more digits
+    than all layers before it.
+    """
+    head = weights.embed.T if weights.head is None else weights.head
+    ends = [i * head.shape[0] // HEAD_BLOCKS for i in range(HEAD_BLOCKS + 1)]
     with jax.named_scope("LMHead"):
-        if weights.head is None:
-            return jnp.einsum("...d,od->...o", hidden, weights.embed).astype(jnp.float32)
-        return jnp.einsum("...d,do->...o", hidden, weights.head).astype(jnp.float32)
+        parts = (
+            jnp.einsum(
+                "...d,do->...o", hidden[..., i:j], head[i:j], preferred_element_type=jnp.dtype(jnp.float32)
+            )
+            for i, j in itertools.pairwise(ends)
+        )
+        return functools.reduce(jnp.add, parts)
 
 
 def mtp_hidden(
