@@ -54,6 +54,7 @@ YARN_MSCALE |= {"mscale": 0.707, "mscale_all_dim": 1.3}
 # `correction_bias`, the range of e_score_correction_bias.
 CASES = {
     "base": {"seed": 300},
+    "norm_eps": {"seed": 400, "rms_norm_eps": 0.3},
     "no_q_lora": {"seed": 1, "q_lora_rank": None},
     "yarn": {"seed": 302, "rope_parameters": YARN},
     "yarn_mscale": {"seed": 203, "rope_parameters": YARN_MSCALE, "max_position_embeddings": 128},

@@ -314,9 +314,9 @@ def train(args: argparse.Namespace, c: ModelConfig, streams: tuple[np.ndarray, n
             if args.eval_every and step % args.eval_every == args.eval_every - 1:
                 result = evaluate(weights, c, streams[1], args.length)
                 print(f"step {step} held out {result['held_out_loss']:.3f}", flush=True)
-            manager.save(step, args=ocp.args.StandardSave((weights, state)), force=step == args.steps - 1)
-            if args.minutes and (time.time() - began) / 60 > args.minutes:
-                manager.save(step, args=ocp.args.StandardSave((weights, state)), force=True)
+            last = step + 1 in (args.until, args.steps)
+            manager.save(step, args=ocp.args.StandardSave((weights, state)), force=last)
+            if step + 1 == args.until:
                 manager.wait_until_finished()
                 raise SystemExit(f"stopped behind step {step}; the same command goes on from there")
         manager.wait_until_finished()
@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--eval-every", type=int, default=200)
-    parser.add_argument("--minutes", type=float, help="stop (resumably) after so long")
+    parser.add_argument("--until", type=int, help="stop (resumably) behind so many steps")
     args = parser.parse_args()
 
     c = parse_config(CONFIG)

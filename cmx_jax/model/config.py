@@ -6,6 +6,7 @@ refused by name, never ignored.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,11 +139,11 @@ def _integer(raw: Mapping[str, Any], field: str, default: int | None = None) -> 
     return value
 
 
-def _number(raw: Mapping[str, Any], field: str, default: float | None) -> float | None:
+def _number(raw: Mapping[str, Any], field: str, default: Any) -> Any:
     value = raw.get(field)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise CmxError(f"config: {field} is {value!r}, expected a number")
     return float(value)
 
@@ -165,12 +166,10 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
     _expect(kind in ("default", "linear", "yarn"), "rope type", kind, "default, linear or yarn")
     original = _integer(given, "original_max_position_embeddings", max_positions)
     _expect(original > 0, "original_max_position_embeddings", original, "a positive integer")
-    theta = _number(given, "rope_theta", None) or _number(raw, "rope_theta", 10000.0)
-    factor = _number(given, "factor", None)
-    if factor is None:  # transformers' rule
-        factor = max_positions / original if kind == "yarn" else 1.0
+    # transformers' rule for a factor that is not given
+    factor = _number(given, "factor", max_positions / original if kind == "yarn" else 1.0)
     return RopeConfig(
-        theta=theta or 10000.0,
+        theta=_number(given, "rope_theta", _number(raw, "rope_theta", 10000.0)),
         kind=kind,
         factor=factor,
         original_max_position_embeddings=original,
@@ -240,9 +239,9 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         n_group=_integer(raw, "n_group", 1),
         topk_group=_integer(raw, "topk_group", 1),
         norm_topk_prob=_flag(raw, "norm_topk_prob", True),
-        routed_scaling_factor=_number(raw, "routed_scaling_factor", 1.0) or 0.0,
+        routed_scaling_factor=_number(raw, "routed_scaling_factor", 1.0),
         first_k_dense_replace=_integer(raw, "first_k_dense_replace", 0),
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6) or 0.0,
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope=_rope(raw, max_positions),
         rope_interleave=_flag(raw, "rope_interleave", True),
         attention_bias=_flag(raw, "attention_bias", False),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
@@ -50,8 +51,11 @@ class LLM:
         self.model = model
         self.instance = model.instance(runner, layout, make_runner(runner, layout.axes), capacity)
 
-    def logits(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T O"]:
+    def logits(self, tokens: ArrayLike) -> Float[np.ndarray, "B T O"]:
         """Float32 logits of every position: row `t` predicts token `t + 1`.
+
+        Args:
+          tokens: integers [B, T].
 
         Raises:
           CmxError: not [B, T] integers of the vocabulary, or longer than the context.
@@ -67,7 +71,7 @@ class LLM:
         batch, length = tokens.shape
         if length > c.max_position_embeddings:
             raise CmxError(f"{length} tokens exceed the context of {c.max_position_embeddings}")
-        padded = np.zeros((bucket(batch, ranks), bucket(length, 16)), np.int32)
+        padded = np.zeros((bucket(batch, ranks), bucket(length, 64)), np.int32)
         padded[:batch, :length] = tokens
         lengths = np.zeros(padded.shape[0], np.int32)
         lengths[:batch] = length
@@ -77,7 +81,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str | list[int]],
+        prompts: str | Sequence[object],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,

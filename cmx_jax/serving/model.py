@@ -1,10 +1,12 @@
 """A model on disk: found by name or path, read once, put on as many instances as wanted."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from tokenizers import Tokenizer
 
 from cmx_jax.errors import CmxError
@@ -64,7 +66,7 @@ class Model:
         """The config names MTP layers, but none is stored."""
         return self.config.num_nextn_predict_layers > 0 and self.weights.mtp is None
 
-    def encode(self, prompt: str | list[int]) -> list[int]:
+    def encode(self, prompt: object) -> list[int]:
         """Token ids of a prompt; ids pass through.
 
         Raises:
@@ -74,10 +76,10 @@ class Model:
             if self.tokenizer is None:
                 raise CmxError(f"{self.directory} has no tokenizer.json: give token ids instead of text")
             return list(self.tokenizer.encode(prompt).ids)
-        try:
-            return [int(token) for token in prompt]
-        except (TypeError, ValueError):
-            raise CmxError(f"a prompt is {prompt!r}, expected text or a list of token ids") from None
+        ids = list(prompt) if isinstance(prompt, Iterable) else None
+        if ids is None or not all(isinstance(token, int | np.integer) for token in ids):
+            raise CmxError(f"a prompt is {prompt!r}, expected text or a list of token ids")
+        return [int(token) for token in ids]
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, without special tokens (empty without a tokenizer)."""

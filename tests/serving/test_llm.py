@@ -100,7 +100,7 @@ def test_a_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(Path(__file__).parents[1] / "goldens" / "base" / name)
     llm = cmx_jax.from_pretrained(tmp_path, ranks=2)
-    with pytest.raises(CmxError, match="no tokenizer.json: give token ids"):
+    with pytest.raises(CmxError, match=r"no tokenizer\.json: give token ids"):
         llm.generate(["text"])
     with pytest.raises(CmxError, match="expected text or a list of token ids"):
         llm.generate([3])

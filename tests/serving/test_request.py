@@ -8,7 +8,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.serving.request import TRANSITIONS, Request, SamplingParams, State
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.product(State, State))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))
 def test_only_the_table_s_transitions_happen(before: State, after: State) -> None:
     request = Request([1], SamplingParams(), state=before)
     if after in TRANSITIONS[before]:

@@ -1,0 +1,90 @@
+"""What is said to JAX before it starts, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmx_jax.mesh.host import cache_directory
+
+ROOT = Path(__file__).parents[2]
+DEVICES = "import jax; print(json.dumps(len(jax.devices('cpu'))))"
+
+
+def child(*lines: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python statements in a new process without this one's JAX settings."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "CMX_"))}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(["import json", *lines])],
+        env={**clean, "JAX_PLATFORMS": "cpu", **env},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def answer(*lines: str, **env: str) -> object:
+    """What the statements print, as JSON."""
+    done = child(*lines, **env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_devices_can_be_requested_after_importing_the_package() -> None:
+    """Which also shows that no import starts a backend: a started one keeps its one device."""
+    imports = "import cmx_jax, cmx_jax.mesh, cmx_jax.mesh.exchange, cmx_jax.quant"
+    request = "cmx_jax.mesh.request_devices(5); cmx_jax.mesh.request_devices(3)"
+    assert answer(imports, request, DEVICES) == 5
+
+
+def test_a_request_after_jax_has_started_with_fewer_is_refused_in_one_line() -> None:
+    done = child(
+        "import jax; jax.devices()",
+        "from cmx_jax.mesh import request_devices; request_devices(1); request_devices(4)",
+    )
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            "cmx_jax.errors.CmxError: JAX has already started with 1 CPU device(s), 4 are needed: call "
+            "cmx_jax.mesh.request_devices(4) before the first"
+        )
+    )
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_xla_flags_decide_and_fewer_than_needed_are_refused(count: int) -> None:
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    done = child(f"from cmx_jax.mesh import request_devices; request_devices({count})", DEVICES, **flags)
+    if count == 3:
+        assert json.loads(done.stdout) == 3
+    else:
+        assert "CmxError: XLA_FLAGS asks for 3 host devices, 4 are needed" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"CMX_CACHE_DIR": "/a"}, "/a/xla"),
+        ({"CMX_CACHE_DIR": "/a", "JAX_COMPILATION_CACHE_DIR": "/b"}, "/b"),
+        ({"CMX_CACHE_DIR": "/a", "JAX_ENABLE_COMPILATION_CACHE": "0"}, None),
+    ],
+    ids=["ours", "the user's", "switched off"],
+)
+def test_compiled_programs_are_kept_where_the_user_says(env: dict[str, str], expected: str | None) -> None:
+    enable = "import jax; from cmx_jax.mesh import enable_compilation_cache; enable_compilation_cache()"
+    assert answer(enable, "print(json.dumps(jax.config.jax_compilation_cache_dir))", **env) == expected
+
+
+def test_the_cache_lies_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CMX_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "cmx_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "cmx_jax"

@@ -1,0 +1,117 @@
+"""The paged cache against plain arrays: every page is compared, those that must not change included."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmx_jax.model.cache import NO_PAGE, PagedCache, abstract_cache, put_pages, read, take_pages, write
+from model.small import config
+
+PAGES, LAYERS, WIDTH, DIM = 7, 2, 4, 3
+SEQUENCES, HELD = 2, 3
+SPAN = HELD * WIDTH
+write_, read_, take_, put_ = (jax.jit(fn) for fn in (write, read, take_pages, put_pages))
+
+tables = st.permutations(range(PAGES)).map(
+    lambda order: np.array(order[: SEQUENCES * HELD], np.int32).reshape(SEQUENCES, HELD)
+)
+layers = st.integers(0, LAYERS - 1)
+
+
+def stale() -> np.ndarray:
+    """Pages that were never written: NaN, where zeros could hide a read."""
+    return np.full((PAGES, LAYERS, WIDTH, DIM), np.nan, np.float32)
+
+
+def coded(*shape: int) -> np.ndarray:
+    """Numbers that are all different."""
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def put_at(
+    pages: np.ndarray, layer: int, table: np.ndarray, positions: np.ndarray, latents: np.ndarray
+) -> None:
+    """The oracle: one number after another, in place."""
+    for b, t in np.ndindex(positions.shape):
+        s = positions[b, t]
+        if 0 <= s < SPAN and table[b, s // WIDTH] != NO_PAGE:
+            pages[table[b, s // WIDTH], layer, s % WIDTH] = latents[b, t]
+
+
+@given(tables, layers, st.lists(st.permutations(range(-3, SPAN + 2)), min_size=2, max_size=2))
+@settings(deadline=None, max_examples=50)
+def test_write_puts_each_latent_at_its_position_and_touches_nothing_else(table, layer, order) -> None:
+    positions = np.maximum(np.array(order, np.int32), -1)  # in any order, some nowhere, some past the table
+    latents = coded(*positions.shape, DIM)
+    expected = stale()
+    put_at(expected, layer, table, positions, latents)
+    given = write_(PagedCache(stale()), layer, table, positions, latents)
+    np.testing.assert_array_equal(given.pages, expected)
+
+
+@given(tables, layers, st.lists(st.integers(0, SPAN), min_size=2, max_size=2))
+@settings(deadline=None, max_examples=50)
+def test_what_was_written_is_read_as_one_contiguous_array(table, layer, lengths) -> None:
+    positions = np.broadcast_to(np.arange(SPAN, dtype=np.int32), (SEQUENCES, SPAN))
+    latents, used = coded(SEQUENCES, SPAN, DIM), positions < np.array(lengths)[:, None]
+    cache = write_(PagedCache(stale()), layer, table, np.where(used, positions, -1), latents)
+    given = np.asarray(read_(cache, layer, table))
+    np.testing.assert_array_equal(given, np.where(used[..., None], latents, np.nan))
+    assert np.isnan(read_(cache, 1 - layer, table)).all()
+
+
+@given(tables, st.integers(0, SPAN - 1))
+@settings(deadline=None, max_examples=20)
+def test_tokens_written_one_by_one_are_read_as_those_written_at_once(table, length) -> None:
+    latents = coded(SEQUENCES, length, DIM)
+    cache = PagedCache(stale())
+    for s in range(length):
+        cache = write_(cache, 0, table, np.full((SEQUENCES, 1), s, np.int32), latents[:, s : s + 1])
+    np.testing.assert_array_equal(read_(cache, 0, table)[:, :length], latents)
+
+
+@given(tables, st.lists(st.booleans(), min_size=SEQUENCES * HELD, max_size=SEQUENCES * HELD))
+@settings(deadline=None, max_examples=30)
+def test_no_page_is_never_written_and_reads_as_zeros(table, absent) -> None:
+    table = np.where(np.array(absent).reshape(table.shape), NO_PAGE, table).astype(np.int32)
+    positions = np.broadcast_to(np.arange(SPAN, dtype=np.int32), (SEQUENCES, SPAN))
+    latents, expected = coded(SEQUENCES, SPAN, DIM) + 1, stale()
+    put_at(expected, 0, table, positions, latents)
+    cache = write_(PagedCache(stale()), 0, table, positions, latents)
+    np.testing.assert_array_equal(cache.pages, expected)
+    there = np.repeat(table != NO_PAGE, WIDTH, axis=1)[..., None]
+    np.testing.assert_array_equal(read_(cache, 0, table), np.where(there, latents, 0))
+
+
+@given(st.permutations(range(PAGES)), st.permutations(range(PAGES)), st.integers(0, 4))
+@settings(deadline=None, max_examples=30)
+def test_pages_move_to_other_ids_of_another_cache(here, there, count) -> None:
+    source = coded(PAGES, LAYERS, WIDTH, DIM)
+    absent = np.full(5 - count, NO_PAGE, np.int32)
+    ids, places = (np.append(np.array(order[:count], np.int32), absent) for order in (here, there))
+    taken = take_(PagedCache(source), ids)
+    np.testing.assert_array_equal(taken[:count], source[here[:count]])
+    np.testing.assert_array_equal(taken[count:], 0)
+    expected = stale()
+    expected[there[:count]] = source[here[:count]]
+    np.testing.assert_array_equal(put_(PagedCache(stale()), places, taken).pages, expected)
+
+
+def test_a_narrow_cache_holds_rounded_latents() -> None:
+    table, positions = np.array([[2]], np.int32), np.array([[0, 1]], np.int32)
+    latents = np.array([[[1.001, -3.3, 1e-5], [0.1, 200.7, 7.0]]], np.float32)
+    cache = PagedCache(jnp.zeros((PAGES, LAYERS, WIDTH, DIM), jnp.bfloat16))
+    cache = write_(cache, 1, table, positions, latents)
+    assert cache.pages.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(read_(cache, 1, table)[:, :2], latents.astype(ml_dtypes.bfloat16))
+    moved = put_(cache, np.array([0], np.int32), np.full((1, LAYERS, WIDTH, DIM), 1.001, np.float32))
+    np.testing.assert_array_equal(moved.pages[0], np.ones((LAYERS, WIDTH, DIM), ml_dtypes.bfloat16))
+
+
+def test_a_page_holds_the_latents_of_all_layers() -> None:
+    cache = abstract_cache(config(), pages=5, width=16, dtype="bfloat16")
+    assert cache.pages.shape == (5, 3, 16, 18 + 8)
+    assert (cache.width, cache.pages.dtype) == (16, jnp.bfloat16)

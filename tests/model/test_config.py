@@ -1,0 +1,101 @@
+"""Configs: both of Hugging Face's styles, and its defaults."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from support import GOLDENS
+
+from cmx_jax.model.config import ModelConfig, RopeConfig, parse_config, read_config
+from model.small import config, raw_config, without
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def test_both_styles_of_hugging_face_give_the_same_config() -> None:
+    old, new = raw_config("style4"), raw_config("yarn", num_nextn_predict_layers=0)
+    assert "rope_scaling" in old
+    assert "rope_parameters" in new
+    assert parse_config(old) == parse_config(new)
+
+
+def test_fields_arrive_as_they_stand() -> None:
+    raw, c = raw_config("yarn_mscale"), config("yarn_mscale")
+    for field in {field.name for field in fields(ModelConfig)} - {"rope", "eos_token_ids"}:
+        assert getattr(c, field) == raw[field], field
+    assert c.rope == RopeConfig(
+        theta=10.0,
+        kind="yarn",
+        factor=4.0,
+        original_max_position_embeddings=32,
+        beta_fast=2.0,
+        beta_slow=1.0,
+        mscale=0.707,
+        mscale_all_dim=1.3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "default"),
+    [
+        ("q_lora_rank", 1536),
+        ("n_shared_experts", 1),
+        ("n_group", 8),
+        ("topk_group", 4),
+        ("routed_scaling_factor", 2.5),
+        ("first_k_dense_replace", 3),
+        ("norm_topk_prob", True),
+        ("max_position_embeddings", 4096),
+        ("rms_norm_eps", 1e-6),
+        ("rope_interleave", True),
+        ("attention_bias", False),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_an_absent_field_means_what_transformers_means(field: str, default: Any) -> None:
+    assert getattr(parse_config(without(field)), field) == default
+
+
+def test_an_absent_rope_is_plain_with_transformers_theta() -> None:
+    rope = parse_config(without("rope_parameters")).rope
+    assert (rope.kind, rope.theta) == ("default", 10000.0)
+
+
+def test_yarn_defaults_are_those_of_transformers() -> None:
+    rope = config(rope_parameters=YARN | {"beta_fast": None, "factor": None, "rope_theta": 50.0}).rope
+    assert (rope.theta, rope.beta_fast, rope.beta_slow, rope.truncate) == (50.0, 32.0, 1.0, True)
+    assert rope.factor == 64 / 16  # max_position_embeddings / original_max_position_embeddings
+
+
+def test_rope_scaling_wins_over_rope_parameters_as_in_transformers() -> None:
+    scaling = {"type": "linear", "factor": 2.0}
+    c = config("yarn", rope_theta=50.0, rope_scaling=scaling)
+    assert (c.rope.kind, c.rope.factor, c.rope.theta) == ("linear", 2.0, 50.0)
+
+
+def test_null_query_rank_means_none() -> None:
+    assert config(q_lora_rank=None).q_lora_rank is None
+
+
+@pytest.mark.parametrize(("given", "ids"), [(7, (7,)), ([5, 6], (5, 6)), ([], ()), (None, ())])
+def test_end_tokens_may_be_one_many_or_none(given: Any, ids: tuple[int, ...]) -> None:
+    assert config(eos_token_id=given).eos_token_ids == ids
+
+
+def test_an_absent_end_token_is_that_of_transformers() -> None:
+    assert parse_config(without("eos_token_id")).eos_token_ids == (1,)
+
+
+def test_experts_are_not_checked_in_a_model_without_moe_layers() -> None:
+    c = config(first_k_dense_replace=99, n_routed_experts=4, num_experts_per_tok=8)
+    assert (c.num_dense_layers, c.num_moe_layers) == (3, 0)
+
+
+def test_layers_are_counted_and_the_latent_is_measured() -> None:
+    c: ModelConfig = config("two_dense")
+    assert (c.num_hidden_layers, c.num_dense_layers, c.num_moe_layers) == (4, 2, 2)
+    assert c.latent_dim == 18 + 8
+
+
+def test_the_config_of_a_directory_is_read() -> None:
+    assert read_config(GOLDENS / "base") == config("base")
