@@ -121,7 +121,7 @@ def capacity_experts(capacity: float) -> Any:
     What overflows is dropped, as usual in training; with the load balanced there is little.
     """
 
-    def run(x: Any, slots: Any, weights: Any, experts: Any) -> Any:
+    def run(x: Any, slots: Any, weights: Any, experts: Any, layer: Any) -> Any:
         (tokens, top_k), count = slots.shape, experts.down.shape[0]
         room = max(8, int(capacity * tokens * top_k / count))
         flat = slots.reshape(-1)
@@ -135,8 +135,8 @@ def capacity_experts(capacity: float) -> Any:
         message = message.at[place].set(jnp.arange(messages, dtype=flat.dtype), mode="drop")
         source = jnp.where(message < messages, message // top_k, tokens)
         rows = permuted(x, source, place.reshape(tokens, top_k)).reshape(count, room, -1)
-        h = jnp.einsum("xcd,xdgf->xcgf", rows, experts.gate_up)
-        y = jnp.einsum("xcf,xfd->xcd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], experts.down)
+        h = jnp.einsum("xcd,xdgf->xcgf", rows, experts.gate_up[:, layer])
+        y = jnp.einsum("xcf,xfd->xcd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], experts.down[:, layer])
         back = permuted(y.reshape(nowhere, -1), place, message[:, None])
         out = jnp.einsum("tk,tkd->td", weights, back.reshape(tokens, top_k, -1))
         zero = jnp.zeros((), jnp.int32)
@@ -160,9 +160,8 @@ def forward(weights: Weights, c: ModelConfig, tokens: Any, capacity: float) -> t
         return expanded(q, latents, mask, w, c), cache
 
     hidden, _, stats = decoder(weights, c, tokens, positions, active, None, attend, run)
-    w = jax.tree.map(lambda a: a[0], weights.mtp)
     drafted, _, extra = mtp_hidden(
-        hidden, jnp.roll(tokens, -1, axis=1), positions, active, w, weights, c,
+        weights, weights.mtp, c, 0, hidden, jnp.roll(tokens, -1, axis=1), positions, active,
         lambda q, kv, a: attend(None, 0, q, kv, a), run,
     )  # fmt: skip
     return logits(hidden, weights), logits(drafted, weights), jnp.concatenate([stats.load, extra.load[None]])

@@ -87,6 +87,8 @@ def _layer(c: ModelConfig, stack: str, number: int, index: int) -> Iterator[Sour
     prefix, width = f"model.layers.{number}.", c.hidden_size
 
     def source(name: str, shape: tuple[int, ...], path: str, at: tuple[Any, ...], view: View) -> Source:
+        if path.startswith("ffn.experts."):  # the slot comes first there
+            return Source(prefix + name, shape, (stack, path), (at[0], index, *at[1:]), view)
         return Source(prefix + name, shape, (stack, path), (index, *at), view)
 
     yield source("input_layernorm.weight", (width,), "attn_norm", (), _same)

@@ -17,7 +17,7 @@ from cmx_jax.model.attention import Query, project_out, prolog
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.layers import rms_norm, swiglu
 from cmx_jax.model.moe import MoEStats, RunExperts, moe
-from cmx_jax.model.weights import MTP, Attention, Layer, MoE, Weights
+from cmx_jax.model.weights import FFN, MTP, Attention, Experts, Layer, Weights, split_experts
 
 Attend = Callable[[Any, Array, Query, Array, Attention], tuple[Array, Any]]
 """(cache, layer index, queries, new latents, weights) -> (attention output [B, T, H, V], cache)."""
@@ -28,19 +28,24 @@ def layer(
     positions: Int[Array, "B T"],
     active: Bool[Array, "B T"],
     w: Layer,
+    experts: Experts,
+    index: Int[Array, ""],
     c: ModelConfig,
     attend: Callable[[Query, Array, Attention], tuple[Array, Any]],
     run: RunExperts,
 ) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
-    """Pre-norm attention and FFN with residuals; the stats are None for a dense layer."""
+    """Pre-norm attention and FFN with residuals; the stats are None for a dense layer.
+
+    `w` is of one layer, `experts` of the stack, in which it is number `index`.
+    """
     query, latents = prolog(rms_norm(x, w.attn_norm, c.rms_norm_eps), positions, w.attn, c)
     out, cache = attend(query, latents, w.attn)
     x = x + project_out(out, w.attn)
     h = rms_norm(x, w.ffn_norm, c.rms_norm_eps)
-    if not isinstance(w.ffn, MoE):
+    if isinstance(w.ffn, FFN):
         with jax.named_scope("DenseFFN"):
             return x + swiglu(h, w.ffn), cache, None
-    y, stats = moe(h.reshape(-1, h.shape[-1]), active.reshape(-1), w.ffn, c, run)
+    y, stats = moe(h.reshape(-1, h.shape[-1]), active.reshape(-1), w.ffn, experts, index, c, run)
     return x + y.reshape(x.shape), cache, stats
 
 
@@ -60,25 +65,36 @@ def decoder(
       Hidden states after the final norm, the cache, and the MoE layers' stats with a leading axis of
       MoE layers (None without any).
     """
-    x = weights.embed[tokens]
-    stats = None
-    index = 0
+    carry, stats, first = (weights.embed[tokens], cache), None, 0
     for stack in (weights.dense, weights.moe):
-        if stack is None:
-            continue
-        count = stack.attn_norm.shape[0]
-
-        def body(carry: tuple[Array, Any], scanned: tuple[Layer, Array]) -> tuple[Any, MoEStats | None]:
-            (x, cache), (w, i) = carry, scanned
-            x, cache, stats = layer(
-                x, positions, active, w, c, lambda q, kv, a: attend(cache, i, q, kv, a), run
-            )
-            return (x, cache), stats
-
-        layers = jnp.arange(index, index + count, dtype=jnp.int32)
-        (x, cache), stats = jax.lax.scan(body, (x, cache), (stack, layers))
-        index += count
+        if stack is not None:
+            carry, stats = _scan(stack, first, carry, positions, active, c, attend, run)
+            first += stack.attn_norm.shape[0]
+    x, cache = carry
     return rms_norm(x, weights.norm, c.rms_norm_eps), cache, stats
+
+
+def _scan(
+    stack: Layer,
+    first: int,
+    carry: tuple[Array, Any],
+    positions: Array,
+    active: Array,
+    c: ModelConfig,
+    attend: Attend,
+    run: RunExperts,
+) -> tuple[tuple[Array, Any], MoEStats | None]:
+    """All layers of a stack, which begins at the model's layer `first`; carries hidden states and cache."""
+    layers, experts = split_experts(stack)
+
+    def body(carry: tuple[Array, Any], scanned: tuple[Layer, Array]) -> tuple[Any, MoEStats | None]:
+        (x, cache), (w, i) = carry, scanned
+        x, cache, stats = layer(
+            x, positions, active, w, experts, i, c, lambda q, kv, a: attend(cache, first + i, q, kv, a), run
+        )
+        return (x, cache), stats
+
+    return jax.lax.scan(body, carry, (layers, jnp.arange(stack.attn_norm.shape[0], dtype=jnp.int32)))
 
 
 HEAD_BLOCKS = 4
@@ -103,26 +119,31 @@ def logits(hidden: Float[Array, "*B D"], weights: Weights) -> Float[Array, "*B O
 
 
 def mtp_hidden(
+    weights: Weights,
+    mtp: MTP,
+    c: ModelConfig,
+    module: int,
     hidden: Float[Array, "B T D"],
     next_tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     active: Bool[Array, "B T"],
-    w: MTP,
-    weights: Weights,
-    c: ModelConfig,
     attend: Callable[[Query, Array, Attention], tuple[Array, Any]],
     run: RunExperts,
 ) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
     """One MTP module: from the hidden state at `i` and token `i + 1` to the state that predicts `i + 2`.
 
     Args:
+      mtp: the MTP modules of `weights`.
+      module: which of them.
       hidden: after the final norm (or the previous module's result).
       next_tokens: the token behind each position.
-      w: the module, without layer axis.
     """
     with jax.named_scope("MTP"):
+        stack, experts = split_experts(mtp.layer)
+        w = jax.tree.map(lambda a: a[module], mtp.replace(layer=stack))
         embedding = rms_norm(weights.embed[next_tokens], w.enorm, c.rms_norm_eps)
         joined = jnp.concatenate([embedding, rms_norm(hidden, w.hnorm, c.rms_norm_eps)], axis=-1)
         x = jnp.einsum("bte,ed->btd", joined, w.eh_proj)
-        x, cache, stats = layer(x, positions, active, w.layer, c, attend, run)
+        index = jnp.asarray(module, jnp.int32)
+        x, cache, stats = layer(x, positions, active, w.layer, experts, index, c, attend, run)
         return rms_norm(x, w.norm, c.rms_norm_eps), cache, stats

@@ -31,7 +31,7 @@ def _tile_rows(rows: int, groups: int) -> int:
 TILES_AT_ONCE = 8
 
 
-def _grouped_swiglu(x: Array, group: Array, gate_up: Array, down: Array) -> Array:
+def _grouped_swiglu(x: Array, group: Array, layer: Array, gate_up: Array, down: Array) -> Array:
     """See `grouped_swiglu`. Rows are put in order of their group, then cut into tiles of one group
     each; a loop runs over the tiles that exist, `TILES_AT_ONCE` at a time."""
     rows, groups = x.shape[0], gate_up.shape[0]
@@ -50,8 +50,8 @@ def _grouped_swiglu(x: Array, group: Array, gate_up: Array, down: Array) -> Arra
         at = first[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
         live = (at < counts[g][:, None]) & (tiles < tiles_end[-1])[:, None]
         source = order[jnp.where(live, start[g][:, None] + at, 0)]
-        h = jnp.einsum("ntd,ndgf->ntgf", x[source], gate_up[g])
-        out = jnp.einsum("ntf,nfd->ntd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], down[g])
+        h = jnp.einsum("ntd,ndgf->ntgf", x[source], gate_up[g, layer])
+        out = jnp.einsum("ntf,nfd->ntd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], down[g, layer])
         return y.at[jnp.where(live, source, rows)].set(out, mode="drop")
 
     steps = -(-tiles_end[-1] // TILES_AT_ONCE)
@@ -59,15 +59,17 @@ def _grouped_swiglu(x: Array, group: Array, gate_up: Array, down: Array) -> Arra
 
 
 @custom_vmap
-def _grouped(x: Array, group: Array, gate_up: Array, down: Array) -> Array:
-    return _grouped_swiglu(x, group, gate_up, down)
+def _grouped(x: Array, group: Array, layer: Array, gate_up: Array, down: Array) -> Array:
+    return _grouped_swiglu(x, group, layer, gate_up, down)
 
 
 @_grouped.def_vmap
-def _grouped_lanes(size, in_batched, x, group, gate_up, down):  # type: ignore[no-untyped-def]
+def _grouped_lanes(size, in_batched, x, group, layer, gate_up, down):  # type: ignore[no-untyped-def]
     """Lanes fold into groups: many ranks' experts are more experts, so that the loop still runs over
     the tiles that exist instead of every lane paying for the longest."""
-    x_b, group_b, gate_b, _ = in_batched
+    x_b, group_b, layer_b, gate_b, _ = in_batched
+    if layer_b:
+        raise NotImplementedError("all lanes run the same layer")
     x = x if x_b else jnp.broadcast_to(x, (size, *x.shape))
     group = group if group_b else jnp.broadcast_to(group, (size, *group.shape))
     per_lane = gate_up.shape[1] if gate_b else gate_up.shape[0]
@@ -76,14 +78,16 @@ def _grouped_lanes(size, in_batched, x, group, gate_up, down):  # type: ignore[n
         group = jnp.where(group < 0, -1, group + offset)
         gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
         down = down.reshape(-1, *down.shape[2:])
-    flat = _grouped(x.reshape(-1, x.shape[-1]), group.reshape(-1), gate_up, down)
+    flat = _grouped(x.reshape(-1, x.shape[-1]), group.reshape(-1), layer, gate_up, down)
     return flat.reshape(x.shape), True
 
 
-def grouped_swiglu(x: Float[Array, "N D"], group: Int[Array, " N"], w: Experts) -> Float[Array, "N D"]:
-    """SwiGLU of each row under the expert of its group.
+def grouped_swiglu(
+    x: Float[Array, "N D"], group: Int[Array, " N"], w: Experts, layer: Int[Array, ""]
+) -> Float[Array, "N D"]:
+    """SwiGLU of each row under the expert of its group (a local slot) in one layer.
 
     Rows of group -1 are empty: they cost nothing, may hold anything and give zeros. Rows are compacted
     by expert first, so that the work is that of the rows that are there.
     """
-    return _grouped(x, group, w.gate_up, w.down)
+    return _grouped(x, group, layer, w.gate_up, w.down)

@@ -15,10 +15,10 @@ from cmx_jax.model.router import route
 from cmx_jax.model.weights import Experts, MoE
 
 RunExperts = Callable[
-    [Float[Array, "T D"], Int[Array, "T K"], Float[Array, "T K"], Experts],
+    [Float[Array, "T D"], Int[Array, "T K"], Float[Array, "T K"], Experts, Int[Array, ""]],
     tuple[Float[Array, "T D"], ExchangeStats],
 ]
-"""Tokens, their global expert slots (-1: none) and weights, this rank's experts -> weighted sums."""
+"""Tokens, their global expert slots (-1: none) and weights, this rank's experts, layer -> weighted sums."""
 
 
 @struct.dataclass
@@ -33,10 +33,12 @@ def exchanged(method: str, *, axis: Axis, slots_per_rank: int, rows: int, wire: 
     """Runs experts where they are: dispatch over `axis`, grouped SwiGLU there, combine."""
     send = exchange(method)
 
-    def run(x: Array, slots: Array, weights: Array, experts: Experts) -> tuple[Array, ExchangeStats]:
+    def run(
+        x: Array, slots: Array, weights: Array, experts: Experts, layer: Array
+    ) -> tuple[Array, ExchangeStats]:
         def ffn(rows_: Array, local: Array) -> Array:
             with jax.named_scope("MLP"):
-                return grouped_swiglu(rows_, local, experts)
+                return grouped_swiglu(rows_, local, experts, layer)
 
         return send(x, slots, weights, ffn, axis=axis, slots_per_rank=slots_per_rank, rows=rows, wire=wire)
 
@@ -44,15 +46,24 @@ def exchanged(method: str, *, axis: Axis, slots_per_rank: int, rows: int, wire: 
 
 
 def moe(
-    x: Float[Array, "T D"], active: Bool[Array, " T"], w: MoE, c: ModelConfig, run: RunExperts
+    x: Float[Array, "T D"],
+    active: Bool[Array, " T"],
+    w: MoE,
+    experts: Experts,
+    layer: Int[Array, ""],
+    c: ModelConfig,
+    run: RunExperts,
 ) -> tuple[Float[Array, "T D"], MoEStats]:
-    """Routed experts plus the shared expert; inactive tokens (padding) are sent nowhere."""
+    """Routed experts plus the shared expert; inactive tokens (padding) are sent nowhere.
+
+    `w` is of one layer, `experts` of the whole stack, in which the layer is number `layer`.
+    """
     with jax.named_scope("Gate"):
         routing = route(x, w.router, w.router_bias, c)
         slots = jnp.where(active[:, None], w.slot_of_expert[routing.experts], -1)
         chosen = jnp.where(active[:, None], routing.experts, c.n_routed_experts)
         load = jnp.bincount(chosen.reshape(-1), length=c.n_routed_experts + 1)[:-1].astype(jnp.int32)
-    y, stats = run(x, slots, routing.weights, w.experts)
+    y, stats = run(x, slots, routing.weights, experts, layer)
     if w.shared is not None:
         with jax.named_scope("SharedExpert"):
             y = y + swiglu(x, w.shared)

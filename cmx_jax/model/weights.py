@@ -46,10 +46,14 @@ class FFN:
 
 @struct.dataclass
 class Experts:
-    """Routed experts in slots; a rank of the expert axis holds `X / G` consecutive ones."""
+    """Routed experts of all layers of a stack, in slots; a rank holds `X / G` consecutive slots.
 
-    gate_up: Tensor  # [X, D, 2, F]
-    down: Tensor  # [X, F, D]
+    The layer is the second axis and is not scanned over: cutting a layer out would copy all of its experts in
+    every step, while indexing by slot and layer reads those that are used.
+    """
+
+    gate_up: Tensor  # [X, L, D, 2, F]
+    down: Tensor  # [X, L, F, D]
 
 
 @struct.dataclass
@@ -87,7 +91,7 @@ class MTP:
 
 @struct.dataclass
 class Weights:
-    """The whole model; the fields of `dense`, `moe` and `mtp` have a leading layer axis `L`."""
+    """The whole model; `dense`, `moe` and `mtp` have a leading layer axis `L` (`Experts`: a second one)."""
 
     embed: Tensor  # [O, D]
     dense: Layer | None
@@ -102,13 +106,13 @@ Stack = Literal["", "dense", "moe", "mtp"]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of one stack: `path` inside the stack, `shape` with the layer axis in front."""
+    """One tensor of one stack: `path` inside the stack, `shape` with its layer axis."""
 
     stack: Stack
     path: str
     shape: tuple[int, ...]
     kind: Literal["matrix", "norm", "router", "router_bias", "bias", "slots"] = "matrix"
-    experts: bool = False  # sharded over expert ranks at the axis behind L
+    experts: bool = False  # slots in front, sharded over expert ranks
 
 
 class _Builder:
@@ -119,6 +123,8 @@ class _Builder:
         self.lead = (layers,) if stack else ()
 
     def __call__(self, path: str, *shape: int, **kind: Any) -> Any:
+        if kind.get("experts"):
+            return self.make(Leaf(self.stack, path, shape[:1] + self.lead + shape[1:], **kind))
         return self.make(Leaf(self.stack, path, self.lead + shape, **kind))
 
 
@@ -203,6 +209,13 @@ def weight_tree(c: ModelConfig, slots: int, make: Callable[[Leaf], Any], mtp: bo
     )
 
 
+def split_experts(stack: Layer) -> tuple[Layer, Experts]:
+    """A stack without its experts, to be scanned over, and the experts (empty of dense layers)."""
+    if not isinstance(stack.ffn, MoE):
+        return stack, Experts(None, None)
+    return stack.replace(ffn=stack.ffn.replace(experts=Experts(None, None))), stack.ffn.experts
+
+
 def place_experts(weights: Weights, slot_of_expert: np.ndarray, slots: int) -> Weights:
     """Whole NumPy weights that have expert `e` in slot `e`, with their experts moved to other slots.
 
@@ -212,9 +225,9 @@ def place_experts(weights: Weights, slot_of_expert: np.ndarray, slots: int) -> W
       slots: `X`; slots without an expert are zero.
     """
 
-    def spread(field: np.ndarray) -> np.ndarray:  # [L, E, ...] -> [L, X, ...]
-        placed = np.zeros((field.shape[0], slots, *field.shape[2:]), field.dtype)
-        placed[:, slot_of_expert] = field
+    def spread(field: np.ndarray) -> np.ndarray:  # [E, L, ...] -> [X, L, ...]
+        placed = np.zeros((slots, *field.shape[1:]), field.dtype)
+        placed[slot_of_expert] = field
         return placed
 
     def move(layer: Layer) -> Layer:
@@ -244,5 +257,5 @@ def abstract_weights(c: ModelConfig, slots: int, dtype: Any, mtp: bool = True) -
 
 def weight_specs(c: ModelConfig, expert_axes: tuple[str, ...], mtp: bool = True) -> Weights:
     """Experts over `expert_axes`, everything else replicated (data-parallel attention, section 2)."""
-    spec = {True: P(None, expert_axes), False: P()}
+    spec = {True: P(expert_axes), False: P()}
     return weight_tree(c, 1, lambda leaf: spec[leaf.experts], mtp)

@@ -16,14 +16,16 @@ from cmx_jax.model.layers import grouped_swiglu
 from cmx_jax.model.weights import Experts
 
 WIDTH, HIDDEN = 6, 5
+LAYER = jnp.int32(1)
 CALLS = {"jit": "jaxpr", "custom_vmap_call": "call", "custom_jvp_call": "call_jaxpr"}
 _grouped = jax.jit(grouped_swiglu)
 
 
 def experts(*shape: int) -> Experts:
+    """Of three layers."""
     rng = np.random.default_rng(0)
-    gate_up = rng.normal(size=(*shape, WIDTH, 2, HIDDEN))
-    down = rng.normal(size=(*shape, HIDDEN, WIDTH))
+    gate_up = rng.normal(size=(*shape, 3, WIDTH, 2, HIDDEN))
+    down = rng.normal(size=(*shape, 3, HIDDEN, WIDTH))
     return Experts(jnp.asarray(gate_up, jnp.float32), jnp.asarray(down, jnp.float32))
 
 
@@ -33,26 +35,26 @@ def mail(group: np.ndarray) -> jax.Array:
     return jnp.asarray(np.where(group[..., None] < 0, np.nan, rows), jnp.float32)
 
 
-def row_by_row(x: jax.Array, group: np.ndarray, w: Experts) -> np.ndarray:
+def row_by_row(x: jax.Array, group: np.ndarray, w: Experts, layer: int) -> np.ndarray:
     y = np.zeros(x.shape)
     for n, g in enumerate(group):
         if g >= 0:
-            gate, up = np.einsum("d,dgf->gf", np.asarray(x[n], np.float64), w.gate_up[g])
-            y[n] = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(w.down[g], np.float64)
+            gate, up = np.einsum("d,dgf->gf", np.asarray(x[n], np.float64), w.gate_up[g, layer])
+            y[n] = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(w.down[g, layer], np.float64)
     return y
 
 
-def check(group: np.ndarray, w: Experts) -> None:
+def check(group: np.ndarray, w: Experts, layer: int = 1) -> None:
     x = mail(group)
-    y = np.asarray(_grouped(x, jnp.asarray(group), w))
-    np.testing.assert_allclose(y, row_by_row(x, group, w), rtol=1e-5, atol=1e-5)
+    y = np.asarray(_grouped(x, jnp.asarray(group), w, jnp.int32(layer)))
+    np.testing.assert_allclose(y, row_by_row(x, group, w, layer), rtol=1e-5, atol=1e-5)
     assert not y[group < 0].any()
 
 
-@given(hnp.arrays(np.int32, 24, elements=st.integers(-1, 2)))
+@given(hnp.arrays(np.int32, 24, elements=st.integers(-1, 2)), st.integers(0, 2))
 @settings(deadline=None, max_examples=60)
-def test_any_rows_equal_a_loop_over_rows(group: np.ndarray) -> None:
-    check(group, experts(3))
+def test_any_rows_of_any_layer_equal_a_loop_over_rows(group: np.ndarray, layer: int) -> None:
+    check(group, experts(3), layer)
 
 
 @pytest.mark.parametrize(
@@ -72,16 +74,18 @@ def test_few_and_many_rows_equal_a_loop_over_rows(rows: int, groups: int, presen
 def test_lanes_compute_what_each_computes_alone(own: bool, nested: bool) -> None:
     group = np.random.default_rng(2).integers(-1, 4, size=(6, 20)).astype(np.int32)
     x, w = mail(group), experts(6, 4) if own else experts(4)
-    lanes: Any = jax.vmap(grouped_swiglu, in_axes=(0, 0, 0 if own else None))
+    lanes: Any = jax.vmap(grouped_swiglu, in_axes=(0, 0, 0 if own else None, None))
     if nested:
         split = lambda a: a.reshape(2, 3, *a.shape[1:])  # noqa: E731
-        inputs = (split(x), split(jnp.asarray(group)), jax.tree.map(split, w) if own else w)
-        y = jax.vmap(lanes, in_axes=(0, 0, 0 if own else None))(*inputs).reshape(x.shape)
+        inputs = (split(x), split(jnp.asarray(group)), jax.tree.map(split, w) if own else w, LAYER)
+        y = jax.vmap(lanes, in_axes=(0, 0, 0 if own else None, None))(*inputs).reshape(x.shape)
     else:
-        y = lanes(x, jnp.asarray(group), w)
+        y = lanes(x, jnp.asarray(group), w, LAYER)
     for lane in range(6):
         alone = jax.tree.map(lambda a, i=lane: a[i], w) if own else w
-        np.testing.assert_allclose(y[lane], _grouped(x[lane], jnp.asarray(group[lane]), alone), atol=1e-5)
+        np.testing.assert_allclose(
+            y[lane], _grouped(x[lane], jnp.asarray(group[lane]), alone, LAYER), atol=1e-5
+        )
 
 
 def products(program: Any, *args: Any) -> tuple[int, list[Any]]:
@@ -118,7 +122,7 @@ def loop_products(params: dict[str, Any], values: list[Any]) -> tuple[int, list[
 
 def rows_paid(group: np.ndarray, w: Experts, fn: Callable[..., jax.Array] = grouped_swiglu) -> float:
     """The work done, in rows of SwiGLU."""
-    args = (mail(group), jnp.asarray(group), w)
+    args = (mail(group), jnp.asarray(group), w, LAYER)
     count, [y] = products(jax.make_jaxpr(fn)(*args), *jax.tree.leaves(args))
     np.testing.assert_allclose(y, jax.jit(fn)(*args), rtol=1e-5, atol=1e-5)
     return count / (3 * WIDTH * HIDDEN)
@@ -151,5 +155,5 @@ def test_rows_that_share_experts_share_tiles() -> None:
 def test_idle_lanes_cost_nothing() -> None:
     group = np.full((12, 64), -1, np.int32)
     group[7] = some(64, 40, 4)
-    lanes = jax.vmap(grouped_swiglu)
+    lanes = jax.vmap(grouped_swiglu, in_axes=(0, 0, 0, None))
     assert rows_paid(group, experts(12, 4), lanes) == rows_paid(group[7], experts(4))

@@ -72,11 +72,13 @@ def test_absorbed_equals_expanded(seed: int) -> None:
 
 
 @WAYS
-def test_a_query_does_not_see_later_positions(attend) -> None:
+@pytest.mark.parametrize("size", [1, 1000])  # the larger one gives scores from -1e4 to 1e4
+def test_a_query_does_not_see_later_positions(attend, size: int) -> None:
     case = Case(0)
+    q = Query(*(x * np.float32(size) for x in case.q))
     later = case.latents.copy()
     later[:, S - T + 1 :] += 10.0  # behind the first query, under the eyes of the others
-    before, after = case.run(attend), case.run(attend, latents=later)
+    before, after = case.run(attend, q=q), case.run(attend, q=q, latents=later)
     np.testing.assert_array_equal(before[:, 0], after[:, 0])
     assert (np.abs(before[:, 1:] - after[:, 1:]).max(axis=(2, 3)) > 0.1).all()
 

@@ -107,6 +107,15 @@ def test_seeds_and_positions_draw_differently() -> None:
         assert len(set(tokens.tolist())) > 48  # 62 of 64 are expected; equal streams would give few
 
 
+def test_the_next_seed_does_not_repeat_the_next_positions() -> None:
+    logits, positions = np.zeros((64, 1024), np.float32), np.arange(64, dtype=np.int32)
+    mine = np.asarray(draw(logits, rows(64, seed=5), positions))
+    for shift in (-1, 1):
+        others = np.asarray(draw(logits, rows(64, seed=5 + shift), positions))
+        for away in (-1, 0, 1):
+            assert (mine == np.roll(others, away)).mean() < 0.1
+
+
 # Logits within 3 of each other at temperature 1 or more: every token is likelier than e^-3 / 8 = 0.006.
 close_logits = st.permutations(np.linspace(0, 3, VOCAB).tolist()).map(lambda x: np.array(x, np.float32))
 temperatures = st.sampled_from([1.0, 1.5, 4.0])

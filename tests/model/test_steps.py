@@ -119,6 +119,17 @@ def test_prefill_then_decode_gives_the_tokens_of_the_dense_reference(machine, ex
     assert machine.run(IN_ORDER, PROMPTS)[0] == expected
 
 
+def test_prefill_fills_the_rows_of_real_tokens_alone(machine) -> None:
+    cache, _ = machine.prefill(stale(), IN_ORDER, PROMPTS)
+    filled = np.isfinite(cache.pages).all(axis=(1, 3))
+    expected = np.zeros_like(filled)
+    for pages, prompt in zip(ids_of(IN_ORDER), PROMPTS, strict=True):
+        for s in range(len(prompt)):
+            expected[pages[s // WIDTH], s % WIDTH] = True
+    np.testing.assert_array_equal(filled, expected)
+    np.testing.assert_array_equal(np.isfinite(cache.pages).any(axis=(1, 3)), expected)
+
+
 def test_decode_from_the_first_token_on_equals_prefill(machine, expected) -> None:
     cache, first = stale(), [0] * ROWS
     for s in range(max(map(len, PROMPTS))):
