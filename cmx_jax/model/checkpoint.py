@@ -138,29 +138,33 @@ class _Files:
     def __init__(self, directory: Path):
         self.directory = directory
         self._handles: dict[Path, Any] = {}
-        self.file_of = dict(self._index() or self._single())
+        self.file_of = self._index() or self._single()
 
-    def _index(self) -> Iterator[tuple[str, Path]] | None:
+    def _index(self) -> dict[str, Path] | None:
         path = self.directory / "model.safetensors.index.json"
         if not path.is_file():
             return None
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             names = {str(name): self.directory / str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
             raise CmxError(f"{path}: not a safetensors index ({error!r})") from None
         for file in sorted(set(names.values())):
             if not file.is_file():
                 raise CmxError(f"{path}: names {file.name}, which is not there")
-        return iter(names.items())
+        return names
 
-    def _single(self) -> Iterator[tuple[str, Path]]:
+    def _single(self) -> dict[str, Path]:
+        seen: dict[str, Path] = {}
         files = sorted(self.directory.glob("*.safetensors"))
         if not files:
             raise CmxError(f"{self.directory}: no *.safetensors there, expected a model's weights")
         for file in files:
             for name in self._open(file).keys():  # noqa: SIM118 (not a dict)
-                yield name, file
+                if name in seen:
+                    raise CmxError(f"{file}: holds tensor {name}, as {seen[name].name} does: which is meant?")
+                seen[name] = file
+        return seen
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
@@ -236,10 +240,12 @@ def read_weights(directory: str | Path, c: ModelConfig, dtype: Any) -> Weights:
 
     weights = weight_tree(c, c.n_routed_experts, make, mtp)
     for s in wanted:
-        array = files.array(s.name, s.shape)
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise CmxError(f"tensor {s.name} holds NaN or infinity, expected finite numbers")
-        fields[s.field][s.at] = s.view(array)
+        field = fields[s.field]
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            array = files.array(s.name, s.shape).astype(field.dtype)
+        if not np.isfinite(array).all():
+            raise CmxError(f"tensor {s.name} holds NaN or infinity as {field.dtype}, expected finite numbers")
+        field[s.at] = s.view(array)
     return weights
 
 

@@ -6,7 +6,6 @@ refused by name, never ignored.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +112,9 @@ def _check(c: ModelConfig) -> None:
     _expect(c.q_lora_rank is None or c.q_lora_rank > 0, "q_lora_rank", c.q_lora_rank, "positive or null")
     _expect(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", c.qk_rope_head_dim, "an even number")
     _expect(c.rms_norm_eps > 0, "rms_norm_eps", c.rms_norm_eps, "a positive number")
-    _expect(c.rope.theta > 0, "rope_theta", c.rope.theta, "a positive number")
-    _expect(c.rope.factor > 0, "rope factor", c.rope.factor, "a positive number")
+    _expect(c.rope.theta > 1, "rope_theta", c.rope.theta, "a number above 1")
+    for field in ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"):
+        _expect(getattr(c.rope, field) > 0, field, getattr(c.rope, field), "a positive number")
     if c.num_moe_layers:
         experts, groups = c.n_routed_experts, c.n_group
         _expect(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts ({experts})")
@@ -143,8 +143,8 @@ def _number(raw: Mapping[str, Any], field: str, default: Any) -> Any:
     value = raw.get(field)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CmxError(f"config: {field} is {value!r}, expected a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise CmxError(f"config: {field} is {str(value)[:40]}, expected a finite number")
     return float(value)
 
 
@@ -158,13 +158,16 @@ def _flag(raw: Mapping[str, Any], field: str, default: bool) -> bool:
 
 
 def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    """`rope_parameters` (transformers 5), else `rope_scaling` and `rope_theta` (transformers 4)."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """`rope_scaling` and `rope_theta` (transformers 4), else `rope_parameters` (transformers 5)."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise CmxError(f"config: rope_parameters is {given!r}, expected an object")
     kind = given.get("rope_type", given.get("type", "default"))
     _expect(kind in ("default", "linear", "yarn"), "rope type", kind, "default, linear or yarn")
+    partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    _expect(partial in (None, 1), "partial_rotary_factor", partial, "1 (all rotary dimensions turn)")
     original = _integer(given, "original_max_position_embeddings", max_positions)
+    original = _integer(raw, "original_max_position_embeddings", original)
     _expect(original > 0, "original_max_position_embeddings", original, "a positive integer")
     # transformers' rule for a factor that is not given
     factor = _number(given, "factor", max_positions / original if kind == "yarn" else 1.0)
@@ -219,7 +222,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     _expect(kv_heads == heads, "num_key_value_heads", kv_heads, f"num_attention_heads ({heads})")
     eos = raw.get("eos_token_id")
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    _expect(all(isinstance(i, int) for i in eos_ids), "eos_token_id", eos, "an id or a list of ids")
+    _expect(all(type(i) is int for i in eos_ids), "eos_token_id", eos, "an id or a list of ids")
     max_positions = _integer(raw, "max_position_embeddings", 4096)
     return ModelConfig(
         vocab_size=_integer(raw, "vocab_size"),
@@ -248,7 +251,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         tie_word_embeddings=_flag(raw, "tie_word_embeddings", False),
         max_position_embeddings=max_positions,
         num_nextn_predict_layers=_integer(
-            raw, "num_nextn_predict_layers", _integer(raw, "num_mtp_layers", 0)
+            raw, "num_nextn_predict_layers", _integer(raw, "num_mtp_layers", 1)
         ),
         eos_token_ids=eos_ids,
     )
@@ -265,7 +268,7 @@ def read_config(directory: str | Path) -> ModelConfig:
         raise CmxError(f"{directory}: no config.json there, expected a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CmxError(f"{path}: not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise CmxError(f"{path}: holds {type(raw).__name__}, expected a JSON object")

@@ -27,15 +27,18 @@ def sample(logits: Float[Array, "B O"], s: Sampling, positions: Int[Array, " B"]
     """One token a row.
 
     The draw depends on the request's seed and the token's position alone, so that a request gives the same
-    text in any batch, on any rank. Top-p keeps the fewest likeliest tokens that reach `top_p`, at least one.
+    text in any batch, on any rank. Top-k is applied first; of what it keeps, top-p keeps the fewest
+    likeliest tokens that reach `top_p`, at least one (vLLM's order).
     """
     vocab = logits.shape[-1]
-    scaled = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
-    ordered, order = jax.lax.top_k(scaled, vocab)
-    p = jax.nn.softmax(ordered, axis=-1)
+    ordered, order = jax.lax.top_k(logits, vocab)
+    # from the best one on: a tiny temperature then gives -inf and 0, never inf
+    ordered = (ordered - ordered[:, :1]) / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
     rank = jnp.arange(vocab, dtype=jnp.int32)[None]
     top_k = jnp.where(s.top_k > 0, s.top_k, vocab)[:, None]
-    kept = (rank < top_k) & (jnp.cumsum(p, axis=-1) - p < s.top_p[:, None])
+    ordered = jnp.where(rank < top_k, ordered, -jnp.inf)
+    p = jax.nn.softmax(ordered, axis=-1)
+    kept = jnp.cumsum(p, axis=-1) - p < s.top_p[:, None]
 
     def draw(seed: Array, position: Array, row: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(seed), position)

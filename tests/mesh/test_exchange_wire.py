@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cmx_jax.mesh import Abstract, Lanes, Runner
+from cmx_jax.mesh import Abstract, Lanes, Runner, make_runner
 from cmx_jax.mesh.exchange import WIRES, exchange, message_bytes, worst_case_rows
 
 RANKS, TOKENS, TOP_K, WIDTH = 8, 3, 2, 16
@@ -100,6 +100,23 @@ def test_results_return_in_bfloat16_and_are_summed_in_float32(wire: str) -> None
         box = (slots[t, 0] // 2, t // TOKENS)
         answer = received[box][local[box] == slots[t, 0] % 2][0].astype(jnp.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(y[t], answer * np.float32((slots[t] >= 0).sum()))
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_devices_send_and_return_what_lanes_do(wire: str) -> None:
+    lanes, devices = (make_runner(kind, (("ep", RANKS),)) for kind in ("lanes", "devices"))
+    for a, b in zip(
+        *(one_round(wire, 2, r)(tokens(), distinct_slots()) for r in (lanes, devices)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_bfloat16_tokens_cross_a_float_wire_unchanged(wire: str) -> None:
+    x, slots = tokens().astype(jnp.bfloat16), distinct_slots()
+    y, *_ = deliver(x, slots, wire, 2)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y.astype(np.float32), x.astype(np.float32) * (slots >= 0).sum(1)[:, None])
 
 
 @pytest.mark.parametrize("wire", WIRES)

@@ -69,23 +69,25 @@ def test_few_and_many_rows_equal_a_loop_over_rows(rows: int, groups: int, presen
     check(group.astype(np.int32), experts(groups))
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own experts", "shared experts"])
+def nest(lanes: jax.Array) -> jax.Array:
+    return lanes.reshape(2, 3, *lanes.shape[1:])
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own experts", "common experts"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_lanes_compute_what_each_computes_alone(own: bool, nested: bool) -> None:
     group = np.random.default_rng(2).integers(-1, 4, size=(6, 20)).astype(np.int32)
-    x, w = mail(group), experts(6, 4) if own else experts(4)
-    lanes: Any = jax.vmap(grouped_swiglu, in_axes=(0, 0, 0 if own else None, None))
+    w, axes = (experts(6, 4), 0) if own else (experts(4), None)
+    inputs: Any = (mail(group), jnp.asarray(group), w)
+    lanes = jax.vmap(grouped_swiglu, (0, 0, axes, None))
     if nested:
-        split = lambda a: a.reshape(2, 3, *a.shape[1:])  # noqa: E731
-        inputs = (split(x), split(jnp.asarray(group)), jax.tree.map(split, w) if own else w, LAYER)
-        y = jax.vmap(lanes, in_axes=(0, 0, 0 if own else None, None))(*inputs).reshape(x.shape)
-    else:
-        y = lanes(x, jnp.asarray(group), w, LAYER)
+        lanes = jax.vmap(lanes, (0, 0, axes, None))
+        inputs = (*map(nest, inputs[:2]), jax.tree.map(nest, w) if own else w)
+    y = lanes(*inputs, LAYER).reshape(*group.shape, WIDTH)
     for lane in range(6):
         alone = jax.tree.map(lambda a, i=lane: a[i], w) if own else w
-        np.testing.assert_allclose(
-            y[lane], _grouped(x[lane], jnp.asarray(group[lane]), alone, LAYER), atol=1e-5
-        )
+        expected = row_by_row(mail(group)[lane], group[lane], alone, 1)
+        np.testing.assert_allclose(y[lane], expected, rtol=1e-5, atol=1e-5)
 
 
 def products(program: Any, *args: Any) -> tuple[int, list[Any]]:

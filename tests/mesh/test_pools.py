@@ -1,5 +1,6 @@
 """Carving a supernode into instances that never overlap."""
 
+import contextlib
 import json
 
 import pytest
@@ -61,6 +62,14 @@ def test_what_cannot_be_carved_is_refused_in_one_line(request_: dict[str, int], 
         carve(**request_)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sizes", [{"prefill_npus": 3}, {"decode_npus": 4}], ids=str)
+def test_an_instance_spans_no_more_nodes_than_it_fills_or_is_refused(sizes: dict[str, int]) -> None:
+    with contextlib.suppress(CmxError):
+        for instance in [e for pool in ("decode", "prefill") for e in carve(**sizes).as_dict()[pool]]:
+            first, last = instance["nodes"]
+            assert last - first + 1 == -(-instance["npus"] // 8)
 
 
 def test_as_dict_names_the_nodes_and_what_is_left() -> None:

@@ -1,4 +1,4 @@
-"""Logits and greedy tokens of random-weight models against transformers (goldens by scripts/make_goldens.py)."""
+"""Random-weight models against transformers: logits, greedy tokens (goldens by scripts/make_goldens.py)."""
 
 from pathlib import Path
 

@@ -162,3 +162,9 @@ def test_the_positions_of_one_request_draw_independently() -> None:
     counts = np.bincount(tokens[0::2] * VOCAB + tokens[1::2], minlength=VOCAB**2)
     expected = DRAWS / 2 / VOCAB**2
     assert np.sum((counts - expected) ** 2 / expected) < 103.5  # one in a thousand at 63 degrees of freedom
+
+
+def test_top_p_is_measured_on_what_top_k_keeps() -> None:
+    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
+    counts = drawn(logits, rows(DRAWS, top_k=2, top_p=0.5))  # 0.4 of 0.7 alone reaches a half
+    assert set(np.flatnonzero(counts)) == {1}

@@ -1,4 +1,4 @@
-"""The checkpoint that ships against transformers: goldens/tiny.npz, by scripts/make_goldens.py --checkpoint."""
+"""The shipped checkpoint against transformers: goldens/tiny.npz, by scripts/make_goldens.py --checkpoint."""
 
 import numpy as np
 import pytest

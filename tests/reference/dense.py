@@ -1,7 +1,6 @@
 """DeepSeek-V3 once more, slow and obvious, in NumPy: what the package is held against.
 
-Shares no code with the package: it reads a Hugging Face directory itself, and loops over tokens, heads
-and experts. It is itself held against transformers in test_dense.py.
+No code of the package; loops over tokens, heads, experts. test_dense.py holds it against transformers.
 """
 
 import json
@@ -9,11 +8,11 @@ from functools import cached_property, lru_cache
 from math import ceil, floor, log, pi
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
 import numpy as np
 from safetensors.numpy import load_file
 
 Array = np.ndarray
-BETAS = ("beta_fast", "beta_slow")
 
 
 def logits(directory: str | Path, tokens: Array, dtype: type = np.float64) -> Array:
@@ -23,7 +22,7 @@ def logits(directory: str | Path, tokens: Array, dtype: type = np.float64) -> Ar
 
 def greedy(directory: str | Path, prompt: Array, n: int, dtype: type = np.float64) -> list[int]:
     """The `n` likeliest tokens one after another."""
-    tokens = [int(token) for token in prompt]
+    tokens = list(map(int, prompt))
     for _ in range(n):
         tokens.append(int(logits(directory, tokens, dtype)[-1].argmax()))
     return tokens[len(prompt) :]
@@ -85,9 +84,9 @@ class Dense:
         scale *= mscale(factor, every or 0) ** 2
         if kind == "linear":
             return plain / factor, 1, scale
-        span = r["original_max_position_embeddings"]
-        first, last = (dim * log(span / (r[beta] * 2 * pi)) / (2 * log(theta)) for beta in BETAS)
-        first, last = max(floor(first), 0), min(ceil(last), dim - 1)
+        turns = r["original_max_position_embeddings"] / (2 * pi)
+        first = max(floor(dim / 2 * log(turns / r["beta_fast"], theta)), 0)
+        last = min(ceil(dim / 2 * log(turns / r["beta_slow"], theta)), dim - 1)
         for i in range(dim // 2):  # what turns fast stays, what turns slowly is stretched
             stretched = min(max((i - first) / (last - first), 0), 1)
             plain[i] *= stretched / factor + (1 - stretched)
