@@ -28,6 +28,7 @@ ExpertFn = Callable[[Float[Array, "N D"], Int[Array, " N"]], Float[Array, "N D"]
 """Received rows and the local expert slot of each (-1: empty row) to the rows' results."""
 
 WIRES = ("float32", "bfloat16", "int8")
+MAX_SLOTS_PER_RANK = 127 * 128 + 126  # what two INT8 digits tell apart, see _pack
 _META = {"float32": 2, "bfloat16": 2, "int8": 6}  # elements behind the token, see _pack
 
 
@@ -58,7 +59,10 @@ class Exchange(Protocol):
 
 
 def worst_case_rows(tokens: int, top_k: int, slots_per_rank: int) -> int:
-    """Rows that one peer can ever need: `local_batch x min(top_k, experts_per_rank)` (section 4.2.1)."""
+    """Rows that one peer can ever need: `local_batch x min(top_k, experts_per_rank)` (section 4.2.1).
+
+    That holds because the slots of a token are all different.
+    """
     return tokens * min(top_k, slots_per_rank)
 
 
@@ -133,7 +137,7 @@ def flat(
 
     Args:
       x: this rank's tokens.
-      slots: for each token its global expert slots; -1 sends nothing.
+      slots: for each token its global expert slots, all different; -1 sends nothing.
       weights: what each expert's answer counts for.
       experts: the local experts.
       axis: mesh axis (or axes) of the expert-parallel ranks.
@@ -174,8 +178,9 @@ def flat(
     else:  # every rank must take part in every round, so all agree on their number first
         rounds = jax.lax.pmax(-(-outbox.longest // rows), axis).astype(jnp.int32)
         results = jax.lax.fori_loop(0, rounds, one_round, results)
-    kept = jnp.where(slots[..., None] < 0, 0.0, results.reshape(tokens, top_k, width).astype(jnp.float32))
-    y = jnp.einsum("tk,tkd->td", weights, kept).astype(x.dtype)
+    used = jnp.where(slots < 0, 0.0, weights)
+    answers = results.reshape(tokens, top_k, width).astype(jnp.float32)
+    y = jnp.einsum("tk,tkd->td", used, answers, precision="highest").astype(x.dtype)
     return y, ExchangeStats(rounds=rounds, sent=jnp.sum(flat_slots >= 0).astype(jnp.int32))
 
 

@@ -48,10 +48,14 @@ def request_devices(count: int) -> None:
     except RuntimeError:  # JAX has started
         have = len(jax.devices("cpu"))
         if have < count:
-            raise CmxError(
-                f"JAX has already started with {have} CPU device(s), {count} are needed: call "
-                f"cmx_jax.mesh.request_devices({count}) before the first JAX computation"
-            ) from None
+            raise _started(have, count) from None
+
+
+def _started(have: int, count: int) -> CmxError:
+    return CmxError(
+        f"JAX has already started with {have} CPU device(s), {count} are needed: call "
+        f"cmx_jax.mesh.request_devices({count}) before the first JAX computation"
+    )
 
 
 def host_devices(count: int) -> list[jax.Device]:
@@ -62,7 +66,10 @@ def host_devices(count: int) -> list[jax.Device]:
     """
     request_devices(count)
     devices = jax.devices()
-    return devices if len(devices) >= count else jax.devices("cpu")
+    devices = devices if len(devices) >= count else jax.devices("cpu")
+    if len(devices) < count:
+        raise _started(len(devices), count)
+    return devices
 
 
 def cache_directory() -> Path:

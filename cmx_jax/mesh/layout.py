@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.exchange import WIRES, exchange, usual_rows, worst_case_rows
+from cmx_jax.mesh.exchange import MAX_SLOTS_PER_RANK, WIRES, exchange, usual_rows, worst_case_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,11 @@ class Layout:
             raise CmxError(
                 f"layout: {self.slots} expert slots do not divide over {ranks} ranks, expected equally many "
                 f"on each, such as {-(-max(self.slots, 1) // ranks) * ranks}"
+            )
+        if self.slots_per_rank > MAX_SLOTS_PER_RANK:
+            raise CmxError(
+                f"layout: {self.slots_per_rank} slots a rank, expected at most {MAX_SLOTS_PER_RANK}: "
+                "take more ranks"
             )
         if self.wire not in WIRES:
             raise CmxError(f"layout: wire {self.wire!r}, expected one of {list(WIRES)}")

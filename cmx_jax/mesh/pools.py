@@ -63,24 +63,24 @@ def carve(
     Raises:
       CmxError: a size is not positive, not whole nodes where it spans several, or there are too few NPUs.
     """
+    node = supernode.npus_per_node
     for name, npus in (("decode_npus", decode_npus), ("prefill_npus", prefill_npus)):
-        if npus < 1 or (npus > supernode.npus_per_node and npus % supernode.npus_per_node):
-            raise CmxError(
-                f"{name} is {npus}, expected whole nodes of {supernode.npus_per_node} NPUs (or a part of one)"
-            )
+        if npus < 1 or (npus % node and node % npus):
+            raise CmxError(f"{name} is {npus}, expected whole nodes of {node} NPUs, or a divisor of {node}")
     if decode < 0 or prefill < 0:
         raise CmxError(f"{decode} decode and {prefill} prefill instances, expected zero or more of each")
-    needed = decode * decode_npus + prefill * prefill_npus
-    if needed > supernode.npus:
-        raise CmxError(
-            f"{decode} x {decode_npus} decode and {prefill} x {prefill_npus} prefill NPUs need {needed}, "
-            f"{supernode.name} has {supernode.npus}: carve fewer or smaller instances"
-        )
     slices: dict[str, list[Slice]] = {"decode": [], "prefill": []}
     start = 0
     for role, count, npus in (("decode", decode, decode_npus), ("prefill", prefill, prefill_npus)):
+        part = min(npus, node)
+        start = -(-start // part) * part  # an instance never spans more nodes than it fills
         for index in range(count):
             slices[role].append(Slice(f"{role}-{index}", role, start, npus))
             start += npus
+    if start > supernode.npus:
+        raise CmxError(
+            f"{decode} x {decode_npus} decode and {prefill} x {prefill_npus} prefill NPUs need {start}, "
+            f"{supernode.name} has {supernode.npus}: carve fewer or smaller instances"
+        )
     spare = Slice("spare", "spare", start, supernode.npus - start)
     return Pools(supernode, tuple(slices["decode"]), tuple(slices["prefill"]), spare)

@@ -136,12 +136,8 @@ class Lanes:
 
     def _merge(self, leaf: Any, labels: "_Labels") -> Any:
         """Undoes `_split`; of an axis that the spec does not name (equal on all ranks) takes the first."""
-        names = self._full(labels)
-        for axis, _ in self.axes:
-            if axis not in labels.names:
-                at = names.index(axis)
-                leaf = jax.numpy.take(leaf, 0, axis=at)
-                names.pop(at)
+        leaf = leaf[(0,) * (len(self.axes) - len([n for n in labels.names if n]))]
+        names = labels.names
         shape, group = [], 1
         for name, dim in zip([*names, *[None] * (leaf.ndim - len(names))], leaf.shape, strict=True):
             if name is not None:
@@ -204,7 +200,8 @@ def _labels(spec: P, ndim: int) -> tuple[str | None, ...]:
 class Abstract:
     """Trace and lower over an `AbstractMesh`: no devices, no weights, any size.
 
-    What `jit` returns is traced and lowered with `jax.ShapeDtypeStruct`s, such as `put` gives.
+    What `jit` returns is traced with `jax.ShapeDtypeStruct`s, such as `put` gives, and lowered for a named
+    platform: `.trace(...).lower(lowering_platforms=("cpu",))`.
     """
 
     axes: Axes

@@ -48,7 +48,7 @@ def _grouped_swiglu(x: Array, group: Array, layer: Array, gate_up: Array, down: 
         g = jnp.minimum(jnp.searchsorted(tiles_end, tiles, side="right"), groups - 1)
         first = (tiles - tiles_start[g]) * tile
         at = first[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
-        live = (at < counts[g][:, None]) & (tiles < tiles_end[-1])[:, None]
+        live = at < counts[g][:, None]  # in tiles behind the last one, no row is
         source = order[jnp.where(live, start[g][:, None] + at, 0)]
         h = jnp.einsum("ntd,ndgf->ntgf", x[source], gate_up[g, layer])
         out = jnp.einsum("ntf,nfd->ntd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], down[g, layer])

@@ -26,7 +26,7 @@ def route(
     Only the `topk_group` best of `n_group` groups compete, a group being worth the sum of its two best
     experts; the others are masked with -inf, since biased scores may be negative.
     """
-    scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x.astype(jnp.float32), router))
+    scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x.astype(jnp.float32), router, precision="highest"))
     choice = scores + bias[None]
     if c.n_group > 1:
         grouped = choice.reshape(choice.shape[0], c.n_group, -1)

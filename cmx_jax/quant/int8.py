@@ -7,10 +7,11 @@ from jaxtyping import Array, Bool, Float, Int8
 def quantize_rows(
     x: Float[Array, "N D"], valid: Bool[Array, " N"]
 ) -> tuple[Int8[Array, "N D"], Float[Array, " N"]]:
-    """Rounds each row to `round(x / scale)` with `scale = max|row| / 127`, float32.
+    """Rounds each row to `round(x / scale)` with `scale = max|row| / 127`, in float32.
 
     * `|q| <= 127`: -128 is never used, so that negation is exact.
-    * `|x - q * scale| <= scale / 2` for every valid row.
+    * `|x - q * scale| <= scale / 2` for every valid row, up to float32 rounding. Rows whose largest number is
+      below about 1e-36 become zeros (their scale is no normal number).
     * Invalid rows give zeros and scale 0 whatever they hold, NaN included: a stale row must not
       reach a scale.
     """
