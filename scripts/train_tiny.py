@@ -82,7 +82,11 @@ def init(c: ModelConfig, seed: int) -> Weights:
         if leaf.kind in ("norm", "router_bias", "bias"):
             fill = 1.0 if leaf.kind == "norm" else 0.0
             return np.full(leaf.shape, fill, leaf_dtype(leaf, np.float32))
-        return (rng.standard_normal(leaf.shape) * _std(leaf, c)).astype(np.float32)
+        shape = leaf.shape
+        if leaf.experts:  # drawn layer by layer, as everything else
+            shape = (shape[1], shape[0], *shape[2:])
+        values = (rng.standard_normal(shape) * _std(leaf, c)).astype(np.float32)
+        return values.swapaxes(0, 1).copy() if leaf.experts else values
 
     return weight_tree(c, c.n_routed_experts, make)
 
