@@ -47,6 +47,7 @@ def _demo(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         prefill=args.prefill_instances,
         wire=args.wire,
+        exchange=args.exchange,
         progress=_progress(),
     )
     _print(result, args.json, demo.render)
@@ -57,7 +58,14 @@ def _generate(args: argparse.Namespace) -> None:
 
     show = _progress()
     show("loading")
-    llm = from_pretrained(args.model, runner=args.runner, ranks=args.ranks, dtype=args.dtype, wire=args.wire)
+    llm = from_pretrained(
+        args.model,
+        runner=args.runner,
+        ranks=args.ranks,
+        dtype=args.dtype,
+        wire=args.wire,
+        exchange=args.exchange,
+    )
     show("generating (the first time compiles)")
     completions = llm.generate(
         args.prompt,
@@ -111,8 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--ranks", type=int, default=8, help="expert-parallel ranks (default 8)")
     generate.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
 
-    for verb in (demo, generate):
+    for verb, exchange in ((demo, "hierarchical"), (generate, "flat")):
         verb.add_argument("--wire", default="float32", help="dispatched tokens: float32, bfloat16 or int8")
+        verb.add_argument("--exchange", default=exchange, help=f"flat or hierarchical (default {exchange})")
         verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import MAX_SLOTS_PER_RANK, WIRES, exchange, usual_rows, worst_case_rows
+from cmx_jax.mesh.supernode import CLOUDMATRIX384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +112,26 @@ class Layout:
         return (np.arange(experts, dtype=np.int64) * self.slots // max(experts, 1)).astype(np.int32)
 
 
-def expert_parallel(ranks: int, experts: int, **fields: object) -> Layout:
-    """The paper's layout (section 2): one axis `ep`, data-parallel attention and EP over all ranks.
+def expert_parallel(ranks: int, experts: int, *, exchange: str = "flat", **fields: Any) -> Layout:
+    """The paper's layout (section 2): data-parallel attention and expert-parallel MoE over all ranks.
 
-    256 experts get 320 slots on 160 ranks: the smallest number that is equal on each.
+    256 experts get 320 slots on 160 ranks: the smallest number that is equal on each. The ranks lie on one
+    axis `ep`, or for the hierarchical exchange on two, `node` and `npu`. `fields`: others of `Layout`.
+
+    Raises:
+      CmxError: there is no rank, or they are no whole nodes where nodes are needed.
     """
     if ranks < 1:
         raise CmxError(f"{ranks} ranks, expected at least 1")
+    axes: tuple[tuple[str, int], ...] = (("ep", ranks),)
+    if exchange == "hierarchical":
+        per_node = min(ranks, CLOUDMATRIX384.npus_per_node)
+        if ranks % per_node:
+            raise CmxError(
+                f"{ranks} ranks are no whole nodes of {per_node}, which exchange 'hierarchical' needs"
+            )
+        axes = (("node", ranks // per_node), ("npu", per_node))
+    names = tuple(name for name, _ in axes)
     slots = -(-max(experts, 1) // ranks) * ranks
-    given: dict[str, object] = {"slots": slots, **fields}
-    return Layout(axes=(("ep", ranks),), data=("ep",), experts=("ep",), **given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"slots": slots, "exchange": exchange} | fields
+    return Layout(axes=axes, data=names, experts=names, **given)

@@ -25,7 +25,7 @@ PROMPTS = (
 )
 
 
-def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str) -> Engine:
+def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str, exchange: str) -> Engine:
     """Puts a model on the first decode instance and the first `prefill` prefill instances of the pools.
 
     Args:
@@ -34,6 +34,7 @@ def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str) ->
       prefill: prefill instances to start.
       context: longest sequence to make room for, tokens.
       wire: type of dispatched tokens.
+      exchange: how they travel.
 
     Raises:
       CmxError: there are not as many instances.
@@ -44,7 +45,7 @@ def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str) ->
     width = Capacity().page_width
 
     def start(s: Slice) -> Instance:
-        layout = expert_parallel(s.npus, model.config.n_routed_experts, wire=wire)
+        layout = expert_parallel(s.npus, model.config.n_routed_experts, exchange=exchange, wire=wire)
         capacity = Capacity(sequences=1, pages=pages_for(context, width), page_width=width)
         return model.instance(s.name, layout, make_runner("devices", layout.axes, s.start), capacity)
 
@@ -58,6 +59,7 @@ def run(
     max_tokens: int = 32,
     prefill: int = 1,
     wire: str = "float32",
+    exchange: str = "hierarchical",
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Serves the prompts and reports: pools, each request, the exchanges' bytes by rank and step.
@@ -70,7 +72,7 @@ def run(
     pools = carve(CLOUDMATRIX384)
     progress(f"starting {CLOUDMATRIX384.npus} devices, 1 decode and {prefill} prefill instance(s)")
     context = min(model.config.max_position_embeddings, 256)
-    engine = deploy(model, pools, prefill, context, wire)
+    engine = deploy(model, pools, prefill, context, wire, exchange)
     params = SamplingParams(max_tokens=max_tokens)
     for stage, tokens in (("compiling (kept for the next time)", 2), ("serving", max_tokens)):
         progress(stage)

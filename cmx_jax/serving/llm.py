@@ -132,6 +132,7 @@ def from_pretrained(
     ranks: int = 8,
     dtype: str = "float32",
     wire: str | None = None,
+    exchange: str = "flat",
     max_num_seqs: int = 32,
     max_model_len: int | None = None,
 ) -> LLM:
@@ -143,6 +144,7 @@ def from_pretrained(
       ranks: expert-parallel ranks.
       dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
       wire: type of dispatched tokens, `float32`, `bfloat16` or `int8`; None takes `dtype`.
+      exchange: how they travel, `flat` or `hierarchical` (by node, then NPU).
       max_num_seqs: sequences decoded at once, over all ranks; further ones wait.
       max_model_len: longest sequence to make room for; None takes the model's context, at most 4,096.
 
@@ -157,5 +159,5 @@ def from_pretrained(
     length = min(context, 4096) if max_model_len is None else max_model_len
     if not 1 <= length <= context:
         raise CmxError(f"max_model_len is {length}, expected 1 to the model's context of {context}")
-    layout = expert_parallel(ranks, model.config.n_routed_experts, wire=wire or dtype)
+    layout = expert_parallel(ranks, model.config.n_routed_experts, exchange=exchange, wire=wire or dtype)
     return LLM(model, layout, runner, max_num_seqs, length)

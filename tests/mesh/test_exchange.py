@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import make_runner
-from cmx_jax.mesh.exchange import Axis, exchange, worst_case_rows
+from cmx_jax.mesh.exchange import EXCHANGES, Axis, exchange, worst_case_rows
 
 TOKENS, TOP_K = 3, 2  # of each rank
 WORST = 0  # rows: as many as a peer can ever need
@@ -27,7 +27,12 @@ Routing = Callable[[int, int, np.random.Generator], np.ndarray]
 
 @functools.cache
 def program(
-    kind: str, axes: tuple[tuple[str, int], ...], over: Axis, slots_per_rank: int, rows: int
+    kind: str,
+    axes: tuple[tuple[str, int], ...],
+    over: Axis,
+    slots_per_rank: int,
+    rows: int,
+    method: str = "flat",
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """Tokens, slots and weights of all ranks -> results, and each rank's rounds and messages sent."""
     names = (over,) if isinstance(over, str) else over
@@ -41,7 +46,7 @@ def program(
             stamped = received * (first + local + 1).astype(received.dtype)[:, None]
             return jnp.where(local[:, None] < 0, jnp.nan, stamped)
 
-        send = functools.partial(exchange("flat"), axis=over, slots_per_rank=slots_per_rank, wire="float32")
+        send = functools.partial(exchange(method), axis=over, slots_per_rank=slots_per_rank, wire="float32")
         y, stats = send(x, slots, weights, experts, rows=worst if rows == WORST else rows)
         return y, stats.rounds[None], stats.sent[None]
 
@@ -144,13 +149,29 @@ def test_runners_and_rounds_change_no_bit_of_a_sum() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lanes", "devices"])
+@pytest.mark.parametrize("method", EXCHANGES)
 @pytest.mark.parametrize("over", [("node", "npu"), ("npu", "node")])
-def test_two_axes_in_either_order_are_one_line_of_ranks(kind: str, over: tuple[str, str]) -> None:
+def test_two_axes_in_either_order_are_one_line_of_ranks(
+    kind: str, method: str, over: tuple[str, str]
+) -> None:
     slots = holes(8, 4, np.random.default_rng(1))
     x, weights = coded(slots, 8)
-    y, rounds, _ = program(kind, (("node", 4), ("npu", 2)), over, 4, 1)(x, slots, weights)
+    y, rounds, _ = program(kind, (("node", 4), ("npu", 2)), over, 4, 1, method)(x, slots, weights)
     np.testing.assert_array_equal(y, by_hand(x, slots, weights))
     assert set(np.asarray(rounds).tolist()) == {longest_queue(slots, 8, 4)}
+
+
+@pytest.mark.parametrize("routing", [zipf, holes, one_expert, one_rank])
+@pytest.mark.parametrize(("kind", "nodes"), [("lanes", 48), ("devices", 20)])
+def test_the_hierarchical_exchange_of_an_instance_is_exact(kind: str, nodes: int, routing: Routing) -> None:
+    """The whole supernode as lanes, the decode instance as devices: 8 NPUs a node."""
+    slots = routing(8 * nodes, 2, np.random.default_rng(0))
+    x, weights = coded(slots, 8 * nodes)
+    axes = (("node", nodes), ("npu", 8))
+    y, rounds, sent = program(kind, axes, ("node", "npu"), 2, 1, "hierarchical")(x, slots, weights)
+    np.testing.assert_array_equal(y, by_hand(x, slots, weights))
+    np.testing.assert_array_equal(sent, (slots >= 0).reshape(8 * nodes, -1).sum(1))
+    assert set(np.asarray(rounds).tolist()) == {longest_queue(slots, 8 * nodes, 2)}
 
 
 @pytest.mark.parametrize("kind", ["lanes", "devices"])

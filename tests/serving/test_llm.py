@@ -29,11 +29,18 @@ def expected(encoded: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("runner", "ranks"),
-    [("lanes", 8), ("lanes", 320), ("lanes", 384), ("devices", 8), ("devices", 16), ("devices", 160)],
+    ("runner", "ranks", "exchange"),
+    [
+        *(("lanes", 8, "flat"), ("lanes", 320, "hierarchical"), ("lanes", 384, "flat")),
+        *(("devices", 8, "hierarchical"), ("devices", 16, "flat"), ("devices", 160, "flat")),
+    ],
 )
-def test_every_runner_and_width_equals_the_dense_reference(runner, ranks, encoded, expected) -> None:
-    llm = cmx_jax.from_pretrained("tiny", runner=runner, ranks=ranks, max_num_seqs=8, max_model_len=64)
+def test_every_runner_and_width_equals_the_dense_reference(
+    runner, ranks, exchange, encoded, expected
+) -> None:
+    llm = cmx_jax.from_pretrained(
+        "tiny", runner=runner, ranks=ranks, exchange=exchange, max_num_seqs=8, max_model_len=64
+    )
     tokens = np.asarray(encoded[0] + expected[0], np.int32)[None]
     np.testing.assert_allclose(llm.logits(tokens)[0], logits(TINY, tokens[0]), atol=1e-5, rtol=0)
     completions = llm.generate(PROMPTS, max_new_tokens=TOKENS, ignore_eos=True)
@@ -70,6 +77,8 @@ def test_the_mtp_layer_that_ships_is_loaded() -> None:
         ({"ranks": 0}, "0 ranks, expected at least 1"),
         ({"dtype": "float8"}, "dtype 'float8' is unknown"),
         ({"wire": "int4"}, "wire 'int4', expected one of"),
+        ({"exchange": "post"}, "exchange 'post' is unknown, expected one of"),
+        ({"ranks": 12, "exchange": "hierarchical"}, "12 ranks, expected whole nodes of 8"),
         ({"max_model_len": 513}, "max_model_len is 513, expected 1 to the model's context of 512"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
     ],
