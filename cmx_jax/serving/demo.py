@@ -16,12 +16,12 @@ from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.request import Request, SamplingParams
 
 PROMPTS = (
-    "The json module",
-    "Return a list of",
-    "A dictionary is",
-    "If the file does not exist,",
-    "This function is used to",
-    "The value of the argument",
+    "The with statement",
+    "Open a file",
+    "A class is",
+    "Convert a string",
+    "If the object is",
+    "The import statement",
 )
 
 
