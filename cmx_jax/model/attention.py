@@ -61,11 +61,14 @@ def expanded(
     """Attention over keys and values rebuilt from the latents. Every row of `latents` must be finite."""
     with jax.named_scope("FusedAttention"):
         latent, key = jnp.split(latents, [c.kv_lora_rank], axis=-1)
-        k = jnp.einsum("bsc,hnc->bshn", latent, w.k_b)
-        v = jnp.einsum("bsc,hvc->bshv", latent, w.v_b)
-        scores = jnp.einsum("bthn,bshn->bhts", q.nope, k) + jnp.einsum("bthr,bsr->bhts", q.rope, key)
-        p = _probabilities(scores, mask, c).astype(v.dtype)
-        return jnp.einsum("bhts,bshv->bthv", p, v)
+        k = jnp.einsum("bsc,hnc->bhsn", latent, w.k_b)
+        v = jnp.einsum("bsc,hvc->bhsv", latent, w.v_b)
+        shared = jnp.broadcast_to(
+            key[:, None], (*k.shape[:3], key.shape[-1])
+        )  # one rotated key for all heads
+        query, k = jnp.concatenate(q, axis=-1), jnp.concatenate([k, shared], axis=-1)
+        p = _probabilities(jnp.einsum("bthn,bhsn->bhts", query, k), mask, c).astype(v.dtype)
+        return jnp.einsum("bhts,bhsv->bthv", p, v)
 
 
 def absorbed(
