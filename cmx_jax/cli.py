@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     demo.add_argument("--model", default="tiny", help="a directory, or tiny (default)")
     demo.add_argument("--max-tokens", type=int, default=32, help="tokens to generate for each prompt")
-    demo.add_argument("--prefill-instances", type=int, default=1, help="of the six, how many to start")
+    demo.add_argument("--prefill-instances", type=int, default=6, help="how many of the six to start")
 
     generate = verbs.add_parser("generate", help="continue prompts")
     generate.set_defaults(run=_generate)

@@ -57,7 +57,7 @@ def run(
     name_or_path: str = "tiny",
     prompts: tuple[str, ...] = PROMPTS,
     max_tokens: int = 32,
-    prefill: int = 1,
+    prefill: int = 6,
     wire: str = "float32",
     exchange: str = "hierarchical",
     progress: Callable[[str], None] = lambda _: None,
