@@ -62,6 +62,13 @@ def _each(fn: Callable[[P, Any], Any], specs: Any, tree: Any) -> Any:
     )
 
 
+def _sharded(
+    mesh: Mesh | AbstractMesh, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate: Sequence[int]
+) -> Any:
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.jit(mapped, donate_argnums=donate)
+
+
 @dataclass(frozen=True)
 class Devices:
     """`shard_map` over a mesh of real devices: real collectives, real sharded buffers."""
@@ -84,8 +91,7 @@ class Devices:
     def jit(
         self, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate_argnums: Sequence[int] = ()
     ) -> Any:
-        mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(mapped, donate_argnums=donate_argnums)
+        return _sharded(self.mesh, fn, in_specs, out_specs, donate_argnums)
 
     def put(self, tree: Any, specs: Any) -> Any:
         shardings = _each(lambda spec, _: NamedSharding(self.mesh, spec), specs, tree)
@@ -214,8 +220,7 @@ class Abstract:
     def jit(
         self, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate_argnums: Sequence[int] = ()
     ) -> Any:
-        mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(mapped, donate_argnums=donate_argnums)
+        return _sharded(self.mesh, fn, in_specs, out_specs, donate_argnums)
 
     def put(self, tree: Any, specs: Any) -> Any:
         return _each(
