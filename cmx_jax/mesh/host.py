@@ -81,7 +81,17 @@ def cache_directory() -> Path:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between processes, unless the user has already said where (or that not)."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    """Keeps compiled programs between processes, unless the user has already said where (or that not).
+
+    A folder that cannot be written is no reason to stop: then nothing is kept.
+    """
+    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+        return
+    folder = cache_directory() / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

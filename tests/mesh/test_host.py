@@ -70,15 +70,19 @@ def test_xla_flags_decide_and_fewer_than_needed_are_refused(count: int) -> None:
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({"CMX_CACHE_DIR": "/a"}, "/a/xla"),
-        ({"CMX_CACHE_DIR": "/a", "JAX_COMPILATION_CACHE_DIR": "/b"}, "/b"),
-        ({"CMX_CACHE_DIR": "/a", "JAX_ENABLE_COMPILATION_CACHE": "0"}, None),
+        ({"CMX_CACHE_DIR": "{}/a"}, "{}/a/xla"),
+        ({"CMX_CACHE_DIR": "{}/a", "JAX_COMPILATION_CACHE_DIR": "/b"}, "/b"),
+        ({"CMX_CACHE_DIR": "{}/a", "JAX_ENABLE_COMPILATION_CACHE": "0"}, None),
+        ({"CMX_CACHE_DIR": "{}/file/a"}, None),
     ],
-    ids=["ours", "the user's", "switched off"],
+    ids=["ours", "the user's", "switched off", "cannot be made"],
 )
-def test_compiled_programs_are_kept_where_the_user_says(env: dict[str, str], expected: str | None) -> None:
+def test_compiled_programs_are_kept_where_the_user_says(env, expected, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    env = {name: value.format(tmp_path) for name, value in env.items()}
     enable = "import jax; from cmx_jax.mesh import enable_compilation_cache; enable_compilation_cache()"
-    assert answer(enable, "print(json.dumps(jax.config.jax_compilation_cache_dir))", **env) == expected
+    kept = answer(enable, "print(json.dumps(jax.config.jax_compilation_cache_dir))", **env)
+    assert kept == (expected and expected.format(tmp_path))
 
 
 def test_the_cache_lies_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
