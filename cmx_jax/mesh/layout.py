@@ -127,9 +127,7 @@ def expert_parallel(ranks: int, experts: int, *, exchange: str = "flat", **field
     if exchange == "hierarchical":
         per_node = min(ranks, CLOUDMATRIX384.npus_per_node)
         if ranks % per_node:
-            raise CmxError(
-                f"{ranks} ranks are no whole nodes of {per_node}, which exchange 'hierarchical' needs"
-            )
+            raise CmxError(f"{ranks} ranks, expected whole nodes of {per_node} for exchange 'hierarchical'")
         axes = (("node", ranks // per_node), ("npu", per_node))
     names = tuple(name for name, _ in axes)
     slots = -(-max(experts, 1) // ranks) * ranks
