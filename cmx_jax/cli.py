@@ -120,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
 
     for verb, exchange in ((demo, "hierarchical"), (generate, "flat")):
-        verb.add_argument("--wire", default="float32", help="dispatched tokens: float32, bfloat16 or int8")
+        verb.add_argument(
+            "--wire", help="dispatched tokens: float32, bfloat16 or int8 (default: the model's)"
+        )
         verb.add_argument("--exchange", default=exchange, help=f"flat or hierarchical (default {exchange})")
         verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
@@ -137,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{chr(13) + chr(27) + '[K' if sys.stderr.isatty() else ''}cmx: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        sys.stderr.flush()
+        os._exit(130)  # XLA may be compiling in threads that do not survive an orderly end
     except BrokenPipeError:  # whoever read us has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

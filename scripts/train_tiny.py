@@ -1,6 +1,6 @@
 """Trains the model that ships as `tiny`: a small DeepSeek-V3 on English about Python.
 
-    python scripts/train_tiny.py --out cmx_jax/assets/tiny --work /tmp/tiny
+    python scripts/train_tiny.py --out cmx_jax/model/checkpoints/tiny --work /tmp/tiny
 
 It runs on whatever JAX has (two CPU cores do), from one seed, and resumes from the last Orbax checkpoint
 in `--work` when started again. At the end it writes the Hugging Face directory and `training.json`: held-out
@@ -333,16 +333,16 @@ def main() -> None:
     parser.add_argument(
         "--corpus", type=Path, help="documents as JSON, by tiny_corpus.py (default: this Python's)"
     )
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.1)
     parser.add_argument("--capacity", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--log-every", type=int, default=20)
-    parser.add_argument("--eval-every", type=int, default=200)
+    parser.add_argument("--eval-every", type=int, default=250)
     parser.add_argument("--until", type=int, help="stop (resumably) behind so many steps")
     args = parser.parse_args()
 

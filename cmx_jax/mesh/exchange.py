@@ -201,7 +201,7 @@ def _at_once(mail: Shaped[Array, "GN M"], axis: Axis) -> Shaped[Array, "GN M"]:
 
 def _tier_by_tier(mail: Shaped[Array, "GN M"], axis: Axis) -> Shaped[Array, "GN M"]:
     """One all-to-all for each axis, innermost first: to the right NPU number within the node, then to the
-    right node. Every byte moves once a tier, but a rank talks to `8 + 20` others instead of 160."""
+    right node. Every byte moves once a tier, but a rank of 20 nodes talks to 7 + 19 others instead of 159."""
     names = (axis,) if isinstance(axis, str) else axis
     boxes = mail.reshape(*(jax.lax.axis_size(name) for name in names), -1, mail.shape[-1])
     for dim, name in reversed(list(enumerate(names))):

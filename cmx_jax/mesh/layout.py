@@ -112,6 +112,9 @@ class Layout:
         return (np.arange(experts, dtype=np.int64) * self.slots // max(experts, 1)).astype(np.int32)
 
 
+MAX_RANKS = 4096  # several supernodes; on one machine memory ends long before
+
+
 def expert_parallel(ranks: int, experts: int, *, exchange: str = "flat", **fields: Any) -> Layout:
     """The paper's layout (section 2): data-parallel attention and expert-parallel MoE over all ranks.
 
@@ -123,6 +126,8 @@ def expert_parallel(ranks: int, experts: int, *, exchange: str = "flat", **field
     """
     if ranks < 1:
         raise CmxError(f"{ranks} ranks, expected at least 1")
+    if ranks > MAX_RANKS:
+        raise CmxError(f"{ranks} ranks, expected at most {MAX_RANKS}")
     axes: tuple[tuple[str, int], ...] = (("ep", ranks),)
     if exchange == "hierarchical":
         per_node = min(ranks, CLOUDMATRIX384.npus_per_node)

@@ -69,6 +69,15 @@ def _sharded(
     return jax.jit(mapped, donate_argnums=donate)
 
 
+def _refuse_wide(size: int) -> None:
+    if size > MAX_COLLECTIVE_CPU_DEVICES:
+        raise CmxError(
+            f"a program over {size} CPU devices would deadlock: XLA:CPU has at most "
+            f"{MAX_COLLECTIVE_CPU_DEVICES} threads for devices that wait in a collective. Use "
+            f"{MAX_COLLECTIVE_CPU_DEVICES} ranks or fewer, or runner 'lanes' for any number"
+        )
+
+
 @dataclass(frozen=True)
 class Devices:
     """`shard_map` over a mesh of real devices: real collectives, real sharded buffers."""
@@ -76,13 +85,8 @@ class Devices:
     mesh: Mesh
 
     def __post_init__(self) -> None:
-        size, platform = self.mesh.size, self.mesh.devices.flat[0].platform
-        if platform == "cpu" and size > MAX_COLLECTIVE_CPU_DEVICES:
-            raise CmxError(
-                f"a program over {size} CPU devices would deadlock: XLA:CPU has at most "
-                f"{MAX_COLLECTIVE_CPU_DEVICES} threads for devices that wait in a collective. Use "
-                f"{MAX_COLLECTIVE_CPU_DEVICES} ranks or fewer, or runner 'lanes' for any number"
-            )
+        if self.mesh.devices.flat[0].platform == "cpu":
+            _refuse_wide(self.mesh.size)
 
     @property
     def axes(self) -> Axes:
@@ -247,5 +251,7 @@ def make_runner(kind: str, axes: Axes, first_device: int = 0) -> Runner:
         raise CmxError(f"runner {kind!r} is unknown, expected one of {list(RUNNERS)}")
     sizes = tuple(size for _, size in axes)
     count = math.prod(sizes)
+    if count > MAX_COLLECTIVE_CPU_DEVICES and len(jax.devices()) < count:
+        _refuse_wide(count)  # before so many are made
     devices = host_devices(first_device + count)[first_device : first_device + count]
     return Devices(Mesh(np.array(devices).reshape(sizes), tuple(name for name, _ in axes)))

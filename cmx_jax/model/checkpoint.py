@@ -174,29 +174,38 @@ class _Files:
                 raise CmxError(f"{file}: not a whole safetensors file ({error})") from None
         return self._handles[file]
 
-    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor, checked against the shape and the types that are read."""
-        handle = self._open(self.file_of[name])
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that a tensor has in its file."""
+        return tuple(self._header(name).get_shape())
+
+    def _header(self, name: str) -> Any:
         try:
-            header = handle.get_slice(name)
+            return self._open(self.file_of[name]).get_slice(name)
         except SafetensorError:
             raise CmxError(f"{self.file_of[name]}: tensor {name} is not in it, but in the index") from None
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuses another shape, or a type that is not read."""
+        header = self._header(name)
         given = tuple(header.get_shape())
         if given != shape:
             raise CmxError(f"tensor {name} has shape {list(given)}, expected {list(shape)}")
         if header.get_dtype() not in FLOATS:
             raise CmxError(f"tensor {name} is {header.get_dtype()}, expected one of {sorted(FLOATS)}")
-        return handle.get_tensor(name)
+
+    def array(self, name: str) -> np.ndarray:
+        """The tensor."""
+        return self._open(self.file_of[name]).get_tensor(name)
 
 
-def _ignored(name: str, c: ModelConfig, mtp: bool) -> bool:
+def _ignored(name: str, files: _Files, c: ModelConfig, mtp: bool) -> bool:
     """Tensors that carry nothing of their own: frequencies, copies of embedding and head, empty ones."""
     shared = tuple(
         f"model.layers.{c.num_hidden_layers + i}.{copy}"
         for i in range(c.num_nextn_predict_layers if mtp else 0)
         for copy in ("embed_tokens.weight", "shared_head.head.weight")
     )
-    empty = c.n_shared_experts == 0 and ".mlp.shared_experts." in name
+    empty = ".mlp.shared_experts." in name and 0 in files.shape(name)
     tied = c.tie_word_embeddings and name == "lm_head.weight"
     return name in shared or empty or tied or name.endswith("rotary_emb.inv_freq")
 
@@ -210,7 +219,7 @@ def has_mtp(c: ModelConfig, names: Mapping[str, Any]) -> bool:
 def _check_names(wanted: list[Source], files: _Files, c: ModelConfig, mtp: bool) -> None:
     names = {s.name for s in wanted}
     missing = sorted(names - files.file_of.keys())
-    unknown = sorted(n for n in files.file_of.keys() - names if not _ignored(n, c, mtp))
+    unknown = sorted(n for n in files.file_of.keys() - names if not _ignored(n, files, c, mtp))
     for what, found in (("is missing", missing), ("is not part of this architecture", unknown)):
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -229,6 +238,8 @@ def read_weights(directory: str | Path, c: ModelConfig, dtype: Any) -> Weights:
     mtp = has_mtp(c, files.file_of)
     wanted = list(sources(c, mtp))
     _check_names(wanted, files, c, mtp)
+    for s in wanted:  # before anything of that size is allocated
+        files.check(s.name, s.shape)
     fields: dict[tuple[str, str], np.ndarray] = {}
 
     def make(leaf: Leaf) -> np.ndarray:
@@ -242,7 +253,7 @@ def read_weights(directory: str | Path, c: ModelConfig, dtype: Any) -> Weights:
     for s in wanted:
         field = fields[s.field]
         with np.errstate(over="ignore"):  # what overflows is refused below
-            array = files.array(s.name, s.shape).astype(field.dtype)
+            array = files.array(s.name).astype(field.dtype)
         if not np.isfinite(array).all():
             raise CmxError(f"tensor {s.name} holds NaN or infinity as {field.dtype}, expected finite numbers")
         field[s.at] = s.view(array)

@@ -1,8 +1,8 @@
 """The architecture as data, read from a Hugging Face `config.json`.
 
-Field names are Hugging Face's. Both of its styles are read: transformers 4 (`rope_scaling`,
-`torch_dtype`) and transformers 5 (`rope_parameters`, `dtype`). What would be computed wrongly is
-refused by name, never ignored.
+Field names are Hugging Face's. The styles of transformers 4 (`rope_scaling`) and 5 (`rope_parameters`) are
+read; the stored type (`torch_dtype`, `dtype`) is read off each tensor instead. What would be computed wrongly
+is refused by name, never ignored.
 """
 
 import json
@@ -99,6 +99,15 @@ _POSITIVE_IF_MOE = (
 )
 
 
+# Far beyond any model; what is larger is a mistake, and would take all memory before it showed.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_nextn_predict_layers": 100,
+    "n_routed_experts": 100_000,
+    "n_shared_experts": 1_000,
+}
+
+
 def _expect(ok: bool, field: str, given: object, expected: str) -> None:
     if not ok:
         raise CmxError(f"config: {field} is {given!r}, expected {expected}")
@@ -109,6 +118,8 @@ def _check(c: ModelConfig) -> None:
         _expect(getattr(c, field) > 0, field, getattr(c, field), "a positive integer")
     for field in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
         _expect(getattr(c, field) >= 0, field, getattr(c, field), "zero or more")
+    for field, most in _MOST.items():
+        _expect(getattr(c, field) <= most, field, getattr(c, field), f"at most {most}")
     _expect(c.q_lora_rank is None or c.q_lora_rank > 0, "q_lora_rank", c.q_lora_rank, "positive or null")
     _expect(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", c.qk_rope_head_dim, "an even number")
     _expect(c.rms_norm_eps > 0, "rms_norm_eps", c.rms_norm_eps, "a positive number")
@@ -143,7 +154,7 @@ def _number(raw: Mapping[str, Any], field: str, default: Any) -> Any:
     value = raw.get(field)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
         raise CmxError(f"config: {field} is {str(value)[:40]}, expected a finite number")
     return float(value)
 

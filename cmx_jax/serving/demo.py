@@ -25,7 +25,7 @@ PROMPTS = (
 )
 
 
-def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str, exchange: str) -> Engine:
+def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str | None, exchange: str) -> Engine:
     """Puts a model on the first decode instance and the first `prefill` prefill instances of the pools.
 
     Args:
@@ -33,7 +33,7 @@ def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str, ex
       pools: where the instances lie.
       prefill: prefill instances to start.
       context: longest sequence to make room for, tokens.
-      wire: type of dispatched tokens.
+      wire: type of dispatched tokens; None takes the model's.
       exchange: how they travel.
 
     Raises:
@@ -45,7 +45,9 @@ def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str, ex
     width = Capacity().page_width
 
     def start(s: Slice) -> Instance:
-        layout = expert_parallel(s.npus, model.config.n_routed_experts, exchange=exchange, wire=wire)
+        layout = expert_parallel(
+            s.npus, model.config.n_routed_experts, exchange=exchange, wire=wire or model.dtype
+        )
         capacity = Capacity(sequences=1, pages=pages_for(context, width), page_width=width)
         return model.instance(s.name, layout, make_runner("devices", layout.axes, s.start), capacity)
 
@@ -58,7 +60,7 @@ def run(
     prompts: tuple[str, ...] = PROMPTS,
     max_tokens: int = 32,
     prefill: int = 6,
-    wire: str = "float32",
+    wire: str | None = None,
     exchange: str = "hierarchical",
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:

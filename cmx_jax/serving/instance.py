@@ -77,11 +77,16 @@ class Instance:
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
-        c, ranks = self.config, self.layout.data_ranks
+        c = self.config
         mtp = self.weights.mtp is not None
         self.steps = compile_steps(c, self.layout, self.runner, mtp)
         weight_specs, self._data, _ = step_specs(c, self.layout, mtp)
         self.weights = self.runner.put(self.weights, weight_specs)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all requests and makes a new cache, as after a step that was broken off."""
+        c, ranks = self.config, self.layout.data_ranks
         shape = abstract_cache(c, self.capacity.pages * ranks, self.capacity.page_width, self.dtype).pages
         zeros = np.zeros(shape.shape, shape.dtype)
         self.cache: PagedCache = self.runner.put(PagedCache(zeros), PagedCache(self._data))

@@ -108,7 +108,11 @@ class LLM:
         engine = Engine([self.instance], self.instance)
         given = [prompts] if isinstance(prompts, str) else prompts
         requests = [engine.submit(self.model.encode(prompt), params) for prompt in given]
-        engine.run()
+        try:
+            engine.run()
+        except BaseException:  # an interrupt, say: the next call must not find half-served requests
+            self.instance.reset()
+            raise
         return [completion(request, self.model) for request in requests]
 
 
@@ -159,5 +163,7 @@ def from_pretrained(
     length = min(context, 4096) if max_model_len is None else max_model_len
     if not 1 <= length <= context:
         raise CmxError(f"max_model_len is {length}, expected 1 to the model's context of {context}")
-    layout = expert_parallel(ranks, model.config.n_routed_experts, exchange=exchange, wire=wire or dtype)
+    layout = expert_parallel(
+        ranks, model.config.n_routed_experts, exchange=exchange, wire=dtype if wire is None else wire
+    )
     return LLM(model, layout, runner, max_num_seqs, length)

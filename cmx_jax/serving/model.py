@@ -29,8 +29,12 @@ def locate(name_or_path: str | Path) -> Path:
     """
     if str(name_or_path) in SHIPPED:
         return Path(str(files("cmx_jax") / "model" / "checkpoints" / str(name_or_path)))
-    path = Path(name_or_path).expanduser()
-    if not path.is_dir():
+    try:
+        path = Path(name_or_path).expanduser()
+        found = path.is_dir()
+    except (RuntimeError, OSError, ValueError):  # an unknown ~user, an impossible name
+        found = False
+    if not found:
         raise CmxError(
             f"model {str(name_or_path)!r} is neither a directory nor a model that ships: {', '.join(SHIPPED)}"
         )
@@ -75,6 +79,10 @@ class Model:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise CmxError(f"{self.directory} has no tokenizer.json: give token ids instead of text")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise CmxError(f"the prompt is not Unicode text ({error.reason}), expected UTF-8") from None
             return list(self.tokenizer.encode(prompt).ids)
         ids = list(prompt) if isinstance(prompt, Iterable) else None
         if ids is None or not all(isinstance(token, int | np.integer) for token in ids):
@@ -100,6 +108,8 @@ def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise CmxError(f"{path}: not a tokenizer ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise CmxError(
             f"{path}: {tokenizer.get_vocab_size()} tokens, expected at most vocab_size {config.vocab_size}"

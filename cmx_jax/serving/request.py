@@ -53,7 +53,7 @@ class SamplingParams:
         for ok, name, expected in (
             (self.max_tokens >= 1, "max_tokens", "at least 1"),
             (0 <= self.temperature < float("inf"), "temperature", "zero or more"),
-            (self.top_k >= 0, "top_k", "zero (off) or more"),
+            (0 <= self.top_k < 2**31, "top_k", "zero (off) or more, below 2^31"),
             (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
             (0 <= self.seed < 2**32, "seed", "in [0, 2^32)"),
         ):

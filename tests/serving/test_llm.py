@@ -114,3 +114,19 @@ def test_a_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
     with pytest.raises(CmxError, match="expected text or a list of token ids"):
         llm.generate([3])
     assert len(llm.generate([[1, 2]], max_new_tokens=2, ignore_eos=True)[0].tokens) == 2
+
+
+@pytest.mark.parametrize("broken", ["prefill", "decode"])
+def test_a_call_that_was_broken_off_leaves_nothing_behind(monkeypatch, broken) -> None:
+    llm = cmx_jax.from_pretrained("tiny", ranks=2)
+    whole = llm.generate(["A class is"], max_new_tokens=3)
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(llm.instance, broken, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["A class is"] * 3, max_new_tokens=3)
+    assert llm.instance.load == 0
+    assert llm.generate(["A class is"], max_new_tokens=3)[0].tokens == whole[0].tokens
