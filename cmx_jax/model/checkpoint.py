@@ -186,8 +186,7 @@ class _Files:
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuses another shape, or a type that is not read."""
-        header = self._header(name)
-        given = tuple(header.get_shape())
+        header, given = self._header(name), self.shape(name)
         if given != shape:
             raise CmxError(f"tensor {name} has shape {list(given)}, expected {list(shape)}")
         if header.get_dtype() not in FLOATS:

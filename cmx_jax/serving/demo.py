@@ -10,7 +10,7 @@ from cmx_jax.mesh.pools import Pools, Slice, carve
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.instance import Capacity, Instance, Traffic
 from cmx_jax.serving.model import Model
 from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.request import Request, SamplingParams
@@ -76,12 +76,12 @@ def run(
     context = min(model.config.max_position_embeddings, 256)
     engine = deploy(model, pools, prefill, context, wire, exchange)
     params = SamplingParams(max_tokens=max_tokens)
-    for stage, tokens in (("compiling (kept for the next time)", 2), ("serving", max_tokens)):
+    warm = SamplingParams(max_tokens=2)
+    for stage, stage_params in (("compiling (kept for the next time)", warm), ("serving", params)):
         progress(stage)
         for instance in (*engine.prefill, engine.decode):
-            instance.traffic = type(instance.traffic)()
-        warm = SamplingParams(max_tokens=tokens)
-        requests = [engine.submit(model.encode(p), params if stage == "serving" else warm) for p in prompts]
+            instance.traffic = Traffic()
+        requests = [engine.submit(model.encode(p), stage_params) for p in prompts]
         while engine.busy:
             engine.step()
             progress(f"{stage}: {sum(len(r.tokens) for r in requests)} tokens")
