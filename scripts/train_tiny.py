@@ -23,10 +23,11 @@ import orbax.checkpoint as ocp
 import tiny_corpus
 
 from cmx_jax.mesh.exchange import ExchangeStats
-from cmx_jax.model.attention import expanded
 from cmx_jax.model.checkpoint import write_weights
-from cmx_jax.model.config import ModelConfig, parse_config
+from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import decoder, logits, mtp_hidden
+from cmx_jax.model.families import parse_config
+from cmx_jax.model.mla import expanded
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
 
 CONFIG = {  # as a config.json says it
@@ -95,10 +96,10 @@ def _std(leaf: Leaf, c: ModelConfig) -> float:
     name = leaf.path.rsplit(".", 1)[-1]
     fan_in = {
         "embed": 2500,
-        "q_b": c.q_lora_rank or c.hidden_size,
-        "k_b": c.kv_lora_rank,
-        "v_b": c.kv_lora_rank,
-        "o": c.num_attention_heads * c.v_head_dim * 2 * c.num_hidden_layers,
+        "q_b": c.attention.q_lora_rank or c.hidden_size,
+        "k_b": c.attention.kv_lora_rank,
+        "v_b": c.attention.kv_lora_rank,
+        "o": c.num_attention_heads * c.attention.v_head_dim * 2 * c.num_hidden_layers,
         "eh_proj": 2 * c.hidden_size,
         "down": leaf.shape[-2] * 2 * c.num_hidden_layers,
     }.get(name, c.hidden_size)
@@ -160,13 +161,13 @@ def forward(weights: Weights, c: ModelConfig, tokens: Any, capacity: float) -> t
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
     run = capacity_experts(capacity)
 
-    def attend(cache: Any, index: Any, q: Any, latents: Any, w: Any) -> tuple[Any, Any]:
+    def attend(cache: Any, index: Any, kind: Any, q: Any, latents: Any, w: Any) -> tuple[Any, Any]:
         return expanded(q, latents, mask, w, c), cache
 
     hidden, _, stats = decoder(weights, c, tokens, positions, active, None, attend, run)
     drafted, _, extra = mtp_hidden(
         weights, weights.mtp, c, 0, hidden, jnp.roll(tokens, -1, axis=1), positions, active,
-        lambda q, kv, a: attend(None, 0, q, kv, a), run,
+        lambda q, kv, a: attend(None, 0, None, q, kv, a), run,
     )  # fmt: skip
     return logits(hidden, weights), logits(drafted, weights), jnp.concatenate([stats.load, extra.load[None]])
 

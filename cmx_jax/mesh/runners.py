@@ -24,6 +24,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, host_devices
 
 Axes = tuple[tuple[str, int], ...]
+Part = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 @runtime_checkable
@@ -48,6 +49,18 @@ class Runner(Protocol):
 
     def put(self, tree: Any, specs: Any) -> Any:
         """Places whole arrays where `jit` wants them."""
+        ...
+
+    def make(self, shape: tuple[int, ...], dtype: Any, spec: P, part: Part) -> Any:
+        """A whole array of which each rank's part is asked for by itself.
+
+        Args:
+          shape: of the whole array.
+          dtype: of it.
+          spec: how it is split.
+          part: gives the NumPy array at an index of slices; asked once for each different part of this
+            process.
+        """
         ...
 
 
@@ -101,6 +114,17 @@ class Devices:
         shardings = _each(lambda spec, _: NamedSharding(self.mesh, spec), specs, tree)
         return jax.device_put(tree, shardings)
 
+    def make(self, shape: tuple[int, ...], dtype: Any, spec: P, part: Part) -> Any:
+        sharding, parts = NamedSharding(self.mesh, spec), {}
+
+        def once(index: Any) -> np.ndarray:  # ranks that hold the same part share one reading of it
+            key = tuple((s.start, s.stop) for s in index)
+            if key not in parts:
+                parts[key] = part(index)
+            return parts[key]
+
+        return jax.make_array_from_callback(shape, sharding, once, dtype=dtype)
+
 
 @dataclass(frozen=True)
 class Lanes:
@@ -127,6 +151,10 @@ class Lanes:
     def put(self, tree: Any, specs: Any) -> Any:
         del specs  # lanes are axes of whole arrays on one device
         return jax.device_put(tree, host_devices(1)[0])
+
+    def make(self, shape: tuple[int, ...], dtype: Any, spec: P, part: Part) -> Any:
+        whole = part(tuple(slice(0, n) for n in shape))
+        return self.put(whole.astype(dtype, copy=False), spec)
 
     def _split(self, leaf: Any, labels: "_Labels") -> Any:
         """Cuts each sharded dimension into (mesh axes..., rest)."""
@@ -227,13 +255,11 @@ class Abstract:
         return _sharded(self.mesh, fn, in_specs, out_specs, donate_argnums)
 
     def put(self, tree: Any, specs: Any) -> Any:
-        return _each(
-            lambda spec, leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec)
-            ),
-            specs,
-            tree,
-        )
+        return _each(lambda spec, leaf: self.make(leaf.shape, leaf.dtype, spec), specs, tree)
+
+    def make(self, shape: tuple[int, ...], dtype: Any, spec: P, part: Part | None = None) -> Any:
+        del part  # nothing is read
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
 
 RUNNERS = ("devices", "lanes")

@@ -1,10 +1,11 @@
-"""The paged latent cache of one rank.
+"""The paged cache of one rank.
 
-MLA caches one latent of `C + R` numbers per token and layer. A page holds `W` tokens of all layers, so
+Per token and layer it keeps one row: of MLA the latent and the rotated key, of GQA all heads' keys and
+values. `C` here is the length of a row (`ModelConfig.row_dim`). A page holds `W` tokens of all layers, so
 that a sequence moves as whole pages:
 
-    pages [P, L, W, C + R]      page_table [B, pages of a sequence]: position s lies in
-                                page_table[b, s // W], row s % W
+    pages [P, L, W, C]      page_table [B, pages of a sequence]: position s lies in
+                            page_table[b, s // W], row s % W
 
 A table entry of `NO_PAGE` is no page: writes to it are dropped, reads give zeros. Rows beyond a
 sequence's length may hold anything, NaN included; readers mask them.
@@ -25,7 +26,7 @@ NO_PAGE = int(np.iinfo(np.int32).max)
 
 @struct.dataclass
 class PagedCache:
-    pages: Any  # [P, L, W, C + R]
+    pages: Any  # [P, L, W, C]
 
     @property
     def width(self) -> int:
@@ -35,7 +36,7 @@ class PagedCache:
 
 def abstract_cache(c: ModelConfig, pages: int, width: int, dtype: Any) -> PagedCache:
     """Shape of a cache of `pages` pages of `width` tokens."""
-    shape = (pages, c.num_hidden_layers, width, c.latent_dim)
+    shape = (pages, c.num_hidden_layers, width, c.row_dim)
     return PagedCache(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
 
 
@@ -44,14 +45,14 @@ def write(
     layer: Int[Array, ""] | int,
     page_table: Int[Array, "B P"],
     positions: Int[Array, "B T"],
-    latents: Float[Array, "B T C"],
+    rows: Float[Array, "B T C"],
 ) -> PagedCache:
-    """Puts each latent at its position. Position -1 is written nowhere."""
+    """Puts each row at its position. Position -1 is written nowhere."""
     slot = jnp.where(positions < 0, 0, positions // cache.width)
     page = jnp.take_along_axis(page_table, slot, axis=1, mode="fill", fill_value=NO_PAGE)
     page = jnp.where(positions < 0, NO_PAGE, page)
     at = cache.pages.at[page, layer, positions % cache.width]
-    return PagedCache(at.set(latents.astype(cache.pages.dtype), mode="drop"))
+    return PagedCache(at.set(rows.astype(cache.pages.dtype), mode="drop"))
 
 
 def read(

@@ -1,25 +1,23 @@
-"""The architecture as data, read from a Hugging Face `config.json`.
+"""The architecture as data. `families.py` reads it from a `config.json`.
 
-Field names are Hugging Face's. The styles of transformers 4 (`rope_scaling`) and 5 (`rope_parameters`) are
-read; the stored type (`torch_dtype`, `dtype`) is read off each tensor instead. What would be computed wrongly
-is refused by name, never ignored.
+One decoder serves every family: what differs between them are the fields below. Field names are Hugging
+Face's where it has one.
 """
 
-import json
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from cmx_jax.errors import CmxError
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding; `factor` onwards only matter to `linear` and `yarn` (arXiv 2309.00071)."""
+    """Rotary embedding; `factor` onwards matter to `linear`, `yarn` (arXiv 2309.00071) and `llama3` only."""
 
     theta: float = 10000.0
-    kind: str = "default"
+    interleaved: bool = False  # pairs are (0, 1), (2, 3), ... instead of (i, i + R/2)
+    kind: Literal["default", "linear", "yarn", "llama3"] = "default"
     factor: float = 1.0
     original_max_position_embeddings: int = 4096
     attention_factor: float | None = None
@@ -28,34 +26,109 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def temperature(self, mscale: float) -> float:
+        """YaRN's attention temperature `0.1 * mscale * ln(factor) + 1` (1 without extension)."""
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A DeepSeek-V3-architecture decoder: MLA, leading dense layers, then MoE layers, MTP layers."""
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one latent a token for all heads."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    n_routed_experts: int
-    num_experts_per_tok: int
     q_lora_rank: int | None = None
-    n_shared_experts: int = 1
+    latent_norm_eps: float = 1e-6  # of the norms of the two latents
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def row_dim(self) -> int:
+        """Numbers that the cache keeps per token and layer: the latent and the rotated key, `C + R`."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class GQAConfig:
+    """Grouped-query attention (multi-query with one key-value head).
+
+    Attributes:
+      num_key_value_heads: each serves as many consecutive query heads.
+      qk_norm: RMSNorm of each head's query and key: `weighted` before rotation (Qwen3), `l2` without weights
+        after it and only where there is rotation (Llama 4).
+      sliding_window: a token sees itself and this many minus one before it.
+      chunk_size: in chunked layers a token sees only its own chunk of positions.
+      temperature_scale, temperature_floor: in layers without rotation queries are multiplied by
+        `1 + scale * ln(1 + floor((position + 1) / floor))` (Llama 4).
+    """
+
+    num_key_value_heads: int
+    head_dim: int
+    qk_norm: Literal["none", "weighted", "l2"] = "none"
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+    temperature_scale: float = 0.0
+    temperature_floor: int = 8192
+
+    @property
+    def row_dim(self) -> int:
+        """Numbers that the cache keeps per token and layer: every head's key, then every head's value."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a layer differs from others of the same model."""
+
+    moe: bool
+    rope: bool = True
+    chunked: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer, mixture-of-experts or dense.
+
+    Attributes:
+      family: whose names the tensors have (`cmx_jax.model.checkpoint.names`).
+      intermediate_size: of dense layers' FFN.
+      layers: kind of each layer.
+      block: where norms stand: `pre` of attention and of FFN; `sandwich` also behind each; `parallel`: one
+        norm, attention and FFN side by side.
+      norm: RMSNorm or LayerNorm without bias.
+      scoring: of the router; with `router_bias` a correction is added that only chooses.
+      weigh_input: a router's weight scales what its expert is given instead of the result.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    attention: MLAConfig | GQAConfig
+    layers: tuple[LayerKind, ...]
+    moe_intermediate_size: int = 0
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 0
+    n_shared_experts: int = 0
     n_group: int = 1
     topk_group: int = 1
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    router_bias: bool = False
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
-    first_k_dense_replace: int = 0
+    weigh_input: bool = False
+    block: Literal["pre", "sandwich", "parallel"] = "pre"
+    norm: Literal["rms", "layer"] = "rms"
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = RopeConfig()
-    rope_interleave: bool = True
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 4096
@@ -66,38 +139,53 @@ class ModelConfig:
         _check(self)
 
     @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    @property
     def num_dense_layers(self) -> int:
-        """Leading layers whose FFN is dense."""
-        return min(self.first_k_dense_replace, self.num_hidden_layers)
+        return sum(not kind.moe for kind in self.layers)
 
     @property
     def num_moe_layers(self) -> int:
-        return self.num_hidden_layers - self.num_dense_layers
+        return sum(kind.moe for kind in self.layers)
 
     @property
-    def latent_dim(self) -> int:
-        """Numbers that the cache keeps per token and layer: `C + R`."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+    def row_dim(self) -> int:
+        """Numbers that the cache keeps per token and layer."""
+        return self.attention.row_dim
 
     @property
     def softmax_scale(self) -> float:
-        """`(N + R)^-0.5`, times YaRN's squared `mscale_all_dim` correction (DeepSeek-V3)."""
-        from cmx_jax.model.rope import yarn_mscale
+        """`1 / sqrt(width of a key)`; under MLA times YaRN's squared `mscale_all_dim` correction."""
+        a, rope = self.attention, self.rope
+        if isinstance(a, GQAConfig):
+            return a.head_dim**-0.5
+        corrected = rope.kind != "default" and rope.mscale_all_dim
+        return a.qk_head_dim**-0.5 * (rope.temperature(rope.mscale_all_dim or 0) ** 2 if corrected else 1.0)
 
-        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
-        if self.rope.kind != "default" and self.rope.mscale_all_dim:
-            scale *= yarn_mscale(self.rope.factor, self.rope.mscale_all_dim) ** 2
-        return scale
+
+def segments(kinds: tuple[LayerKind, ...]) -> list[tuple[int, tuple[LayerKind, ...]]]:
+    """Layers as repeated patterns `(times, pattern)`, each of which is one loop of the program.
+
+    61 layers of which the first 3 are dense are `[(3, (dense,)), (58, (moe,))]`; 48 layers of which every
+    fourth lacks rotation are `[(12, (rope, rope, rope, nope))]`.
+    """
+    found, at = [], 0
+    while at < len(kinds):
+        best, best_times = kinds[at : at + 1], 1
+        for period in range(1, min(MAX_PERIOD, len(kinds) - at) + 1):
+            pattern, times = kinds[at : at + period], 1
+            while kinds[at + times * period : at + (times + 1) * period] == pattern:
+                times += 1
+            if times > 1 and times * period > best_times * len(best):
+                best, best_times = pattern, times
+        found.append((best_times, best))
+        at += best_times * len(best)
+    return found
 
 
-_POSITIVE = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
-)
-_POSITIVE_IF_MOE = (
-    *("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
-)
-
+MAX_PERIOD = 16
 
 # Far beyond any model; what is larger is a mistake, and would take all memory before it showed.
 _MOST = {
@@ -105,182 +193,91 @@ _MOST = {
     "num_nextn_predict_layers": 100,
     "n_routed_experts": 100_000,
     "n_shared_experts": 1_000,
+    "num_attention_heads": 100_000,
+    "vocab_size": 100_000_000,
+    "hidden_size": 10_000_000,
+    "intermediate_size": 100_000_000,
+    "moe_intermediate_size": 100_000_000,
+    "max_position_embeddings": 1_000_000_000,
+    "kv_lora_rank": 10_000_000,
+    "q_lora_rank": 10_000_000,
+    "qk_nope_head_dim": 1_000_000,
+    "qk_rope_head_dim": 1_000_000,
+    "v_head_dim": 1_000_000,
+    "head_dim": 1_000_000,
+    "num_key_value_heads": 100_000,
 }
 
 
-def _expect(ok: bool, field: str, given: object, expected: str) -> None:
+def expect(ok: bool, field: str, given: object, expected: str) -> None:
+    """Refuses a config's field by name."""
     if not ok:
         raise CmxError(f"config: {field} is {given!r}, expected {expected}")
 
 
-def _check(c: ModelConfig) -> None:
-    for field in _POSITIVE + (_POSITIVE_IF_MOE if c.num_moe_layers > 0 else ()):
-        _expect(getattr(c, field) > 0, field, getattr(c, field), "a positive integer")
-    for field in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
-        _expect(getattr(c, field) >= 0, field, getattr(c, field), "zero or more")
-    for field, most in _MOST.items():
-        _expect(getattr(c, field) <= most, field, getattr(c, field), f"at most {most}")
-    _expect(c.q_lora_rank is None or c.q_lora_rank > 0, "q_lora_rank", c.q_lora_rank, "positive or null")
-    _expect(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", c.qk_rope_head_dim, "an even number")
-    _expect(c.rms_norm_eps > 0, "rms_norm_eps", c.rms_norm_eps, "a positive number")
-    _expect(c.rope.theta > 1, "rope_theta", c.rope.theta, "a number above 1")
-    for field in ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"):
-        _expect(getattr(c.rope, field) > 0, field, getattr(c.rope, field), "a positive number")
-    if c.num_moe_layers:
-        experts, groups = c.n_routed_experts, c.n_group
-        _expect(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts ({experts})")
-        _expect(experts // groups >= 2 or groups == 1, "n_group", groups, "two or more experts a group")
-        _expect(c.topk_group <= groups, "topk_group", c.topk_group, f"at most n_group ({groups})")
-        reachable = experts // groups * c.topk_group
-        _expect(
-            c.num_experts_per_tok <= reachable,
+def _sizes(c: ModelConfig) -> dict[str, int]:
+    """The widths and counts that must be positive."""
+    fields = [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ]
+    fields += ["intermediate_size"] * (c.num_dense_layers > 0)
+    if c.num_moe_layers or c.num_nextn_predict_layers:
+        fields += [
+            "moe_intermediate_size",
+            "n_routed_experts",
             "num_experts_per_tok",
-            c.num_experts_per_tok,
-            f"at most the {reachable} experts of topk_group groups",
-        )
+            "n_group",
+            "topk_group",
+        ]
+    sizes = {field: getattr(c, field) for field in fields}
+    attention = vars(c.attention).items()
+    return sizes | {f: v for f, v in attention if isinstance(v, int) and not isinstance(v, bool)}
 
 
-def _integer(raw: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = raw.get(field, default)
-    value = default if value is None else value
-    if value is None:
-        raise CmxError(f"config: {field} is missing, expected an integer")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise CmxError(f"config: {field} is {value!r}, expected an integer")
-    return value
-
-
-def _number(raw: Mapping[str, Any], field: str, default: Any) -> Any:
-    value = raw.get(field)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise CmxError(f"config: {field} is {str(value)[:40]}, expected a finite number")
-    return float(value)
-
-
-def _flag(raw: Mapping[str, Any], field: str, default: bool) -> bool:
-    value = raw.get(field)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise CmxError(f"config: {field} is {value!r}, expected true or false")
-    return value
-
-
-def _rope(raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    """`rope_scaling` and `rope_theta` (transformers 4), else `rope_parameters` (transformers 5)."""
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise CmxError(f"config: rope_parameters is {given!r}, expected an object")
-    kind = given.get("rope_type", given.get("type", "default"))
-    _expect(kind in ("default", "linear", "yarn"), "rope type", kind, "default, linear or yarn")
-    partial = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    _expect(partial in (None, 1), "partial_rotary_factor", partial, "1 (all rotary dimensions turn)")
-    original = _integer(given, "original_max_position_embeddings", max_positions)
-    original = _integer(raw, "original_max_position_embeddings", original)
-    _expect(original > 0, "original_max_position_embeddings", original, "a positive integer")
-    # transformers' rule for a factor that is not given
-    factor = _number(given, "factor", max_positions / original if kind == "yarn" else 1.0)
-    return RopeConfig(
-        theta=_number(given, "rope_theta", _number(raw, "rope_theta", 10000.0)),
-        kind=kind,
-        factor=factor,
-        original_max_position_embeddings=original,
-        attention_factor=_number(given, "attention_factor", None),
-        beta_fast=_number(given, "beta_fast", None) or 32.0,
-        beta_slow=_number(given, "beta_slow", None) or 1.0,
-        mscale=_number(given, "mscale", None),
-        mscale_all_dim=_number(given, "mscale_all_dim", None),
-        truncate=_flag(given, "truncate", True),
+def _check(c: ModelConfig) -> None:
+    for field, size in _sizes(c).items():
+        expect(size > 0, field, size, "a positive integer")
+        expect(size <= _MOST.get(field, size), field, size, f"at most {_MOST.get(field)}")
+    for field in ("n_shared_experts", "num_nextn_predict_layers"):
+        expect(getattr(c, field) >= 0, field, getattr(c, field), "zero or more")
+        expect(getattr(c, field) <= _MOST[field], field, getattr(c, field), f"at most {_MOST[field]}")
+    expect(c.rms_norm_eps > 0, "rms_norm_eps", c.rms_norm_eps, "a positive number")
+    expect(c.rope.theta > 1, "rope_theta", c.rope.theta, "a number above 1")
+    rope = ("factor", "beta_fast", "beta_slow", "low_freq_factor", "original_max_position_embeddings")
+    for field in rope:
+        expect(getattr(c.rope, field) > 0, field, getattr(c.rope, field), "a positive number")
+    low, high = c.rope.low_freq_factor, c.rope.high_freq_factor
+    expect(
+        c.rope.kind != "llama3" or high >= low, "high_freq_factor", high, f"at least low_freq_factor ({low})"
     )
+    _check_attention(c)
+    if c.num_moe_layers:
+        _check_router(c)
 
 
-# Fields that would change the computation: value -> what is implemented.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("deepseek_v3",),
-    "hidden_act": ("silu", None),
-    "scoring_func": ("sigmoid", None),
-    "topk_method": ("noaux_tc", None),
-    "moe_layer_freq": (1, None),
-    "quantization_config": (None,),
-}
-# What transformers' DeepseekV3Config means by an absent field (null means none).
-_DEFAULTS = {
-    "q_lora_rank": 1536,
-    "n_shared_experts": 1,
-    "n_group": 8,
-    "topk_group": 4,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 3,
-    "eos_token_id": 1,
-}
+def _check_attention(c: ModelConfig) -> None:
+    a, heads = c.attention, c.num_attention_heads
+    if isinstance(a, MLAConfig):
+        expect(a.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", a.qk_rope_head_dim, "an even number")
+        return
+    expect(a.head_dim % 2 == 0, "head_dim", a.head_dim, "an even number")
+    groups = a.num_key_value_heads
+    expect(heads % groups == 0, "num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
 
 
-def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """A `config.json` object to a `ModelConfig`.
-
-    Raises:
-      CmxError: a field is missing, absurd, or asks for what is not implemented; the field is named.
-    """
-    raw = {**_DEFAULTS, **raw}
-    for field, allowed in _ONLY.items():
-        given = raw.get(field)
-        if given not in allowed:
-            raise CmxError(f"config: {field} is {given!r}, supported is {allowed[0]!r}")
-    heads = _integer(raw, "num_attention_heads")
-    kv_heads = _integer(raw, "num_key_value_heads", heads)
-    _expect(kv_heads == heads, "num_key_value_heads", kv_heads, f"num_attention_heads ({heads})")
-    eos = raw.get("eos_token_id")
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    _expect(all(type(i) is int for i in eos_ids), "eos_token_id", eos, "an id or a list of ids")
-    max_positions = _integer(raw, "max_position_embeddings", 4096)
-    return ModelConfig(
-        vocab_size=_integer(raw, "vocab_size"),
-        hidden_size=_integer(raw, "hidden_size"),
-        intermediate_size=_integer(raw, "intermediate_size"),
-        moe_intermediate_size=_integer(raw, "moe_intermediate_size"),
-        num_hidden_layers=_integer(raw, "num_hidden_layers"),
-        num_attention_heads=heads,
-        kv_lora_rank=_integer(raw, "kv_lora_rank"),
-        qk_nope_head_dim=_integer(raw, "qk_nope_head_dim"),
-        qk_rope_head_dim=_integer(raw, "qk_rope_head_dim"),
-        v_head_dim=_integer(raw, "v_head_dim"),
-        n_routed_experts=_integer(raw, "n_routed_experts"),
-        num_experts_per_tok=_integer(raw, "num_experts_per_tok"),
-        q_lora_rank=None if raw.get("q_lora_rank") is None else _integer(raw, "q_lora_rank"),
-        n_shared_experts=_integer(raw, "n_shared_experts", 0),
-        n_group=_integer(raw, "n_group", 1),
-        topk_group=_integer(raw, "topk_group", 1),
-        norm_topk_prob=_flag(raw, "norm_topk_prob", True),
-        routed_scaling_factor=_number(raw, "routed_scaling_factor", 1.0),
-        first_k_dense_replace=_integer(raw, "first_k_dense_replace", 0),
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-        rope=_rope(raw, max_positions),
-        rope_interleave=_flag(raw, "rope_interleave", True),
-        attention_bias=_flag(raw, "attention_bias", False),
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings", False),
-        max_position_embeddings=max_positions,
-        num_nextn_predict_layers=_integer(
-            raw, "num_nextn_predict_layers", _integer(raw, "num_mtp_layers", 1)
-        ),
-        eos_token_ids=eos_ids,
+def _check_router(c: ModelConfig) -> None:
+    experts, groups = c.n_routed_experts, c.n_group
+    expect(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts ({experts})")
+    expect(experts // groups >= 2 or groups == 1, "n_group", groups, "two or more experts a group")
+    expect(c.topk_group <= groups, "topk_group", c.topk_group, f"at most n_group ({groups})")
+    reachable = experts // groups * c.topk_group
+    expect(
+        c.num_experts_per_tok <= reachable,
+        "num_experts_per_tok",
+        c.num_experts_per_tok,
+        f"at most the {reachable} experts of topk_group groups",
     )
-
-
-def read_config(directory: str | Path) -> ModelConfig:
-    """The config of a Hugging Face directory.
-
-    Raises:
-      CmxError: no `config.json` there, not JSON, or refused by `parse_config`.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise CmxError(f"{directory}: no config.json there, expected a Hugging Face model directory")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CmxError(f"{path}: not JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise CmxError(f"{path}: holds {type(raw).__name__}, expected a JSON object")
-    return parse_config(raw)

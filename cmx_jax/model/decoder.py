@@ -13,14 +13,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.model.attention import Query, project_out, prolog
-from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.layers import rms_norm, swiglu
+from cmx_jax.model.attention import project_out, prolog
+from cmx_jax.model.config import LayerKind, ModelConfig, segments
+from cmx_jax.model.layers import layer_norm, rms_norm, swiglu
 from cmx_jax.model.moe import MoEStats, RunExperts, moe
-from cmx_jax.model.weights import FFN, MTP, Attention, Experts, Layer, Weights, split_experts
+from cmx_jax.model.weights import FFN, GQA, MLA, MTP, Experts, Layer, Weights, split_experts
 
-Attend = Callable[[Any, Array, Query, Array, Attention], tuple[Array, Any]]
-"""(cache, layer index, queries, new latents, weights) -> (attention output [B, T, H, V], cache)."""
+Attend = Callable[[Any, Array, LayerKind, Any, Array, MLA | GQA], tuple[Array, Any]]
+"""(cache, layer index, kind, queries, new rows, weights) -> (attention output [B, T, H, V], cache)."""
+
+MTP_KIND = LayerKind(moe=True)
+
+
+def norm(x: Float[Array, "*B D"], weight: Float[Array, " D"] | None, c: ModelConfig) -> Float[Array, "*B D"]:
+    """The model's norm; `x` itself where a block has none."""
+    if weight is None:
+        return x
+    return (rms_norm if c.norm == "rms" else layer_norm)(x, weight, c.rms_norm_eps)
 
 
 def layer(
@@ -28,25 +37,28 @@ def layer(
     positions: Int[Array, "B T"],
     active: Bool[Array, "B T"],
     w: Layer,
+    kind: LayerKind,
     experts: Experts,
     index: Int[Array, ""],
     c: ModelConfig,
-    attend: Callable[[Query, Array, Attention], tuple[Array, Any]],
+    attend: Callable[[Any, Array, MLA | GQA], tuple[Array, Any]],
     run: RunExperts,
 ) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
-    """Pre-norm attention and FFN with residuals; the stats are None for a dense layer.
+    """Attention and FFN with residuals, one behind the other or side by side; stats are None of a dense
+    layer.
 
     `w` is of one layer, `experts` of the stack, in which it is number `index`.
     """
-    query, latents = prolog(rms_norm(x, w.attn_norm, c.rms_norm_eps), positions, w.attn, c)
-    out, cache = attend(query, latents, w.attn)
-    x = x + project_out(out, w.attn)
-    h = rms_norm(x, w.ffn_norm, c.rms_norm_eps)
+    h = norm(x, w.attn_norm, c)
+    query, rows = prolog(h, positions, kind, w.attn, c)
+    out, cache = attend(query, rows, w.attn)
+    attended = x + norm(project_out(out, w.attn), w.attn_out_norm, c)
+    h = h if c.block == "parallel" else norm(attended, w.ffn_norm, c)
     if isinstance(w.ffn, FFN):
         with jax.named_scope("DenseFFN"):
-            return x + swiglu(h, w.ffn), cache, None
+            return attended + norm(swiglu(h, w.ffn), w.ffn_out_norm, c), cache, None
     y, stats = moe(h.reshape(-1, h.shape[-1]), active.reshape(-1), w.ffn, experts, index, c, run)
-    return x + y.reshape(x.shape), cache, stats
+    return attended + norm(y.reshape(x.shape), w.ffn_out_norm, c), cache, stats
 
 
 def decoder(
@@ -65,36 +77,89 @@ def decoder(
       Hidden states after the final norm, the cache, and the MoE layers' stats with a leading axis of
       MoE layers (None without any).
     """
-    carry, stats, first = (weights.embed[tokens], cache), None, 0
-    for stack in (weights.dense, weights.moe):
-        if stack is not None:
-            carry, stats = _scan(stack, first, carry, positions, active, c, attend, run)
-            first += stack.attn_norm.shape[0]
-    x, cache = carry
-    return rms_norm(x, weights.norm, c.rms_norm_eps), cache, stats
+    carry, stats = (weights.embed[tokens], cache), []
+    first, done = 0, {"dense": 0, "moe": 0}  # layers behind us, in all and of each stack
 
-
-def _scan(
-    stack: Layer,
-    first: int,
-    carry: tuple[Array, Any],
-    positions: Array,
-    active: Array,
-    c: ModelConfig,
-    attend: Attend,
-    run: RunExperts,
-) -> tuple[tuple[Array, Any], MoEStats | None]:
-    """All layers of a stack, which begins at the model's layer `first`; carries hidden states and cache."""
-    layers, experts = split_experts(stack)
-
-    def body(carry: tuple[Array, Any], scanned: tuple[Layer, Array]) -> tuple[Any, MoEStats | None]:
-        (x, cache), (w, i) = carry, scanned
+    def one(carry: Any, w: Layer, kind: LayerKind, experts: Experts, number: Array, index: Array) -> Any:
+        x, cache = carry
         x, cache, stats = layer(
-            x, positions, active, w, experts, i, c, lambda q, kv, a: attend(cache, first + i, q, kv, a), run
+            x,
+            positions,
+            active,
+            w,
+            kind,
+            experts,
+            index,
+            c,
+            lambda q, rows, a: attend(cache, number, kind, q, rows, a),
+            run,
         )
         return (x, cache), stats
 
-    return jax.lax.scan(body, carry, (layers, jnp.arange(stack.attn_norm.shape[0], dtype=jnp.int32)))
+    for times, pattern in segments(c.layers):
+        carry, ys = _scan(weights, times, pattern, first, done, carry, one)
+        stats += [] if ys is None else [ys]
+        first += times * len(pattern)
+        for kind in pattern:
+            done[_stack(kind)] += times
+    x, _ = carry
+    merged = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None
+    return norm(x, weights.norm, c), carry[1], merged
+
+
+def _stack(kind: LayerKind) -> str:
+    return "moe" if kind.moe else "dense"
+
+
+def _scan(
+    weights: Weights,
+    times: int,
+    pattern: tuple[LayerKind, ...],
+    first: int,
+    done: dict[str, int],
+    carry: Any,
+    one: Callable[..., Any],
+) -> tuple[Any, MoEStats | None]:
+    """Runs a pattern of layers several times, as one loop.
+
+    Args:
+      weights: of the model.
+      times: how often.
+      pattern: kinds of the layers of one round.
+      first: number of the first layer.
+      done: layers of each stack that lie before it.
+      carry: hidden states and cache.
+      one: runs one layer.
+    """
+    parts, experts = {}, {}
+    for name in {_stack(kind) for kind in pattern}:
+        count = sum(_stack(kind) == name for kind in pattern)
+        stack, experts[name] = split_experts(getattr(weights, name))
+        parts[name] = jax.tree.map(lambda a, n=name, k=count: _rounds(a, done[n], times, k), stack)
+
+    def body(carry: Any, scanned: tuple[dict[str, Layer], Array]) -> tuple[Any, MoEStats | None]:
+        (layers, i), used, stats = scanned, dict.fromkeys(parts, 0), []
+        for j, kind in enumerate(pattern):
+            name = _stack(kind)
+            at, count = used[name], sum(_stack(k) == name for k in pattern)
+            w = jax.tree.map(lambda a, at=at: a[at], layers[name])
+            number, index = first + i * len(pattern) + j, done[name] + i * count + at
+            carry, s = one(carry, w, kind, experts[name], number, index)
+            stats += [] if s is None else [s]
+            used[name] += 1
+        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *stats) if stats else None
+
+    carry, stats = jax.lax.scan(body, carry, (parts, jnp.arange(times, dtype=jnp.int32)))
+    return carry, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
+
+
+def _rounds(stack: Array, start: int, times: int, count: int) -> Array:
+    """`times` rounds of `count` layers of a stack, `[L, ...] -> [times, count, ...]`.
+
+    A loop over a whole stack reads it in place; of a part, a copy is made.
+    """
+    part = stack if times * count == stack.shape[0] else stack[start : start + times * count]
+    return part.reshape(times, count, *stack.shape[1:])
 
 
 HEAD_BLOCKS = 4
@@ -127,7 +192,7 @@ def mtp_hidden(
     next_tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     active: Bool[Array, "B T"],
-    attend: Callable[[Query, Array, Attention], tuple[Array, Any]],
+    attend: Callable[[Any, Array, MLA | GQA], tuple[Array, Any]],
     run: RunExperts,
 ) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
     """One MTP module: from the hidden state at `i` and token `i + 1` to the state that predicts `i + 2`.
@@ -141,9 +206,9 @@ def mtp_hidden(
     with jax.named_scope("MTP"):
         stack, experts = split_experts(mtp.layer)
         w = jax.tree.map(lambda a: a[module], mtp.replace(layer=stack))
-        embedding = rms_norm(weights.embed[next_tokens], w.enorm, c.rms_norm_eps)
-        joined = jnp.concatenate([embedding, rms_norm(hidden, w.hnorm, c.rms_norm_eps)], axis=-1)
+        embedding = norm(weights.embed[next_tokens], w.enorm, c)
+        joined = jnp.concatenate([embedding, norm(hidden, w.hnorm, c)], axis=-1)
         x = jnp.einsum("bte,ed->btd", joined, w.eh_proj)
         index = jnp.asarray(module, jnp.int32)
-        x, cache, stats = layer(x, positions, active, w.layer, experts, index, c, attend, run)
-        return rms_norm(x, w.norm, c.rms_norm_eps), cache, stats
+        x, cache, stats = layer(x, positions, active, w.layer, MTP_KIND, experts, index, c, attend, run)
+        return norm(x, w.norm, c), cache, stats

@@ -1,9 +1,9 @@
-"""The small parts that every layer shares: RMSNorm, SwiGLU, and the experts' grouped SwiGLU."""
+"""The small parts that layers share: norms, attention's masks and softmax, SwiGLU of one and of many."""
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from cmx_jax.model.weights import FFN, Experts
 
@@ -14,6 +14,50 @@ def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) ->
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
     return weight * (wide * scale).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """LayerNorm without bias: `weight * (x - mean) / sqrt(variance + eps)`, in float32."""
+    wide = x.astype(jnp.float32)
+    return rms_norm((wide - jnp.mean(wide, axis=-1, keepdims=True)).astype(x.dtype), weight, eps)
+
+
+def biased(x: Array, bias: Array | None) -> Array:
+    """`x + bias`, the bias being that of the last axes of `x`; or `x`."""
+    return x if bias is None else x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+
+
+def visible(
+    positions: Int[Array, "B T"], span: int, chunk: int | None = None, window: int | None = None
+) -> Bool[Array, "B T S"]:
+    """Which of the positions 0 to `span - 1` a token at each position sees: those up to its own.
+
+    Args:
+      positions: of the tokens; -1 sees nothing.
+      span: `S`.
+      chunk: only those of its own chunk of so many positions (Llama 4).
+      window: only itself and the `window - 1` before it.
+    """
+    key, query = jnp.arange(span, dtype=jnp.int32)[None, None], positions[:, :, None]
+    mask = key <= query
+    if chunk is not None:
+        mask &= key // chunk == query // chunk
+    if window is not None:
+        mask &= key > query - window
+    return mask
+
+
+def probabilities(
+    scores: Float[Array, "B H T S"], mask: Bool[Array, "B T S"], scale: float
+) -> Float[Array, "B H T S"]:
+    """Softmax over the positions that the mask lets through, in float32."""
+    scores = jnp.where(mask[:, None], scores.astype(jnp.float32) * scale, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def seen_rows(rows: Float[Array, "B S C"], mask: Bool[Array, "B T S"]) -> Float[Array, "B S C"]:
+    """Cached rows with zeros where no query looks: what lies there may be NaN."""
+    return jnp.where(jnp.any(mask, axis=1)[..., None], rows, jnp.zeros((), rows.dtype))
 
 
 def swiglu(x: Float[Array, "*B D"], w: FFN) -> Float[Array, "*B D"]:

@@ -63,8 +63,22 @@ def moe(
         slots = jnp.where(active[:, None], w.slot_of_expert[routing.experts], -1)
         chosen = jnp.where(active[:, None], routing.experts, c.n_routed_experts)
         load = jnp.bincount(chosen.reshape(-1), length=c.n_routed_experts + 1)[:-1].astype(jnp.int32)
-    y, stats = run(x, slots, routing.weights, experts, layer)
+    y, stats = _run(x, slots, routing.weights, experts, layer, c, run)
     if w.shared is not None:
         with jax.named_scope("SharedExpert"):
             y = y + swiglu(x, w.shared)
     return y, MoEStats(stats, load)
+
+
+def _run(
+    x: Array, slots: Array, weights: Array, experts: Experts, layer: Array, c: ModelConfig, run: RunExperts
+) -> tuple[Array, ExchangeStats]:
+    """Weighted sum of the experts' results; under `weigh_input` the sum for weighted inputs (Llama 4).
+
+    Each copy of a token is then another token, of one expert.
+    """
+    if not c.weigh_input:
+        return run(x, slots, weights, experts, layer)
+    scaled = (x[:, None] * weights[:, :, None].astype(x.dtype)).reshape(-1, x.shape[1])
+    y, stats = run(scaled, slots.reshape(-1, 1), jnp.ones((slots.size, 1), weights.dtype), experts, layer)
+    return jnp.sum(y.reshape(*slots.shape, -1), axis=1), stats

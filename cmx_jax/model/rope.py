@@ -1,4 +1,4 @@
-"""Rotary position embedding, plain, linearly scaled or YaRN (arXiv 2309.00071)."""
+"""Rotary position embedding: plain, linearly scaled, YaRN (arXiv 2309.00071), Llama 3.1's scaling."""
 
 import math
 
@@ -7,11 +7,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cmx_jax.model.config import RopeConfig
-
-
-def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's attention temperature `0.1 * mscale * ln(factor) + 1` (1 without extension)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _yarn_range(rope: RopeConfig, dim: int) -> tuple[float, float]:
@@ -28,6 +23,14 @@ def _yarn_range(rope: RopeConfig, dim: int) -> tuple[float, float]:
     return low, high + 0.001 if low == high else high
 
 
+def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
+    """Llama 3.1's scaling: slow pairs are stretched, fast ones kept, those between are blended."""
+    turns = rope.original_max_position_embeddings * plain / (2 * math.pi)  # over the original context
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    blend = np.clip((turns - low) / max(high - low, 1e-30), 0, 1)
+    return (1 - blend) * plain / rope.factor + blend * plain
+
+
 def frequencies(rope: RopeConfig, dim: int) -> tuple[np.ndarray, float]:
     """Angular frequency of each of the `dim // 2` pairs (radians per position), and the cos/sin factor."""
     plain = 1.0 / rope.theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -35,29 +38,31 @@ def frequencies(rope: RopeConfig, dim: int) -> tuple[np.ndarray, float]:
         return plain.astype(np.float32), 1.0
     if rope.kind == "linear":
         return (plain / rope.factor).astype(np.float32), 1.0
+    if rope.kind == "llama3":
+        return _llama3(rope, plain).astype(np.float32), 1.0
     low, high = _yarn_range(rope, dim)
     interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
     inverse = plain / rope.factor * interpolated + plain * (1 - interpolated)
     factor = rope.attention_factor
     if factor is None and rope.mscale and rope.mscale_all_dim:
-        factor = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+        factor = rope.temperature(rope.mscale) / rope.temperature(rope.mscale_all_dim)
     if factor is None:
-        factor = yarn_mscale(rope.factor)
+        factor = rope.temperature(1.0)
     return inverse.astype(np.float32), factor
 
 
 def rotate(
-    x: Float[Array, "B T H R"], positions: Int[Array, "B T"], rope: RopeConfig, interleaved: bool
+    x: Float[Array, "B T H R"], positions: Int[Array, "B T"], rope: RopeConfig
 ) -> Float[Array, "B T H R"]:
     """Rotates each pair of `x` by its position.
 
-    Pairs are `(0, 1), (2, 3), ...` when `interleaved` (DeepSeek), else `(i, i + R/2)`; the result
-    always lists first members, then second members, as transformers does.
+    Pairs are `(0, 1), (2, 3), ...` when the config says `interleaved` (DeepSeek, Llama 4), else `(i, i +
+    R/2)`; the result always lists first members, then second members.
     """
     dim = x.shape[-1]
     inverse, factor = frequencies(rope, dim)
     angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(inverse)[None, None, None]
     cos = (jnp.cos(angles) * factor).astype(x.dtype)
     sin = (jnp.sin(angles) * factor).astype(x.dtype)
-    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
+    first, second = (x[..., 0::2], x[..., 1::2]) if rope.interleaved else jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

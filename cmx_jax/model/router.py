@@ -1,4 +1,4 @@
-"""DeepSeek-V3's router: sigmoid scores, a correction bias that only chooses, groups, top-k."""
+"""The router: sigmoid or softmax scores, a correction bias that only chooses, groups, top-k."""
 
 from typing import Any
 
@@ -19,15 +19,17 @@ class Routing:
 
 
 def route(
-    x: Float[Array, "T D"], router: Float[Array, "E D"], bias: Float[Array, " E"], c: ModelConfig
+    x: Float[Array, "T D"], router: Float[Array, "E D"], bias: Float[Array, " E"] | None, c: ModelConfig
 ) -> Routing:
-    """Chooses by `sigmoid(x @ router) + bias`, weighs by the sigmoid alone.
+    """Chooses by score plus bias, weighs by the score alone.
 
-    Only the `topk_group` best of `n_group` groups compete, a group being worth the sum of its two best
-    experts; the others are masked with -inf, since biased scores may be negative.
+    With groups (DeepSeek-V3) only the `topk_group` best of `n_group` groups compete, a group being worth
+    the sum of its two best experts; the others are masked with -inf, since biased scores may be negative.
+    Without a bias the logits choose: the order is the same, but large ones do not become equal.
     """
-    scores = jax.nn.sigmoid(jnp.einsum("td,ed->te", x.astype(jnp.float32), router, precision="highest"))
-    choice = scores + bias[None]
+    logits = jnp.einsum("td,ed->te", x.astype(jnp.float32), router, precision="highest")
+    scores = jax.nn.sigmoid(logits) if c.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    choice = logits if bias is None else scores + bias[None]
     if c.n_group > 1:
         grouped = choice.reshape(choice.shape[0], c.n_group, -1)
         worth = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)

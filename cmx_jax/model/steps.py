@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
+from cmx_jax.model import attention
 from cmx_jax.model import cache as paged
-from cmx_jax.model.attention import absorbed, expanded
 from cmx_jax.model.cache import PagedCache
-from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.config import LayerKind, ModelConfig
 from cmx_jax.model.decoder import decoder, logits
 from cmx_jax.model.moe import MoEStats, RunExperts, exchanged
 from cmx_jax.model.sampling import Sampling, greedy, sample
@@ -72,12 +72,18 @@ def _by_rank(stats: MoEStats | None) -> MoEStats | None:
 
 
 def _prompt(
-    weights: Weights, c: ModelConfig, layout: Layout, tokens: Array, lengths: Array, cache: Any, attend: Any
+    weights: Weights, c: ModelConfig, layout: Layout, tokens: Array, lengths: Array, cache: Any, write: Any
 ) -> tuple[Array, Any, MoEStats | None]:
+    """Whole prompts; `write(cache, layer, positions, rows)` keeps what is to be kept."""
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     active = positions < lengths[:, None]
-    causal = positions[:, :, None] >= positions[:, None, :]
+
+    def on_rows(cache: Any, index: Any, kind: LayerKind, q: Any, rows: Any, w: Any) -> Any:
+        mask = attention.sees(positions, length, kind, c)
+        out = attention.prefill(q, rows, mask, w, c)
+        return out, write(cache, index, jnp.where(active, positions, -1), rows)
+
     return decoder(
         weights,
         c,
@@ -85,7 +91,7 @@ def _prompt(
         positions,
         active,
         cache,
-        partial(attend, positions=jnp.where(active, positions, -1), mask=causal),
+        on_rows,
         run_experts(c, layout, batch * length),
     )
 
@@ -93,13 +99,12 @@ def _prompt(
 def prefill_step(
     weights: Weights, cache: PagedCache, batch: PrefillBatch, *, c: ModelConfig, layout: Layout, sampled: bool
 ) -> tuple[PagedCache, StepOutput]:
-    """Runs whole prompts with expanded attention, fills their pages, samples their first tokens."""
+    """Runs whole prompts, fills their pages, samples their first tokens."""
 
-    def attend(cache: PagedCache, index: Any, q: Any, latents: Any, w: Any, positions: Any, mask: Any) -> Any:
-        cache = paged.write(cache, index, batch.page_table, positions, latents)
-        return expanded(q, latents, mask, w, c), cache
+    def write(cache: PagedCache, index: Any, positions: Any, rows: Any) -> PagedCache:
+        return paged.write(cache, index, batch.page_table, positions, rows)
 
-    hidden, cache, stats = _prompt(weights, c, layout, batch.tokens, batch.lengths, cache, attend)
+    hidden, cache, stats = _prompt(weights, c, layout, batch.tokens, batch.lengths, cache, write)
     last = jnp.maximum(batch.lengths - 1, 0)[:, None, None]
     out = logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0], weights)
     return cache, StepOutput(_choose(out, batch.sampling, batch.lengths, sampled), _by_rank(stats))
@@ -108,14 +113,14 @@ def prefill_step(
 def decode_step(
     weights: Weights, cache: PagedCache, batch: DecodeBatch, *, c: ModelConfig, layout: Layout, sampled: bool
 ) -> tuple[PagedCache, StepOutput]:
-    """One token of each sequence with absorbed attention over its pages."""
+    """One token of each sequence, attending over its pages."""
     positions = batch.positions[:, None]
     span = batch.page_table.shape[1] * cache.width
-    mask = jnp.arange(span, dtype=jnp.int32)[None, None] <= positions[:, :, None]
 
-    def attend(cache: PagedCache, index: Any, q: Any, latents: Any, w: Any) -> Any:
-        cache = paged.write(cache, index, batch.page_table, positions, latents)
-        return absorbed(q, paged.read(cache, index, batch.page_table), mask, w, c), cache
+    def attend(cache: PagedCache, index: Any, kind: LayerKind, q: Any, rows: Any, w: Any) -> Any:
+        cache = paged.write(cache, index, batch.page_table, positions, rows)
+        mask = attention.sees(positions, span, kind, c)
+        return attention.decode(q, paged.read(cache, index, batch.page_table), mask, w, c), cache
 
     hidden, cache, stats = decoder(
         weights,
@@ -136,11 +141,10 @@ def score_step(
 ) -> Float[Array, "B T O"]:
     """Float32 logits of every position; no cache."""
 
-    def attend(cache: Any, index: Any, q: Any, latents: Any, w: Any, positions: Any, mask: Any) -> Any:
-        del index, positions
-        return expanded(q, latents, mask, w, c), cache
+    def forget(cache: Any, *_: Any) -> Any:
+        return cache
 
-    hidden, _, _ = _prompt(weights, c, layout, tokens, lengths, None, attend)
+    hidden, _, _ = _prompt(weights, c, layout, tokens, lengths, None, forget)
     return logits(hidden, weights)
 
 

@@ -4,24 +4,24 @@
 random arrays, arrays read from a file. So a field is described once, here.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.config import GQAConfig, MLAConfig, ModelConfig
 
 Tensor = Any  # a jax.Array, np.ndarray, PartitionSpec or ShapeDtypeStruct
 
 
 @struct.dataclass
-class Attention:
-    """MLA of one layer. Without a query latent `q_a` and `q_norm` are None and `q_b` starts from `D`."""
+class MLA:
+    """Latent attention of one layer. Without a query latent `q_a` is None and `q_b` starts from `D`."""
 
     q_a: Tensor  # [D, Q]
     q_a_bias: Tensor  # [Q], None unless attention_bias
@@ -34,6 +34,22 @@ class Attention:
     v_b: Tensor  # [H, V, C]: latent to value; absorbed into the output in decode
     o: Tensor  # [H, V, D]
     o_bias: Tensor  # [D], None unless attention_bias
+
+
+@struct.dataclass
+class GQA:
+    """Grouped-query attention of one layer; `Y` key-value heads, each for `H / Y` query heads."""
+
+    q: Tensor  # [D, H, N]
+    k: Tensor  # [D, Y, N]
+    v: Tensor  # [D, Y, N]
+    o: Tensor  # [H, N, D]
+    q_norm: Tensor  # [N], None unless qk_norm is weighted
+    k_norm: Tensor  # [N]
+    q_bias: Tensor  # [H, N], None unless attention_bias
+    k_bias: Tensor  # [Y, N]
+    v_bias: Tensor  # [Y, N]
+    o_bias: Tensor  # [D]
 
 
 @struct.dataclass
@@ -61,7 +77,7 @@ class MoE:
     """Router (float32), expert placement, experts, shared expert (None if the model has none)."""
 
     router: Tensor  # [E, D]
-    router_bias: Tensor  # [E], e_score_correction_bias: chooses experts, never weighs them
+    router_bias: Tensor  # [E], e_score_correction_bias: chooses experts, never weighs them; may be None
     slot_of_expert: Tensor  # [E] int32: data, so that experts can move without a new program
     experts: Experts
     shared: FFN | None
@@ -70,9 +86,11 @@ class MoE:
 @struct.dataclass
 class Layer:
     attn_norm: Tensor  # [D]
-    attn: Attention
-    ffn_norm: Tensor  # [D]
+    attn: MLA | GQA
+    attn_out_norm: Tensor  # [D], of a sandwich block, else None
+    ffn_norm: Tensor  # [D], None of a parallel block
     ffn: FFN | MoE
+    ffn_out_norm: Tensor  # [D], of a sandwich block, else None
 
 
 @struct.dataclass
@@ -128,22 +146,41 @@ class _Builder:
         return self.make(Leaf(self.stack, path, self.lead + shape, **kind))
 
 
-def _attention(c: ModelConfig, t: _Builder) -> Attention:
-    heads, query = c.num_attention_heads, c.q_lora_rank
-    nope, value, rank = c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
-    bias = c.attention_bias
-    return Attention(
-        q_a=t("attn.q_a", c.hidden_size, query) if query else None,
+def _attention(c: ModelConfig, t: _Builder) -> MLA | GQA:
+    return _mla(c, c.attention, t) if isinstance(c.attention, MLAConfig) else _gqa(c, c.attention, t)
+
+
+def _mla(c: ModelConfig, a: MLAConfig, t: _Builder) -> MLA:
+    width, heads, query, bias = c.hidden_size, c.num_attention_heads, a.q_lora_rank, c.attention_bias
+    return MLA(
+        q_a=t("attn.q_a", width, query) if query else None,
         q_a_bias=t("attn.q_a_bias", query, kind="bias") if query and bias else None,
         q_norm=t("attn.q_norm", query, kind="norm") if query else None,
-        q_b=t("attn.q_b", query or c.hidden_size, heads, nope + c.qk_rope_head_dim),
-        kv_a=t("attn.kv_a", c.hidden_size, c.latent_dim),
-        kv_a_bias=t("attn.kv_a_bias", c.latent_dim, kind="bias") if bias else None,
-        kv_norm=t("attn.kv_norm", rank, kind="norm"),
-        k_b=t("attn.k_b", heads, nope, rank),
-        v_b=t("attn.v_b", heads, value, rank),
-        o=t("attn.o", heads, value, c.hidden_size),
-        o_bias=t("attn.o_bias", c.hidden_size, kind="bias") if bias else None,
+        q_b=t("attn.q_b", query or width, heads, a.qk_head_dim),
+        kv_a=t("attn.kv_a", width, a.row_dim),
+        kv_a_bias=t("attn.kv_a_bias", a.row_dim, kind="bias") if bias else None,
+        kv_norm=t("attn.kv_norm", a.kv_lora_rank, kind="norm"),
+        k_b=t("attn.k_b", heads, a.qk_nope_head_dim, a.kv_lora_rank),
+        v_b=t("attn.v_b", heads, a.v_head_dim, a.kv_lora_rank),
+        o=t("attn.o", heads, a.v_head_dim, width),
+        o_bias=t("attn.o_bias", width, kind="bias") if bias else None,
+    )
+
+
+def _gqa(c: ModelConfig, a: GQAConfig, t: _Builder) -> GQA:
+    width, heads, groups, dim = c.hidden_size, c.num_attention_heads, a.num_key_value_heads, a.head_dim
+    normed, bias = a.qk_norm == "weighted", c.attention_bias
+    return GQA(
+        q=t("attn.q", width, heads, dim),
+        k=t("attn.k", width, groups, dim),
+        v=t("attn.v", width, groups, dim),
+        o=t("attn.o", heads, dim, width),
+        q_norm=t("attn.q_norm", dim, kind="norm") if normed else None,
+        k_norm=t("attn.k_norm", dim, kind="norm") if normed else None,
+        q_bias=t("attn.q_bias", heads, dim, kind="bias") if bias else None,
+        k_bias=t("attn.k_bias", groups, dim, kind="bias") if bias else None,
+        v_bias=t("attn.v_bias", groups, dim, kind="bias") if bias else None,
+        o_bias=t("attn.o_bias", width, kind="bias") if bias else None,
     )
 
 
@@ -156,7 +193,7 @@ def _moe(c: ModelConfig, t: _Builder, slots: int) -> MoE:
     shared = c.n_shared_experts * hidden
     return MoE(
         router=t("ffn.router", experts, width, kind="router"),
-        router_bias=t("ffn.router_bias", experts, kind="router_bias"),
+        router_bias=t("ffn.router_bias", experts, kind="router_bias") if c.router_bias else None,
         slot_of_expert=t("ffn.slot_of_expert", experts, kind="slots"),
         experts=Experts(
             t("ffn.experts.gate_up", slots, width, 2, hidden, experts=True),
@@ -167,11 +204,16 @@ def _moe(c: ModelConfig, t: _Builder, slots: int) -> MoE:
 
 
 def _layer(c: ModelConfig, t: _Builder, ffn: FFN | MoE) -> Layer:
+    def norm(path: str, there: bool) -> Any:
+        return t(path, c.hidden_size, kind="norm") if there else None
+
     return Layer(
-        attn_norm=t("attn_norm", c.hidden_size, kind="norm"),
+        attn_norm=norm("attn_norm", True),
         attn=_attention(c, t),
-        ffn_norm=t("ffn_norm", c.hidden_size, kind="norm"),
+        attn_out_norm=norm("attn_out_norm", c.block == "sandwich"),
+        ffn_norm=norm("ffn_norm", c.block != "parallel"),
         ffn=ffn,
+        ffn_out_norm=norm("ffn_out_norm", c.block == "sandwich"),
     )
 
 
@@ -209,38 +251,44 @@ def weight_tree(c: ModelConfig, slots: int, make: Callable[[Leaf], Any], mtp: bo
     )
 
 
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model.
+
+    Attributes:
+      total: all but those of MTP layers.
+      active: those that one token uses: its top-k experts, and not the input embedding unless it is the
+        head too. mtp: of MTP layers, which share embedding and head.
+    """
+
+    total: int
+    active: int
+    mtp: int
+
+
+def parameter_counts(c: ModelConfig) -> ParameterCounts:
+    """Counts a config's parameters (section 9)."""
+    leaves: list[Leaf] = []
+    weight_tree(c, c.n_routed_experts, lambda leaf: leaves.append(leaf))
+
+    def total(chosen: Iterable[Leaf]) -> int:
+        return sum(math.prod(leaf.shape) for leaf in chosen if leaf.kind != "slots")
+
+    main = [leaf for leaf in leaves if leaf.stack != "mtp"]
+    experts = total(leaf for leaf in main if leaf.experts)
+    used = experts * c.num_experts_per_tok // max(c.n_routed_experts, 1)
+    embed = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+    whole = total(main)
+    return ParameterCounts(
+        whole, whole - experts + used - embed, total(x for x in leaves if x.stack == "mtp")
+    )
+
+
 def split_experts(stack: Layer) -> tuple[Layer, Experts]:
     """A stack without its experts, to be scanned over, and the experts (empty of dense layers)."""
     if not isinstance(stack.ffn, MoE):
         return stack, Experts(None, None)
     return stack.replace(ffn=stack.ffn.replace(experts=Experts(None, None))), stack.ffn.experts
-
-
-def place_experts(weights: Weights, slot_of_expert: np.ndarray, slots: int) -> Weights:
-    """Whole NumPy weights that have expert `e` in slot `e`, with their experts moved to other slots.
-
-    Args:
-      weights: experts in slots 0 to `E - 1`.
-      slot_of_expert: int32 [E].
-      slots: `X`; slots without an expert are zero.
-    """
-
-    def spread(field: np.ndarray) -> np.ndarray:  # [E, L, ...] -> [X, L, ...]
-        placed = np.zeros((slots, *field.shape[1:]), field.dtype)
-        placed[slot_of_expert] = field
-        return placed
-
-    def move(layer: Layer) -> Layer:
-        if not isinstance(layer.ffn, MoE):
-            return layer
-        table = np.broadcast_to(slot_of_expert, layer.ffn.slot_of_expert.shape).astype(np.int32)
-        experts = jax.tree.map(spread, layer.ffn.experts)
-        return layer.replace(ffn=layer.ffn.replace(experts=experts, slot_of_expert=table))
-
-    return weights.replace(
-        moe=weights.moe and move(weights.moe),
-        mtp=weights.mtp and weights.mtp.replace(layer=move(weights.mtp.layer)),
-    )
 
 
 def leaf_dtype(leaf: Leaf, dtype: Any) -> Any:
@@ -255,7 +303,11 @@ def abstract_weights(c: ModelConfig, slots: int, dtype: Any, mtp: bool = True) -
     return weight_tree(c, slots, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(leaf, dtype)), mtp)
 
 
-def weight_specs(c: ModelConfig, expert_axes: tuple[str, ...], mtp: bool = True) -> Weights:
+def leaf_spec(leaf: Leaf, expert_axes: tuple[str, ...]) -> P:
     """Experts over `expert_axes`, everything else replicated (data-parallel attention, section 2)."""
-    spec = {True: P(expert_axes), False: P()}
-    return weight_tree(c, 1, lambda leaf: spec[leaf.experts], mtp)
+    return P(expert_axes) if leaf.experts else P()
+
+
+def weight_specs(c: ModelConfig, expert_axes: tuple[str, ...], mtp: bool = True) -> Weights:
+    """`leaf_spec` of every leaf."""
+    return weight_tree(c, 1, lambda leaf: leaf_spec(leaf, expert_axes), mtp)

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
-from cmx_jax.model.checkpoint import read_weights
-from cmx_jax.model.config import ModelConfig, read_config
-from cmx_jax.model.weights import Weights, place_experts
+from cmx_jax.model.checkpoint import load_weights, open_checkpoint
+from cmx_jax.model.checkpoint.load import Checkpoint
+from cmx_jax.model.config import ModelConfig
 from cmx_jax.serving.instance import Capacity, Instance
 
 SHIPPED = ("tiny",)
@@ -43,17 +43,17 @@ def locate(name_or_path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Model:
-    """Config, weights (NumPy, expert `e` in slot `e`) and tokenizer of a Hugging Face directory."""
+    """Config, checkpoint and tokenizer of a directory. Weights are read when an instance is made."""
 
     directory: Path
     config: ModelConfig
-    weights: Weights
+    checkpoint: Checkpoint
     tokenizer: Tokenizer | None
     dtype: str
 
     @classmethod
     def read(cls, name_or_path: str | Path, dtype: str = "float32") -> "Model":
-        """Reads a model.
+        """Finds a model and checks its files.
 
         Raises:
           CmxError: there is none of that name, or it is refused; the field or tensor is named.
@@ -61,14 +61,14 @@ class Model:
         if dtype not in DTYPES:
             raise CmxError(f"dtype {dtype!r} is unknown, expected one of {list(DTYPES)}")
         directory = locate(name_or_path)
-        config = read_config(directory)
-        weights = read_weights(directory, config, jnp.dtype(dtype))
-        return cls(directory, config, weights, _tokenizer(directory, config), dtype)
+        checkpoint = open_checkpoint(directory)
+        config = checkpoint.config
+        return cls(directory, config, checkpoint, _tokenizer(directory, config), dtype)
 
     @property
     def mtp_missing(self) -> bool:
         """The config names MTP layers, but none is stored."""
-        return self.config.num_nextn_predict_layers > 0 and self.weights.mtp is None
+        return self.config.num_nextn_predict_layers > 0 and not self.checkpoint.mtp
 
     def encode(self, prompt: object) -> list[int]:
         """Token ids of a prompt; ids pass through.
@@ -94,9 +94,12 @@ class Model:
         return "" if self.tokenizer is None else self.tokenizer.decode(tokens)
 
     def instance(self, name: str, layout: Layout, runner: Runner, capacity: Capacity) -> Instance:
-        """This model on an instance."""
-        placement = layout.placement(self.config.n_routed_experts)
-        weights = place_experts(self.weights, placement, layout.slots)
+        """This model on an instance; each rank's weights are read from the files.
+
+        Raises:
+          CmxError: a number in them is not finite, or there are more experts than slots.
+        """
+        weights = load_weights(self.checkpoint, layout, runner, jnp.dtype(self.dtype))
         return Instance(name, self.config, layout, runner, weights, capacity, self.dtype)
 
 

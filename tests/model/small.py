@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from support import BASE, GOLDENS
 
 from cmx_jax.errors import CmxError
-from cmx_jax.model.config import ModelConfig, parse_config
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.families import parse_config
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
 
 TENSORS = load_file(BASE / "model.safetensors")

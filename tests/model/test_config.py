@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from support import GOLDENS
 
-from cmx_jax.model.config import ModelConfig, RopeConfig, parse_config, read_config
+from cmx_jax.model.config import LayerKind, ModelConfig, RopeConfig, segments
+from cmx_jax.model.families import parse_config, read_config
 from model.small import config, raw_config, without
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -21,9 +22,12 @@ def test_both_styles_of_hugging_face_give_the_same_config() -> None:
 
 def test_fields_arrive_as_they_stand() -> None:
     raw, c = raw_config("yarn_mscale"), config("yarn_mscale")
-    for field in {field.name for field in fields(ModelConfig)} - {"rope", "eos_token_ids"}:
-        assert getattr(c, field) == raw[field], field
+    for part in (c, c.attention):
+        for field in {field.name for field in fields(part)} & raw.keys():
+            assert getattr(part, field) == raw[field], field
+    assert [kind.moe for kind in c.layers] == [False, True, True]
     assert c.rope == RopeConfig(
+        interleaved=True,
         theta=10.0,
         kind="yarn",
         factor=4.0,
@@ -38,22 +42,25 @@ def test_fields_arrive_as_they_stand() -> None:
 @pytest.mark.parametrize(
     ("field", "default"),
     [
-        ("q_lora_rank", 1536),
         ("n_shared_experts", 1),
         ("n_group", 8),
         ("topk_group", 4),
         ("routed_scaling_factor", 2.5),
-        ("first_k_dense_replace", 3),
         ("norm_topk_prob", True),
         ("max_position_embeddings", 4096),
         ("rms_norm_eps", 1e-6),
-        ("rope_interleave", True),
         ("attention_bias", False),
         ("tie_word_embeddings", False),
     ],
 )
 def test_an_absent_field_means_what_transformers_means(field: str, default: Any) -> None:
     assert getattr(parse_config(without(field)), field) == default
+
+
+def test_absent_fields_of_attention_and_layers_mean_what_transformers_means() -> None:
+    assert parse_config(without("q_lora_rank")).attention.q_lora_rank == 1536
+    assert parse_config(without("first_k_dense_replace")).num_dense_layers == 3
+    assert parse_config(without("rope_interleave")).rope.interleaved
 
 
 def test_an_absent_rope_is_plain_with_transformers_theta() -> None:
@@ -64,7 +71,7 @@ def test_an_absent_rope_is_plain_with_transformers_theta() -> None:
 def test_yarn_defaults_are_those_of_transformers() -> None:
     rope = config(rope_parameters=YARN | {"beta_fast": None, "factor": None, "rope_theta": 50.0}).rope
     assert (rope.theta, rope.beta_fast, rope.beta_slow, rope.truncate) == (50.0, 32.0, 1.0, True)
-    assert rope.factor == 64 / 16  # max_position_embeddings / original_max_position_embeddings
+    assert rope.factor == 128 / 16  # max_position_embeddings / original_max_position_embeddings
 
 
 def test_rope_scaling_wins_over_rope_parameters_as_in_transformers() -> None:
@@ -74,7 +81,7 @@ def test_rope_scaling_wins_over_rope_parameters_as_in_transformers() -> None:
 
 
 def test_null_query_rank_means_none() -> None:
-    assert config(q_lora_rank=None).q_lora_rank is None
+    assert config(q_lora_rank=None).attention.q_lora_rank is None
 
 
 @pytest.mark.parametrize(("given", "ids"), [(7, (7,)), ([5, 6], (5, 6)), ([], ()), (None, ())])
@@ -94,8 +101,32 @@ def test_experts_are_not_checked_in_a_model_without_moe_layers() -> None:
 def test_layers_are_counted_and_the_latent_is_measured() -> None:
     c: ModelConfig = config("two_dense")
     assert (c.num_hidden_layers, c.num_dense_layers, c.num_moe_layers) == (4, 2, 2)
-    assert c.latent_dim == 18 + 8
+    assert c.row_dim == 18 + 8
 
 
 def test_the_config_of_a_directory_is_read() -> None:
     assert read_config(GOLDENS / "base") == config("base")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ("dddmmmmm", [(3, "d"), (5, "m")]),
+        ("dmdmdmdm", [(4, "dm")]),
+        ("rrrnrrrnrrrn", [(3, "rrrn")]),
+        ("rrrnr", [(3, "r"), (1, "n"), (1, "r")]),
+        ("d", [(1, "d")]),
+        ("dmm", [(1, "d"), (2, "m")]),
+    ],
+)
+def test_layers_fall_into_repeated_patterns(kinds: str, expected: list[tuple[int, str]]) -> None:
+    kind = {
+        "d": LayerKind(moe=False),
+        "m": LayerKind(moe=True),
+        "r": LayerKind(True),
+        "n": LayerKind(True, rope=False),
+    }
+    layers = tuple(kind[letter] for letter in kinds)
+    assert segments(layers) == [
+        (times, tuple(kind[letter] for letter in pattern)) for times, pattern in expected
+    ]

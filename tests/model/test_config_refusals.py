@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cmx_jax.model.config import parse_config, read_config
+from cmx_jax.model.families import parse_config, read_config
 from model.small import config, raw_config, refused, without
 
 COUNTS = (
@@ -134,7 +134,6 @@ def test_an_absurd_rope_number_is_refused_by_name(field: str, value: Any) -> Non
         {"scoring_func": "softmax"},
         {"topk_method": "greedy"},
         {"moe_layer_freq": 2},
-        {"quantization_config": {"quant_method": "fp8"}},
         {"rope_parameters": "yarn"},
         {"rope_parameters": [1]},
     ],

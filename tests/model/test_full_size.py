@@ -10,45 +10,16 @@ import pytest
 from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.runners import Abstract
 from cmx_jax.model.cache import abstract_cache
-from cmx_jax.model.config import ModelConfig, parse_config
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.families import preset
 from cmx_jax.model.sampling import Sampling
 from cmx_jax.model.steps import DecodeBatch, decode_step, step_specs
 from cmx_jax.model.weights import abstract_weights
 
-R1 = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "first_k_dense_replace": 3,
-    "num_nextn_predict_layers": 1,
-    "max_position_embeddings": 163840,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-}
-
 
 @pytest.fixture(scope="module")
 def config() -> ModelConfig:
-    return parse_config(R1)
+    return preset("deepseek-r1")
 
 
 def test_parameters_are_the_published_671_billion(config: ModelConfig) -> None:

@@ -1,6 +1,7 @@
 """Rotary embedding against rotations of complex numbers, and YaRN's frequencies against its formula."""
 
 import math
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmx_jax.model.config import RopeConfig
-from cmx_jax.model.rope import frequencies, rotate, yarn_mscale
+from cmx_jax.model.rope import frequencies, rotate
 
 DIM = 8
 YARN = RopeConfig(kind="yarn", theta=10.0, factor=4.0, original_max_position_embeddings=24, beta_fast=2.0)
 LAYOUTS = pytest.mark.parametrize("interleaved", [True, False])
 
-turn = jax.jit(rotate, static_argnums=(2, 3))
+turn = jax.jit(rotate, static_argnums=2)
 
 
 def as_complex(x: np.ndarray, interleaved: bool) -> np.ndarray:
@@ -27,7 +28,7 @@ def as_complex(x: np.ndarray, interleaved: bool) -> np.ndarray:
 
 def rotated(x: np.ndarray, positions: np.ndarray, rope: RopeConfig, interleaved: bool) -> np.ndarray:
     """`rotate` of x [T, H, R], as complex numbers: first members stand before second members."""
-    out = turn(x[None], positions[None].astype(np.int32), rope, interleaved)
+    out = turn(x[None], positions[None].astype(np.int32), replace(rope, interleaved=interleaved))
     return as_complex(np.asarray(out)[0], interleaved=False)
 
 
@@ -135,4 +136,4 @@ def test_yarn_lengthens_vectors_by_its_attention_factor(fields: dict[str, float]
 
 @pytest.mark.parametrize(("factor", "expected"), [(0.5, 1.0), (1.0, 1.0), (math.e, 1.07)])
 def test_mscale_grows_with_the_logarithm_from_one(factor: float, expected: float) -> None:
-    assert yarn_mscale(factor, 0.7) == pytest.approx(expected)
+    assert RopeConfig(factor=factor).temperature(0.7) == pytest.approx(expected)

@@ -60,7 +60,7 @@ tables = st.lists(st.permutations(range(PAGES)), min_size=RANKS, max_size=RANKS)
 
 
 def stale() -> PagedCache:
-    shape = (RANKS * PAGES, C.num_hidden_layers, WIDTH, C.latent_dim)
+    shape = (RANKS * PAGES, C.num_hidden_layers, WIDTH, C.row_dim)
     return PagedCache(np.full(shape, np.nan, np.float32))
 
 
@@ -111,7 +111,7 @@ class Machine:
 def rows_of(cache: PagedCache, table: np.ndarray) -> list[np.ndarray]:
     """The cached latents of each row in order of position, [L, S, C + R]; the last new token has none."""
     pages = np.asarray(cache.pages)[ids_of(table)]  # [B, pages, L, W, C + R]
-    whole = pages.transpose(0, 2, 1, 3, 4).reshape(ROWS, C.num_hidden_layers, HELD * WIDTH, C.latent_dim)
+    whole = pages.transpose(0, 2, 1, 3, 4).reshape(ROWS, C.num_hidden_layers, HELD * WIDTH, C.row_dim)
     return [row[:, : len(prompt) + NEW - 1] for row, prompt in zip(whole, PROMPTS, strict=True)]
 
 
@@ -151,7 +151,7 @@ def test_it_does_not_matter_which_pages_a_sequence_has(machine, expected, table)
     """All other pages, and the rows behind a sequence's end, hold NaN throughout."""
     tokens, cache = machine.run(table, PROMPTS)
     assert tokens == expected
-    used = sum(len(prompt) + NEW - 1 for prompt in PROMPTS) * C.num_hidden_layers * C.latent_dim
+    used = sum(len(prompt) + NEW - 1 for prompt in PROMPTS) * C.num_hidden_layers * C.row_dim
     assert np.isfinite(cache.pages).sum() == used
     assert all(np.isfinite(row).all() for row in rows_of(cache, table))
 

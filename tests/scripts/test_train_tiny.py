@@ -15,7 +15,8 @@ import pytest
 from support import BASE
 
 from cmx_jax.model.checkpoint import read_weights, write_weights
-from cmx_jax.model.config import ModelConfig, parse_config
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.families import parse_config
 from cmx_jax.model.weights import Weights
 from cmx_jax.serving.llm import from_pretrained
 

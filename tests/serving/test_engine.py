@@ -78,8 +78,8 @@ def test_nan_in_the_pages_of_those_who_left_reaches_nobody(base, prompts, expect
         ([], 4, "the prompt is empty"),
         ([64], 4, "token id 64, expected ids in"),
         ([-1], 4, "token id -1"),
-        ([1] * 60, 5, "60 tokens and max_tokens 5 exceed the context of 64"),
-        ([1] * 20, 45, "exceed the context of 64"),
+        ([1] * 124, 5, "124 tokens and max_tokens 5 exceed the context of 128"),
+        ([1] * 20, 109, "exceed the context of 128"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_it_queues(split, prompt, max_tokens, message) -> None:

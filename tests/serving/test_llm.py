@@ -65,7 +65,7 @@ def test_text_is_the_tokens_decoded() -> None:
 
 
 def test_the_mtp_layer_that_ships_is_loaded() -> None:
-    assert cmx_jax.from_pretrained("tiny").model.weights.mtp is not None
+    assert cmx_jax.from_pretrained("tiny").model.checkpoint.mtp
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmx_jax.model.attention import Query, absorbed, expanded
-from cmx_jax.model.weights import Attention
+from cmx_jax.model.mla import Query, absorbed, expanded
+from cmx_jax.model.weights import MLA
 from model.small import config
 
 C = config("yarn_mscale")  # its softmax_scale is not the plain (N + R)^-0.5
@@ -31,10 +31,8 @@ class Case:
         self.q = Query(normal(B, T, H, N), normal(B, T, H, R))
         self.latents = normal(B, S, LATENT + R)
         scale = np.float32(LATENT**-0.5)
-        no_others = dict.fromkeys(field.name for field in fields(Attention))
-        self.w = Attention(
-            **no_others | {"k_b": normal(H, N, LATENT) * scale, "v_b": normal(H, V, LATENT) * scale}
-        )
+        no_others = dict.fromkeys(field.name for field in fields(MLA))
+        self.w = MLA(**no_others | {"k_b": normal(H, N, LATENT) * scale, "v_b": normal(H, V, LATENT) * scale})
         self.mask = np.broadcast_to(np.arange(S) <= np.arange(S - T, S)[:, None], (B, T, S))
 
     def run(self, attend, **changes) -> np.ndarray:

@@ -1,0 +1,168 @@
+"""A Hugging Face directory: `config.json`, `*.safetensors`, in any of the stored forms of `schemes.py`."""
+
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from cmx_jax.errors import CmxError
+from cmx_jax.model.checkpoint.files import TensorFiles
+from cmx_jax.model.checkpoint.names import Piece, Source, sources
+from cmx_jax.model.checkpoint.schemes import Declared, Stored, declared, plain, stored
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.families import parse_config, read_json
+
+# Of a multimodal directory the text model is read; transformers has used both orders of the prefix.
+_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
+_OTHER_MODELS = (
+    "vision_model.",
+    "multi_modal_projector.",
+    "model.vision_model.",
+    "model.multi_modal_projector.",
+)
+
+
+class HuggingFace:
+    """What is in the files, held against what the config asks for.
+
+    Attributes:
+      config: the model.
+      mtp: whether MTP layers are stored.
+      stored: how each tensor of the config is stored, by name.
+      missing, unknown: names on one side only.
+      faults: what else is wrong, a line each.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig | None = None):
+        path = directory / "config.json"
+        raw = read_json(path) if config is None or path.is_file() else {}
+        self.directory = directory
+        self.config = parse_config(raw) if config is None else config
+        announced = declared(raw, directory)
+        self.files = TensorFiles(directory)
+        self._strip_prefixes()
+        self.mtp = _has_mtp(self.config, self.files)
+        self.stored: dict[str, Stored] = {}
+        self.missing: list[str] = []
+        self.faults: list[str] = []
+        for s in self.sources:
+            if s.name not in self.stored:
+                self._find(s, announced)
+        self.missing = sorted(set(self.missing))
+        self.unknown = sorted(name for name in self._unused() if not self._ignored(name))
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        """Every tensor that the config asks for."""
+        return list(sources(self.config, self.mtp))
+
+    @cached_property
+    def _pieces(self) -> dict[Piece, list[Source]]:
+        found: dict[Piece, list[Source]] = defaultdict(list)
+        for s in self.sources:
+            found[s.piece].append(s)
+        return found
+
+    def check(self) -> "HuggingFace":
+        """Refuses the directory unless it holds just what the config asks for; names the first tensor."""
+        for fault in self.faults:
+            raise CmxError(fault)
+        for what, names in (("is missing", self.missing), ("is not part of this architecture", self.unknown)):
+            if names:
+                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                raise CmxError(f"{self.directory}: tensor {names[0]} {what}{more}")
+        return self
+
+    def fill(self, piece: Piece, out: np.ndarray) -> None:
+        """Writes a piece into `out`, which has its shape and the wanted type.
+
+        Raises:
+          CmxError: a number or scale is not finite.
+        """
+        for s in self._pieces[piece]:
+            with np.errstate(over="ignore"):  # what overflows is refused below
+                array = self.stored[s.name].decode().astype(out.dtype, copy=False)
+            if not np.isfinite(array).all():
+                raise CmxError(
+                    f"tensor {s.name} holds NaN or infinity as {out.dtype}, expected finite numbers"
+                )
+            out[s.part] = s.view(array)
+
+    def _strip_prefixes(self) -> None:
+        if self.config.family != "llama4":
+            return
+        headers = {}
+        for name, header in self.files.headers.items():
+            prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
+            headers[_PREFIXES.get(prefix, "") + name.removeprefix(prefix)] = header
+        self.files.headers = headers
+
+    def _find(self, s: Source, announced: Declared) -> None:
+        """Looks a source up and notes how it is stored, or what is wrong with it."""
+        one = s.name if s.name in self.files or s.stacked is None else s.stacked.name
+        if one not in self.files:
+            self.missing.append(s.name)
+            return
+        given, expected = self.files.headers[one].shape, s.shape
+        if s.stacked is not None and one == s.stacked.name:
+            expected = s.stacked.shape
+        if given != expected:
+            self._fault(f"tensor {one} has shape {list(given)}, expected {list(expected)}")
+            return
+        try:
+            if s.stacked is not None and one == s.stacked.name:
+                self.stored[s.name] = plain(self.files, one, s.stacked.at, s.stacked.transposed)
+            elif len(s.shape) == 2:
+                self.stored[s.name] = stored(self.files, one, announced)
+            else:
+                self.stored[s.name] = plain(self.files, one)
+        except CmxError as error:
+            self._fault(str(error))
+
+    def _fault(self, line: str) -> None:
+        if line not in self.faults[-1:]:  # stacked experts would repeat it
+            self.faults.append(line)
+
+    def _unused(self) -> set[str]:
+        used = set(self.stored)
+        for found in self.stored.values():
+            used |= {found.name, *found.companions}
+        wanted = {s.stacked.name for s in self.sources if s.stacked} if self.faults else set()
+        return self.files.headers.keys() - used - wanted - {s.name for s in self.sources}
+
+    def _ignored(self, name: str) -> bool:
+        """Tensors that carry nothing of their own: frequencies, copies of embedding and head, empty ones."""
+        c = self.config
+        copies = tuple(
+            f"model.layers.{c.num_hidden_layers + i}.{copy}"
+            for i in range(c.num_nextn_predict_layers if self.mtp else 0)
+            for copy in ("embed_tokens.weight", "shared_head.head.weight")
+        )
+        if name in copies or name.endswith("rotary_emb.inv_freq") or name.startswith(_OTHER_MODELS):
+            return True
+        if c.tie_word_embeddings and name == "lm_head.weight":
+            return self._same_tensor(name, "model.embed_tokens.weight")
+        empty = ".mlp.shared_experts." in name and 0 in self.files.headers[name].shape
+        return empty or self._is_zero_bias(name)
+
+    def _same_tensor(self, name: str, other: str) -> bool:
+        headers = self.files.headers
+        if other not in headers or headers[name].shape != headers[other].shape:
+            return False
+        if headers[name].dtype != headers[other].dtype or headers[name].dtype not in ("F32", "BF16", "F16"):
+            return False
+        return bool(np.array_equal(self.files.read(name), self.files.read(other)))
+
+    def _is_zero_bias(self, name: str) -> bool:
+        """Ascend's outlier suppression leaves norms with a bias, of zeros where it moved nothing."""
+        header = self.files.headers[name]
+        if not name.endswith("norm.bias") or header.dtype not in ("F32", "BF16", "F16"):
+            return False
+        return not self.files.read(name).astype(np.float32).any()
+
+
+def _has_mtp(c: ModelConfig, files: TensorFiles) -> bool:
+    """Whether any tensor of an MTP layer is stored."""
+    prefixes = tuple(f"model.layers.{c.num_hidden_layers + i}." for i in range(c.num_nextn_predict_layers))
+    return bool(prefixes) and any(name.startswith(prefixes) for name in files.headers)

@@ -1,0 +1,182 @@
+"""Hugging Face directories written: BF16, F32 or compressed-tensors INT8.
+
+A file is written tensor by tensor behind a header that is known beforehand, so that no more than one is in
+memory (the library's `save_file` wants all of a file's tensors at once).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
+import numpy as np
+
+from cmx_jax.model.checkpoint.load import Checkpoint
+from cmx_jax.model.checkpoint.names import Piece, Source, sources
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.weights import Leaf, Weights, weight_tree
+from cmx_jax.quant.blocks import quantize_channels
+
+_CODES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+DTYPES = tuple(_CODES)
+# Modules that stay in floats, as compressed-tensors' `ignore` says it: what is sensitive and small (section
+# 4.5).
+IGNORED = ("lm_head", "re:.*embed_tokens$", r"re:.*\.(gate|router)$")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written; `dtype` is one of `DTYPES`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+class PieceReader:
+    """A checkpoint's tensors in the file format's form, experts one by one."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint, self._last = checkpoint, ((("", "", 0, 0), ""), np.zeros(0))
+        self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+
+        def note(leaf: Leaf) -> None:
+            behind = 2 if leaf.experts else 1 if leaf.stack else 0
+            self.shapes[leaf.stack, leaf.path] = leaf.shape[behind:]
+
+        weight_tree(checkpoint.config, max(checkpoint.config.n_routed_experts, 1), note, checkpoint.mtp)
+
+    def piece(self, piece: Piece, dtype: str) -> np.ndarray:
+        """One piece; the last one is kept, since gate and up come out of the same."""
+        if self._last[0] != (piece, dtype):
+            out = np.empty(self.shapes[piece[:2]], np.dtype(dtype))
+            self.checkpoint.fill(piece, out)
+            self._last = ((piece, dtype), out)
+        return self._last[1]
+
+    def tensor(self, parts: list[Source], dtype: str) -> np.ndarray:
+        """A tensor of the file format."""
+        out = np.empty(parts[0].shape, np.dtype(dtype))
+        for s in parts:
+            s.view(out)[...] = self.piece(s.piece, dtype)[s.part]
+        return out
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The tensors of one layer (or of what is in none), to be written to one file."""
+
+    name: str
+    tensors: list[list[Source]]
+    dtype: str
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """In the file's order: wide types first, which keeps them aligned."""
+        found = [entry for parts in self.tensors for entry in self._of(parts)]
+        return sorted(found, key=lambda e: -np.dtype(e.dtype).itemsize)
+
+    def _of(self, parts: list[Source]) -> Iterator[Entry]:
+        name, shape = parts[0].name, parts[0].shape
+        if self.quantized(parts[0]):
+            yield Entry(name, "int8", shape)
+            yield Entry(f"{name}_scale", "float32", (shape[0], 1))
+        else:
+            yield Entry(name, self.floats(parts[0]), shape)
+
+    def quantized(self, s: Source) -> bool:
+        """Whether INT8 is for this tensor: matrices of `Linear` modules, but for the router and the head."""
+        return self.dtype == "int8" and len(s.shape) == 2 and s.unit != "top" and s.piece[1] != "ffn.router"
+
+    def floats(self, s: Source) -> str:
+        """The type of a tensor that is not quantised; a correction bias of many digits stays float32."""
+        if s.piece[1] == "ffn.router_bias":
+            return "float32"
+        return "bfloat16" if self.dtype == "int8" else self.dtype
+
+    def arrays(self, reader: PieceReader) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors, one after another."""
+        for parts in self.tensors:
+            name = parts[0].name
+            if not self.quantized(parts[0]):
+                yield name, reader.tensor(parts, self.floats(parts[0]))
+                continue
+            q, scale = quantize_channels(reader.tensor(parts, "float32"))
+            yield name, q
+            yield f"{name}_scale", scale
+
+
+def units(c: ModelConfig, mtp: bool, dtype: str) -> list[Unit]:
+    """A model cut into what is written at a time: its layers, and what is in none."""
+    by_unit: dict[str, list[Source]] = {}
+    for s in sources(c, mtp):
+        by_unit.setdefault(s.unit, []).append(s)
+    return [
+        Unit(name, [list(parts) for _, parts in groupby(found, key=lambda s: s.name)], dtype)
+        for name, found in by_unit.items()
+    ]
+
+
+def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
+    """A safetensors file; it has its name only once it is whole. Returns each tensor's sha256."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for e in entries:
+        ends = [at, at + e.nbytes]
+        header[e.name], at = {"dtype": _CODES[e.dtype], "shape": list(e.shape), "data_offsets": ends}, ends[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start, sums = 8 + len(text), {}
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, array in arrays:
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            first, last = header[name]["data_offsets"]
+            assert last - first == len(data), name
+            file.seek(start + first)
+            file.write(data)
+            sums[name] = hashlib.sha256(data).hexdigest()
+        file.truncate(start + at)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+    return sums
+
+
+class InMemory:
+    """Weights at hand as a checkpoint; expert `e` in slot `e`."""
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        self.config, self.mtp, self.weights = config, weights.mtp is not None, weights
+
+    def fill(self, piece: Piece, out: np.ndarray) -> None:
+        """See `cmx_jax.model.checkpoint.load.Checkpoint`."""
+        stack, path, layer, expert = piece
+        field: Any = getattr(self.weights, stack) if stack else self.weights
+        own = ("enorm", "hnorm", "eh_proj", "norm")
+        for part in (path if stack != "mtp" or path in own else f"layer.{path}").split("."):
+            field = getattr(field, part)
+        at = (expert, layer) if path.startswith("ffn.experts.") else (layer,) if stack else ()
+        out[...] = np.asarray(field[at])
+
+
+def write_weights(directory: str | Path, c: ModelConfig, weights: Weights, dtype: Any = "bfloat16") -> Path:
+    """Writes `model.safetensors` of weights at hand, matrices in `dtype`. Returns the file's path."""
+    checkpoint = InMemory(c, weights)
+    reader, parts = PieceReader(checkpoint), units(c, checkpoint.mtp, np.dtype(dtype).name)
+    whole = Unit("model", [tensor for unit in parts for tensor in unit.tensors], np.dtype(dtype).name)
+    path = Path(directory) / "model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, whole.entries, whole.arrays(reader))
+    return path

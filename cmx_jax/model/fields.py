@@ -1,0 +1,77 @@
+"""Typed fields out of a parsed `config.json`: a value of its type, or a one-line refusal by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cmx_jax.errors import CmxError
+from cmx_jax.model.config import expect
+
+Raw = Mapping[str, Any]
+
+
+def integer(raw: Raw, field: str, default: int | None = None) -> int:
+    """An integer; an absent one, or null, takes the default, and is refused without one."""
+    value = raw.get(field)
+    value = default if value is None else value
+    if value is None:
+        raise CmxError(f"config: {field} is missing, expected an integer")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CmxError(f"config: {field} is {str(value)[:40]!r}, expected an integer")
+    return value
+
+
+def optional_integer(raw: Raw, field: str) -> int | None:
+    """An integer or null."""
+    return None if raw.get(field) is None else integer(raw, field)
+
+
+def number(raw: Raw, field: str, default: Any) -> Any:
+    """A finite number."""
+    value = raw.get(field)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise CmxError(f"config: {field} is {str(value)[:40]}, expected a finite number")
+    return float(value)
+
+
+def flag(raw: Raw, field: str, default: bool) -> bool:
+    """True or false."""
+    value = raw.get(field)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise CmxError(f"config: {field} is {str(value)[:40]!r}, expected true or false")
+    return value
+
+
+def integers(raw: Raw, field: str) -> list[int] | None:
+    """A list of integers, or null."""
+    value = raw.get(field)
+    good = value is None or (isinstance(value, list) and all(type(i) is int for i in value))
+    expect(good, field, str(value)[:40], "a list of integers")
+    return value
+
+
+def only(raw: Raw, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuses what would be computed wrongly: field -> what is implemented; null and absent are allowed."""
+    for field, values in allowed.items():
+        given = raw.get(field)
+        if given is not None and given not in values:
+            raise CmxError(f"config: {field} is {str(given)[:80]!r}, supported is {values[0]!r}")
+
+
+def mapping(raw: Raw, field: str) -> Raw:
+    """An object; absent and null are an empty one."""
+    value = raw.get(field) or {}
+    if not isinstance(value, Mapping):
+        raise CmxError(f"config: {field} is {str(value)[:40]!r}, expected an object")
+    return value
+
+
+def token_ids(raw: Raw, field: str) -> tuple[int, ...]:
+    """An id, a list of ids, or null."""
+    value = raw.get(field)
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    expect(all(type(i) is int for i in ids), field, value, "an id or a list of ids")
+    return ids
