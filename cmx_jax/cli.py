@@ -95,6 +95,47 @@ def _generate(args: argparse.Namespace) -> None:
     _print(result, args.json, lambda r: "\n\n".join(row["prompt"] + row["text"] for row in r["requests"]))
 
 
+def _inspect(args: argparse.Namespace) -> None:
+    from cmx_jax.model.checkpoint import inspect
+    from cmx_jax.serving.model import located
+
+    result = inspect.inspect(located(args.model))
+    _print(result, args.json, inspect.render)
+    if result["problems"]:
+        more = f" (and {len(result['problems']) - 1} more)" if len(result["problems"]) > 1 else ""
+        raise CmxError(f"{args.model}: {result['problems'][0]}{more}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from cmx_jax.model.checkpoint.convert import convert
+    from cmx_jax.serving.model import locate
+
+    result = convert(
+        locate(args.source),
+        args.destination,
+        format=args.format,
+        dtype=args.dtype,
+        ranks=args.layout,
+        progress=_progress(),
+    )
+    _print(result, args.json, _render_conversion)
+
+
+def _render_conversion(r: dict[str, Any]) -> str:
+    before = f" ({r['units_resumed']} were there already)" if r["units_resumed"] else ""
+    return (
+        f"{r['destination']}: {r['format']}, {r['dtype']}: {r['tensors']:,} tensors in {r['units']} units"
+        f"{before}, {r['bytes']:,} bytes; every tensor was read again and its sha256 is right"
+    )
+
+
+def _layout(text: str) -> int:
+    """`ep320` to 320 ranks."""
+    if not (text.startswith("ep") and text[2:].isdecimal()):
+        raise argparse.ArgumentTypeError(f"layout {text!r}, expected ep and a number of ranks, such as ep320")
+    return int(text[2:])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="cmx", description="CloudMatrix-Infer in JAX, on a virtual supernode.")
     parser.add_argument("--version", action="version", version=f"cmx_jax {__version__}")
@@ -118,6 +159,20 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--runner", default="lanes", help="lanes (default) or devices")
     generate.add_argument("--ranks", type=int, default=8, help="expert-parallel ranks (default 8)")
     generate.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+
+    inspect = verbs.add_parser("inspect", help="what a checkpoint holds, and what is wrong with it")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("model", metavar="SRC", help="a directory, tiny, or a preset such as deepseek-r1")
+
+    convert = verbs.add_parser("convert", help="to safetensors or Orbax, resuming what stopped")
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="SRC", help="a Hugging Face or Orbax directory, or tiny")
+    convert.add_argument("destination", metavar="DST", help="a new directory, or one that was begun")
+    convert.add_argument("--format", default="safetensors", help="safetensors (default) or orbax")
+    convert.add_argument("--dtype", help="bfloat16, float32 or int8 (default: as stored)")
+    convert.add_argument("--layout", type=_layout, help="whose slots an Orbax directory has, such as ep320")
+    for verb in (inspect, convert):
+        verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
     for verb, exchange in ((demo, "hierarchical"), (generate, "flat")):
         verb.add_argument(

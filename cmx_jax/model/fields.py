@@ -63,7 +63,7 @@ def only(raw: Raw, allowed: Mapping[str, tuple[Any, ...]]) -> None:
 
 def mapping(raw: Raw, field: str) -> Raw:
     """An object; absent and null are an empty one."""
-    value = raw.get(field) or {}
+    value = {} if raw.get(field) is None else raw[field]
     if not isinstance(value, Mapping):
         raise CmxError(f"config: {field} is {str(value)[:40]!r}, expected an object")
     return value

@@ -15,6 +15,7 @@ from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint
 from cmx_jax.model.checkpoint.load import Checkpoint
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.families import presets
 from cmx_jax.serving.instance import Capacity, Instance
 
 SHIPPED = ("tiny",)
@@ -34,11 +35,24 @@ def locate(name_or_path: str | Path) -> Path:
         found = path.is_dir()
     except (RuntimeError, OSError, ValueError):  # an unknown ~user, an impossible name
         found = False
+    if not found and str(name_or_path) in presets():
+        raise CmxError(
+            f"{name_or_path} is a preset, a config without weights: give the directory that has them"
+        )
     if not found:
         raise CmxError(
             f"model {str(name_or_path)!r} is neither a directory nor a model that ships: {', '.join(SHIPPED)}"
         )
     return path
+
+
+def located(name_or_path: str) -> str | Path:
+    """As `locate`, but the name of a preset is itself."""
+    return (
+        name_or_path
+        if name_or_path in presets() and not Path(name_or_path).exists()
+        else locate(name_or_path)
+    )
 
 
 @dataclass(frozen=True)

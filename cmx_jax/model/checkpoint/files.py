@@ -59,14 +59,17 @@ class TensorFiles:
 
     def _indexed(self, path: Path) -> dict[str, Header]:
         weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise CmxError(f"{path}: not a safetensors index: weight_map is not an object of file names")
+        good = isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())
+        if not good or not weight_map:
+            raise CmxError(
+                f"{path}: not a safetensors index: weight_map is no object of file names, or empty"
+            )
         headers: dict[str, Header] = {}
         for name in sorted(set(weight_map.values())):
             file = self.directory / name
             if Path(name).name != name or not file.is_file():
                 raise CmxError(f"{path}: names {name[:200]}, which is not there")
-            for tensor, header in _headers(file).items():
+            for tensor, header in read_headers(file).items():
                 if weight_map.get(tensor) != name:
                     where = f"in {weight_map[tensor]} by" if tensor in weight_map else "missing from"
                     raise CmxError(f"{file}: holds tensor {tensor}, which is {where} the index")
@@ -82,7 +85,7 @@ class TensorFiles:
         if not files:
             raise CmxError(f"{self.directory}: no *.safetensors there, expected a model's weights")
         for file in files:
-            for tensor, header in _headers(file).items():
+            for tensor, header in read_headers(file).items():
                 if tensor in headers:
                     first = headers[tensor].file.name
                     raise CmxError(f"{file}: holds tensor {tensor}, as {first} does: which is meant?")
@@ -108,7 +111,12 @@ class TensorFiles:
             raise CmxError(f"{header.file}: tensor {name} cannot be read ({error})") from None
 
 
-def _headers(file: Path) -> dict[str, Header]:
+def read_headers(file: Path) -> dict[str, Header]:
+    """Where each tensor of a file lies.
+
+    Raises:
+      CmxError: it is not a whole safetensors file.
+    """
     try:
         with safe_open(file, framework="numpy"):  # checks lengths, offsets, types
             pass

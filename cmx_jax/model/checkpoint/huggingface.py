@@ -9,7 +9,7 @@ import numpy as np
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.files import TensorFiles
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
-from cmx_jax.model.checkpoint.schemes import Declared, Stored, declared, plain, stored
+from cmx_jax.model.checkpoint.schemes import DESCRIPTION, Declared, Stored, declared, plain, stored
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import parse_config, read_json
 
@@ -45,7 +45,11 @@ class HuggingFace:
         self.mtp = _has_mtp(self.config, self.files)
         self.stored: dict[str, Stored] = {}
         self.missing: list[str] = []
-        self.faults: list[str] = []
+        self.faults = [
+            f"tensor {name} is described in {DESCRIPTION}, but not there"
+            for name in announced.ascend
+            if name not in self.files
+        ]
         for s in self.sources:
             if s.name not in self.stored:
                 self._find(s, announced)
@@ -84,9 +88,8 @@ class HuggingFace:
             with np.errstate(over="ignore"):  # what overflows is refused below
                 array = self.stored[s.name].decode().astype(out.dtype, copy=False)
             if not np.isfinite(array).all():
-                raise CmxError(
-                    f"tensor {s.name} holds NaN or infinity as {out.dtype}, expected finite numbers"
-                )
+                name = self.stored[s.name].name
+                raise CmxError(f"tensor {name} holds NaN or infinity as {out.dtype}, expected finite numbers")
             out[s.part] = s.view(array)
 
     def _strip_prefixes(self) -> None:

@@ -5,9 +5,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
+from cmx_jax.model.checkpoint.manifest import read_manifest
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, leaf_spec, weight_tree
@@ -40,7 +42,17 @@ def open_checkpoint(directory: str | Path, config: ModelConfig | None = None) ->
     Raises:
       CmxError: it is not; the tensor, file or field is named.
     """
-    return HuggingFace(Path(directory), config).check()
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if manifest is not None and not manifest.complete:
+        raise CmxError(
+            f"{directory}: holds a conversion that is not complete: run the same cmx convert again"
+        )
+    if manifest is not None and manifest.format == "orbax":
+        from cmx_jax.model.checkpoint.orbax import OrbaxDirectory  # takes a second to import
+
+        return OrbaxDirectory(directory, manifest).check()
+    return HuggingFace(directory, config).check()
 
 
 def _span(index: slice, size: int) -> range:

@@ -11,10 +11,11 @@ All are decoded to float32 by one formula, `(q - offset) * scale`. What is annou
 agree.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from cmx_jax.quant.blocks import dequantize_blocks, grid
 
 QUANTIZED = {"F8_E4M3": "FP8", "I8": "INT8"}
 DESCRIPTION = "quant_model_description.json"
+# Modules that stay in floats, as compressed-tensors' `ignore` says it: what is sensitive and small (section
+# 4.5).
+IGNORED = ("lm_head", r"re:.*\.(gate|router)$")
 
 
 @dataclass(frozen=True)
@@ -35,60 +39,101 @@ class Declared:
     Attributes:
       method: `quant_method`, `ascend`, or None.
       block: rows and columns of a block of scales.
+      strategies: of compressed-tensors: `channel`, `tensor` or `group`, or several.
+      types: what quantised weights may be.
       group: width of a group of scales within a row.
+      ignored: modules that compressed-tensors left alone, whole names and patterns.
       ascend: tensor name -> FLOAT, W8A8 or W8A8_DYNAMIC.
     """
 
     method: str | None = None
     block: tuple[int, int] = (128, 128)
+    strategies: frozenset[str] = frozenset({"channel"})
+    types: frozenset[str] = frozenset({"I8"})
     group: int | None = None
+    ignored: tuple[frozenset[str], tuple[re.Pattern[str], ...]] = (frozenset(), ())
     ascend: Mapping[str, str] = field(default_factory=dict)
 
+    def ignores(self, name: str) -> bool:
+        """Whether the tensor's module was left alone."""
+        module = name.removesuffix(".weight")
+        return module in self.ignored[0] or any(pattern.match(module) for pattern in self.ignored[1])
 
-def _refuse(name: str, given: object, expected: str) -> None:
+
+def _refuse(name: str, given: object, expected: str) -> NoReturn:
     raise CmxError(f"config: quantization_config.{name} is {str(given)[:60]!r}, expected {expected}")
 
 
 def _block(raw: Mapping[str, Any]) -> tuple[int, int]:
-    block = raw.get("weight_block_size") or [128, 128]
+    block = raw.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         _refuse("weight_block_size", block, "two positive integers")
     return block[0], block[1]
 
 
 def _compressed(raw: Mapping[str, Any]) -> Declared:
-    if raw.get("format") not in ("int-quantized", "float-quantized", "naive-quantized", None):
+    formats = ("int-quantized", "float-quantized", "naive-quantized", None)
+    if raw.get("format") not in formats:
         _refuse("format", raw.get("format"), "int-quantized or float-quantized")
-    groups: list[int] = []
-    for name, config in mapping(raw, "config_groups").items():
-        weights = config.get("weights") if isinstance(config, Mapping) else None
-        if not isinstance(weights, Mapping):
-            _refuse(f"config_groups.{name}.weights", weights, "an object")
-            continue
-        expected: dict[str, tuple[Any, ...]] = {
-            "num_bits": (8, None),
-            "symmetric": (True, None),
-            "strategy": ("channel", "tensor", "group", None),
-            "type": ("int", "float", None),
-        }
-        for key, values in expected.items():
-            if weights.get(key) not in values:
-                _refuse(f"config_groups.{name}.weights.{key}", weights.get(key), f"{values[0]}")
-        if weights.get("strategy") == "group":
-            size = weights.get("group_size")
-            if type(size) is not int or size < 1:
-                _refuse(f"config_groups.{name}.weights.group_size", size, "a positive integer")
-            else:
-                groups.append(size)
-    if len(set(groups)) > 1:
-        _refuse("config_groups", groups, "one group_size")
-    return Declared("compressed-tensors", group=groups[0] if groups else None)
+    groups = raw.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        _refuse("config_groups", groups, "an object with a group")
+    weights = {
+        name: _compressed_weights(
+            f"config_groups.{name}.weights", config.get("weights") if isinstance(config, Mapping) else None
+        )
+        for name, config in groups.items()
+    }
+    sizes = {w["group_size"] for w in weights.values() if w["strategy"] == "group"}
+    if len(sizes) > 1:
+        _refuse("config_groups", sizes, "one group_size")
+    return Declared(
+        "compressed-tensors",
+        strategies=frozenset(w["strategy"] for w in weights.values()),
+        types=frozenset("F8_E4M3" if w.get("type") == "float" else "I8" for w in weights.values()),
+        group=next(iter(sizes), None),
+        ignored=_ignored(raw.get("ignore")),
+    )
+
+
+def _compressed_weights(where: str, weights: Any) -> Mapping[str, Any]:
+    """A group's weights, checked."""
+    if not isinstance(weights, Mapping):
+        _refuse(where, weights, "an object")
+    expected: dict[str, tuple[Any, ...]] = {
+        "num_bits": (8, None),
+        "symmetric": (True, None),
+        "strategy": ("channel", "tensor", "group"),
+        "type": ("int", "float", None),
+    }
+    for key, values in expected.items():
+        if weights.get(key) not in values:
+            _refuse(f"{where}.{key}", weights.get(key), f"{values[0]}")
+    size = weights.get("group_size")
+    if weights["strategy"] == "group" and (type(size) is not int or size < 1):
+        _refuse(f"{where}.group_size", size, "a positive integer")
+    return weights
+
+
+def _ignored(given: Any) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
+    """`ignore`: names of modules, or patterns behind `re:`."""
+    names = [] if given is None else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        _refuse("ignore", given, "a list of module names")
+    patterns = []
+    for name in names:
+        if name.startswith("re:"):
+            try:
+                patterns.append(re.compile(name[3:]))
+            except re.error as error:
+                _refuse("ignore", name, f"a pattern ({error})")
+    return frozenset(name for name in names if not name.startswith("re:")), tuple(patterns)
 
 
 def _fp8(raw: Mapping[str, Any]) -> Declared:
     if raw.get("fmt", "e4m3") != "e4m3":
         _refuse("fmt", raw.get("fmt"), "e4m3")
-    return Declared("fp8", _block(raw))
+    return Declared("fp8", _block(raw), types=frozenset({"F8_E4M3"}))
 
 
 METHODS: dict[str, Callable[[Mapping[str, Any]], Declared]] = {
@@ -98,15 +143,6 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Declared]] = {
     "w8a8_int8": lambda raw: Declared("w8a8_int8"),
     "ascend": lambda raw: Declared("ascend"),
 }
-# What each method's weights may be; None: what is announced nowhere.
-_ALLOWED = {
-    "fp8": ("F8_E4M3",),
-    "compressed-tensors": ("I8", "F8_E4M3"),
-    "blockwise_int8": ("I8",),
-    "w8a8_int8": ("I8",),
-    "ascend": ("I8",),
-    None: ("I8",),
-}
 
 
 def declared(raw: Mapping[str, Any], directory: Path) -> Declared:
@@ -115,13 +151,14 @@ def declared(raw: Mapping[str, Any], directory: Path) -> Declared:
     Raises:
       CmxError: a method, width or kind that is not read; the field is named.
     """
-    config = mapping(raw, "quantization_config") or mapping(raw, "compression_config")
+    where = "compression_config" if raw.get("quantization_config") is None else "quantization_config"
+    config = mapping(raw, where)
     found = Declared()
-    if config:
+    if raw.get(where) is not None:
         method = config.get("quant_method")
         if not isinstance(method, str) or method not in METHODS:
             _refuse("quant_method", method, f"one of {', '.join(METHODS)}")
-        found = METHODS[str(method)](config)
+        found = METHODS[method](config)
     if (directory / DESCRIPTION).exists():  # an FP8 model's quantization_config may have stayed beside it
         return Declared("ascend", ascend=_description(directory / DESCRIPTION))
     if found.method == "ascend":
@@ -140,6 +177,23 @@ def _description(path: Path) -> dict[str, str]:
             )
         kinds[name] = kind
     return kinds
+
+
+def compressed_int8() -> dict[str, Any]:
+    """The `quantization_config` of what `cmx_jax.model.checkpoint.writer` writes as INT8."""
+    common = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**common, "strategy": "channel", "dynamic": False},
+        "input_activations": {**common, "strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(IGNORED),
+    }
 
 
 @dataclass(frozen=True)
@@ -187,9 +241,11 @@ def stored(files: TensorFiles, name: str, announced: Declared) -> Stored:
     if header.dtype not in QUANTIZED:
         known = ", ".join([*sorted(FLOATS), *QUANTIZED])
         raise CmxError(f"tensor {name} is {header.dtype}, expected one of {known}")
-    if header.dtype not in _ALLOWED[announced.method]:
+    if header.dtype not in announced.types:
         says = f"quant_method {announced.method!r}" if announced.method else "no quantization_config"
         raise CmxError(f"tensor {name} is {header.dtype}, but the config has {says}")
+    if announced.ignores(name):
+        raise CmxError(f"tensor {name} is {header.dtype}, but quantization_config.ignore says it is not")
     if len(header.shape) != 2:
         raise CmxError(f"tensor {name} is {header.dtype} of shape {list(header.shape)}, expected a matrix")
     if announced.method == "ascend":
@@ -207,14 +263,7 @@ def _scaled(files: TensorFiles, name: str, announced: Declared) -> Stored:
         _expect_shape(files, scale, {grid(shape, block)})
     elif by_row in files and announced.method not in ("fp8", "blockwise_int8"):
         scale = by_row
-        given = files.headers[scale].shape
-        if given in ((), (1,), (1, 1)) and (announced.method == "compressed-tensors" or shape[0] == 1):
-            block, words = shape, "per tensor"
-        elif announced.group is not None and given == grid(shape, (1, announced.group)):
-            block, words = (1, announced.group), f"groups of {announced.group}"
-        else:
-            block, words = (1, shape[1]), "per channel"
-            _expect_shape(files, scale, {(shape[0], 1), (shape[0],)})
+        block, words = _row_block(files, scale, shape, announced)
     else:
         expected = by_block if announced.method in ("fp8", "blockwise_int8") else by_row
         raise CmxError(f"tensor {name} is {header.dtype}, but its scale {expected} is missing")
@@ -225,6 +274,26 @@ def _scaled(files: TensorFiles, name: str, announced: Declared) -> Stored:
         return dequantize_blocks(files.read(name), factors, block)
 
     return Stored(f"{QUANTIZED[header.dtype]} {words}", name, (scale,), decode)
+
+
+def _row_block(
+    files: TensorFiles, scale: str, shape: tuple[int, int], announced: Declared
+) -> tuple[tuple[int, int], str]:
+    """The block that a `weight_scale` is for, by the announced strategies and its shape."""
+    rows, columns = shape
+    known: dict[str, tuple[set[tuple[int, ...]], tuple[int, int], str]] = {
+        "channel": ({(rows, 1), (rows,)}, (1, columns), "per channel"),
+        "tensor": ({(1,), ()}, shape, "per tensor"),
+    }
+    if announced.group is not None:
+        block = (1, announced.group)
+        known["group"] = ({grid(shape, block)}, block, f"groups of {announced.group}")
+    for name in announced.strategies:
+        shapes, block, words = known[name]
+        if files.headers[scale].shape in shapes:
+            return block, words
+    _expect_shape(files, scale, set().union(*(known[name][0] for name in announced.strategies)))
+    raise AssertionError
 
 
 def _ascend(files: TensorFiles, name: str, kind: str | None) -> Stored:
@@ -247,6 +316,8 @@ def _ascend(files: TensorFiles, name: str, kind: str | None) -> Stored:
         if names[part] not in files:
             raise CmxError(f"tensor {name} is {kind}, but its {names[part]} is missing")
         _expect_shape(files, names[part], shapes)
+        if part == "quant_bias" and files.headers[names[part]].dtype != "I32":
+            raise CmxError(f"tensor {names[part]} is {files.headers[names[part]].dtype}, expected I32")
         if part != "quant_bias" and not (part == "deq_scale" and files.headers[names[part]].dtype == "I64"):
             _expect_float(files, names[part])
 
@@ -256,6 +327,7 @@ def _ascend(files: TensorFiles, name: str, kind: str | None) -> Stored:
         return _factors(files, names["deq_scale"]) / _factors(files, names["input_scale"]).reshape(())
 
     def decode() -> np.ndarray:
+        check_scales(files, found)
         q, offset = files.read(name), None
         if "weight_offset" in names:
             offset = files.read(names["weight_offset"]).astype(np.float32).reshape(rows, 1)
@@ -263,7 +335,8 @@ def _ascend(files: TensorFiles, name: str, kind: str | None) -> Stored:
             _expect_no_bias(files, names, q)
         return dequantize_blocks(q, scale().reshape(rows, 1), (1, columns), offset)
 
-    return Stored(f"INT8 Ascend {kind}", name, tuple(names.values()), decode)
+    found = Stored(f"INT8 Ascend {kind}", name, tuple(names.values()), decode)
+    return found
 
 
 def _expect_no_bias(files: TensorFiles, names: dict[str, str], q: np.ndarray) -> None:
@@ -308,7 +381,9 @@ def _worst(scale: np.ndarray) -> str:
 
 
 def check_scales(files: TensorFiles, found: Stored) -> None:
-    """Reads a stored tensor's scales and refuses what is none."""
+    """Reads a stored tensor's scales and offsets and refuses what is none."""
     for name in found.companions:
-        if name.endswith("scale") or name.endswith("scale_inv"):
+        if name.endswith(("scale", "scale_inv")):
             _factors(files, name)
+        elif name.endswith("offset") and not np.isfinite(files.read(name).astype(np.float32)).all():
+            raise CmxError(f"tensor {name} holds NaN or infinity, expected finite offsets")

@@ -25,9 +25,6 @@ from cmx_jax.quant.blocks import quantize_channels
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 DTYPES = tuple(_CODES)
-# Modules that stay in floats, as compressed-tensors' `ignore` says it: what is sensitive and small (section
-# 4.5).
-IGNORED = ("lm_head", "re:.*embed_tokens$", r"re:.*\.(gate|router)$")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""A Hugging Face directory written unit by unit: a file for each layer, and their index."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from cmx_jax.errors import CmxError
+from cmx_jax.model.checkpoint.files import read_headers
+from cmx_jax.model.checkpoint.writer import PieceReader, units, write_file
+
+
+class SafetensorsWriter:
+    """Writes units as `model-00001-of-00062.safetensors` and so on."""
+
+    def __init__(self, directory: Path, reader: PieceReader, dtype: str):
+        self.directory, self.reader = directory, reader
+        checkpoint = reader.checkpoint
+        self.units = {unit.name: unit for unit in units(checkpoint.config, checkpoint.mtp, dtype)}
+        count = len(self.units)
+        self.files = {
+            name: directory / f"model-{number:05}-of-{count:05}.safetensors"
+            for number, name in enumerate(self.units, 1)
+        }
+
+    def write(self, unit: str) -> dict[str, str]:
+        """Writes one; returns each tensor's sha256."""
+        wanted = self.units[unit]
+        return write_file(self.files[unit], wanted.entries, wanted.arrays(self.reader))
+
+    def sums(self, unit: str) -> dict[str, str]:
+        """What is on disk, summed again, tensor by tensor."""
+        found, path = {}, self.files[unit]
+        for name, header in read_headers(path).items():
+            data = np.fromfile(path, np.uint8, header.nbytes, offset=header.offset)
+            if len(data) != header.nbytes:
+                raise CmxError(f"{path}: tensor {name} is cut off")
+            found[name] = hashlib.sha256(data.data).hexdigest()
+        return found
+
+    def write_index(self) -> None:
+        """`model.safetensors.index.json`."""
+        entries = {name: unit.entries for name, unit in self.units.items()}
+        total = sum(entry.nbytes for found in entries.values() for entry in found)
+        weight_map = {e.name: self.files[name].name for name, found in entries.items() for e in found}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        path = self.directory / "model.safetensors.index.json"
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text(json.dumps(index, indent=2) + "\n")
+        unfinished.rename(path)

@@ -1,0 +1,304 @@
+"""Conversions: every format to every other, killed and resumed, verified; shards under another layout."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+from support import GOLDENS
+
+import cmx_jax
+from cmx_jax.cli import main
+from cmx_jax.mesh.layout import expert_parallel
+from cmx_jax.mesh.runners import Lanes, make_runner
+from cmx_jax.model.checkpoint import load_weights, open_checkpoint, read_weights
+from cmx_jax.model.checkpoint.convert import convert
+from cmx_jax.model.families import read_config
+from cmx_jax.quant.blocks import quantize_channels
+from model.small import refused
+
+FORMATS = Path(__file__).parents[1] / "formats"
+SOURCES = (GOLDENS / "base", GOLDENS / "qwen3_bias", GOLDENS / "llama4_conditional", FORMATS / "fp8_block")
+
+
+def equal(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def weights(directory: Path, dtype: Any = np.float32) -> Any:
+    return read_weights(directory, read_config(directory), dtype)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_float32_conversions_lose_nothing(tmp_path: Path, source: Path, format: str) -> None:
+    result = convert(source, tmp_path / "out", format=format, dtype="float32")
+    assert result["verified"]
+    assert read_config(tmp_path / "out") == read_config(source)
+    equal(weights(tmp_path / "out"), weights(source))
+
+
+def test_there_and_back_again(tmp_path: Path) -> None:
+    """Safetensors to Orbax for one layout, to Orbax for another, to safetensors: the same bytes."""
+    convert(GOLDENS / "base", tmp_path / "a", format="orbax", ranks=3)
+    convert(tmp_path / "a", tmp_path / "b", format="orbax", ranks=8)
+    convert(tmp_path / "b", tmp_path / "c")
+    given = {
+        name: t for file in (tmp_path / "c").glob("*.safetensors") for name, t in load_file(file).items()
+    }
+    expected = load_file(GOLDENS / "base" / "model.safetensors")
+    assert given.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(given[name], tensor, err_msg=name)
+        assert given[name].dtype == tensor.dtype
+
+
+def test_bfloat16_is_a_cast(tmp_path: Path) -> None:
+    convert(GOLDENS / "base", tmp_path / "out", dtype="bfloat16")
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            source = load_file(GOLDENS / "base" / "model.safetensors")[name]
+            kept = np.float32 if name.endswith("e_score_correction_bias") else ml_dtypes.bfloat16
+            np.testing.assert_array_equal(tensor, source.astype(kept))
+
+
+def test_int8_is_compressed_tensors_with_a_scale_for_each_channel(tmp_path: Path) -> None:
+    convert(GOLDENS / "base", tmp_path / "out", dtype="int8")
+    given = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    name = "model.layers.1.mlp.experts.7.up_proj.weight"
+    source = load_file(GOLDENS / "base" / "model.safetensors")[name]
+    scale = np.abs(source).max(axis=1, keepdims=True) / np.float32(127)
+    np.testing.assert_array_equal(given[f"{name}_scale"], scale)
+    np.testing.assert_array_equal(given[name], np.rint(source / scale).astype(np.int8))
+    assert (
+        given["lm_head.weight"].dtype == given["model.layers.1.mlp.gate.weight"].dtype == ml_dtypes.bfloat16
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "int-quantized")
+    got = weights(tmp_path / "out").moe.ffn.experts.down[7, 0]
+    q, s = quantize_channels(load_file(GOLDENS / "base" / "model.safetensors")[name.replace("up", "down")])
+    np.testing.assert_array_equal(got, (q.astype(np.float32) * s).T)
+
+
+@pytest.mark.parametrize("saved", [1, 3, 16])
+def test_an_orbax_checkpoint_of_one_layout_gives_the_same_logits_under_another(
+    tmp_path: Path, saved: int
+) -> None:
+    golden = np.load(GOLDENS / "base" / "golden.npz")
+    convert(GOLDENS / "base", tmp_path / "out", format="orbax", ranks=saved)
+    plain = cmx_jax.from_pretrained(GOLDENS / "base", ranks=4, max_num_seqs=4)
+    for ranks, runner in ((4, "lanes"), (4, "devices"), (5, "lanes")):
+        llm = cmx_jax.from_pretrained(tmp_path / "out", ranks=ranks, runner=runner, max_num_seqs=4)
+        for here, there in zip(
+            *map(jax.tree.leaves, (llm.instance.weights, plain.instance.weights)), strict=True
+        ):
+            if ranks == 4:
+                np.testing.assert_array_equal(np.asarray(here), np.asarray(there))
+        given = llm.logits(golden["tokens_40"])
+        np.testing.assert_allclose(given, golden["logits_40"], atol=1e-4, rtol=0)
+        if (ranks, runner) == (4, "lanes"):
+            np.testing.assert_array_equal(given, plain.logits(golden["tokens_40"]))
+
+
+def test_orbax_itself_reads_what_was_written(tmp_path: Path) -> None:
+    convert(GOLDENS / "base", tmp_path / "out", format="orbax", ranks=8)
+    runner = make_runner("devices", (("ep", 8),))
+    path = (tmp_path / "out" / "units" / "layers.1.slots.2-3").absolute()
+    handler = ocp.PyTreeCheckpointer()
+    restored = handler.restore(path)
+    c = read_config(GOLDENS / "base")
+    wanted = load_weights(open_checkpoint(GOLDENS / "base"), expert_parallel(8, 16), runner, np.float32)
+    np.testing.assert_array_equal(
+        restored["ffn.experts.down"], np.asarray(wanted.moe.ffn.experts.down)[2:4, 0]
+    )
+    assert restored["ffn.experts.down"].shape == (2, c.moe_intermediate_size, c.hidden_size)
+
+
+def test_a_rank_reads_only_its_own_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first of 8 ranks holds is read from the files, and of the experts nothing else."""
+    for format in ("safetensors", "orbax"):
+        convert(GOLDENS / "base", tmp_path / format, format=format, ranks=8 if format == "orbax" else None)
+        checkpoint = open_checkpoint(tmp_path / format)
+        asked: list[int] = []
+        fill = checkpoint.fill
+
+        def spy(piece: Any, out: Any, fill: Any = fill, asked: list[int] = asked) -> None:
+            if "experts" in piece[1]:
+                asked.append(piece[3])
+            fill(piece, out)
+
+        monkeypatch.setattr(checkpoint, "fill", spy)
+
+        class First(Lanes):
+            def make(self, shape: Any, dtype: Any, spec: Any, part: Any) -> Any:
+                del dtype
+                cut = shape[0] // 8 if spec and spec[0] else shape[0]
+                return part((slice(0, cut), *(slice(0, n) for n in shape[1:])))
+
+        layout = expert_parallel(8, 16)
+        first = load_weights(checkpoint, layout, First(layout.axes), np.float32)
+        assert set(asked) == {0, 1}
+        whole = load_weights(checkpoint, layout, make_runner("lanes", layout.axes), np.float32)
+        np.testing.assert_array_equal(first.moe.ffn.experts.down, np.asarray(whole.moe.ffn.experts.down)[:2])
+
+
+KILLED = """
+import os, signal, sys
+from cmx_jax.model.checkpoint import convert as module
+from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
+from cmx_jax.model.checkpoint.orbax import OrbaxWriter
+writer = {"safetensors": SafetensorsWriter, "orbax": OrbaxWriter}[sys.argv[3]]
+write, left = writer.write, [int(sys.argv[4])]
+def dying(self, unit):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(self, unit)
+writer.write = dying
+module.convert(sys.argv[1], sys.argv[2], format=sys.argv[3], dtype="float32")
+"""
+
+
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_a_killed_conversion_goes_on_where_it_was(tmp_path: Path, format: str) -> None:
+    source, out = GOLDENS / "base", tmp_path / "out"
+    child = subprocess.run([sys.executable, "-c", KILLED, str(source), str(out), format, "2"], check=False)
+    assert child.returncode == -signal.SIGKILL
+    with refused("not complete"):
+        open_checkpoint(out)
+    (out / "model-00003-of-00005.safetensors.unfinished").write_bytes(b"half")
+    result = convert(source, out, format=format, dtype="float32")
+    assert result["units_resumed"] == 2
+    equal(weights(out), weights(source))
+    assert convert(source, out, format=format, dtype="float32")["units_resumed"] == result["units"]
+
+
+def test_killed_at_any_moment_it_ends_well(tmp_path: Path) -> None:
+    """SIGKILL from outside, later and later, until a run ends by itself."""
+    source, out = GOLDENS / "two_dense", tmp_path / "out"
+    command = [sys.executable, "-m", "cmx_jax.cli", "convert", str(source), str(out), "--dtype", "float32"]
+    for delay in (0.3, 0.5, 0.6, 0.7, 60.0):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+            try:
+                child.wait(delay)
+            except subprocess.TimeoutExpired:
+                child.kill()
+        if child.returncode == 0:
+            break
+    assert child.returncode == 0
+    equal(weights(out), weights(source))
+
+
+def test_what_reads_back_otherwise_is_said_and_written_again(tmp_path: Path, monkeypatch) -> None:
+    from cmx_jax.model.checkpoint import safetensors
+
+    out, write = tmp_path / "out", safetensors.SafetensorsWriter.write
+
+    def rotten(self: Any, unit: str) -> Any:
+        sums = write(self, unit)
+        if unit == "layers.1":
+            with self.files[unit].open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"\xaa")
+        return sums
+
+    monkeypatch.setattr(safetensors.SafetensorsWriter, "write", rotten)
+    with refused("layers.1", "tensor model.layers.1."):
+        convert(GOLDENS / "base", out)
+    assert not (out / "config.json").exists()
+    monkeypatch.undo()
+    assert convert(GOLDENS / "base", out)["units_resumed"] == 3
+    equal(weights(out), weights(GOLDENS / "base"))
+
+
+def test_what_lies_there_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with refused("not empty"):
+        convert(GOLDENS / "base", tmp_path / "mine")
+    (tmp_path / "file").write_text("x")
+    with refused("is a file"):
+        convert(GOLDENS / "base", tmp_path / "file")
+    shutil.copytree(GOLDENS / "base", tmp_path / "source")
+    for inside in ("source", "source/deeper"):
+        with refused("lies in the source"):
+            convert(tmp_path / "source", tmp_path / inside)
+    convert(GOLDENS / "base", tmp_path / "out")
+    with refused("another conversion"):
+        convert(GOLDENS / "base", tmp_path / "out", dtype="int8")
+    with refused("another conversion"):
+        convert(GOLDENS / "tied", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"format": "zip"}, "zip"),
+        ({"dtype": "int4"}, "int4"),
+        ({"dtype": "int8", "format": "orbax"}, "int8"),
+        ({"ranks": 4}, "--format orbax"),
+        ({"ranks": 0, "format": "orbax"}, "0 ranks"),
+    ],
+)
+def test_arguments_are_refused_before_anything_is_written(
+    tmp_path: Path, fields: dict[str, Any], words: str
+) -> None:
+    with refused(words):
+        convert(GOLDENS / "base", tmp_path / "out", **fields)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["array", "unit", "manifest", "slots", "incomplete"])
+def test_a_damaged_orbax_directory_is_refused(tmp_path: Path, capsys, damage: str) -> None:
+    out = tmp_path / "out"
+    convert(GOLDENS / "base", out, format="orbax", ranks=4)
+    manifest = json.loads((out / "conversion.json").read_text())
+    if damage == "array":
+        for path in (out / "units" / "layers.1").rglob("*"):
+            if path.is_file() and path.parent.name == "d":
+                path.write_bytes(path.read_bytes()[:10])
+    elif damage == "unit":
+        shutil.rmtree(out / "units" / "layers.1")
+    elif damage == "manifest":
+        (out / "conversion.json").write_text("{")
+    else:
+        manifest |= {"complete": False} if damage == "incomplete" else {"slots": 20}
+        (out / "conversion.json").write_text(json.dumps(manifest))
+    start = time.monotonic()
+    assert main(["generate", str(out), "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert {"array": "layers.1", "unit": "layers.1", "manifest": "conversion.json"}.get(
+        damage, str(out)
+    ) in error
+    assert time.monotonic() - start < 10
+
+
+def test_the_verb_says_what_it_did(tmp_path: Path, capsys) -> None:
+    assert (
+        main(["convert", "tiny", str(tmp_path / "out"), "--format", "orbax", "--layout", "ep16", "--json"])
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["verified"] is True
+    assert result["units"] == 6 + 4 * 8  # embedding and head, five layers, experts of four in eight parts
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["format"] == "orbax, 256 expert slots"
+    assert seen["parameters"]["total"] == 7466272
+    command = ["generate", str(tmp_path / "out"), "--prompt", "The json", "--max-tokens", "4", "--json"]
+    assert main(command) == 0
+    from_orbax = json.loads(capsys.readouterr().out)["requests"][0]["tokens"]
+    assert main([command[0], "tiny", *command[2:]]) == 0
+    assert json.loads(capsys.readouterr().out)["requests"][0]["tokens"] == from_orbax
