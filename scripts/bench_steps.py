@@ -16,31 +16,32 @@ import jax
 import numpy as np
 
 from cmx_jax.mesh import enable_compilation_cache, expert_parallel, make_runner
-from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.families import parse_config
 from cmx_jax.model.weights import Leaf, leaf_dtype, weight_tree
 from cmx_jax.serving.engine import Engine
 from cmx_jax.serving.instance import Capacity, Instance
 from cmx_jax.serving.request import SamplingParams
 
-CONFIG = ModelConfig(
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=1024,
-    moe_intermediate_size=64,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    kv_lora_rank=64,
-    q_lora_rank=128,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=256,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-    routed_scaling_factor=2.5,
-    first_k_dense_replace=1,
-    max_position_embeddings=1024,
+CONFIG = parse_config(
+    {
+        "model_type": "deepseek_v3",
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "kv_lora_rank": 64,
+        "q_lora_rank": 128,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 1024,
+        "num_nextn_predict_layers": 0,
+    }
 )
 
 

@@ -27,12 +27,15 @@ def prolog(
     return gqa.prolog(x, positions, kind, w, c)
 
 
-def sees(positions: Int[Array, "B T"], span: int, kind: LayerKind, c: ModelConfig) -> Bool[Array, "B T S"]:
-    """Which of the positions 0 to `span - 1` each token sees in a layer of that kind."""
+def masks(positions: Int[Array, "B T"], span: int, c: ModelConfig) -> dict[bool, Bool[Array, "B T S"]]:
+    """Which of the positions 0 to `span - 1` each token sees, in layers that are chunked and that are not."""
     a = c.attention
     if not isinstance(a, GQAConfig):
-        return visible(positions, span)
-    return visible(positions, span, a.chunk_size if kind.chunked else None, a.sliding_window)
+        return {False: visible(positions, span)}
+    return {
+        chunked: visible(positions, span, a.chunk_size if chunked else None, a.sliding_window)
+        for chunked in {kind.chunked for kind in c.layers}
+    }
 
 
 def prefill(

@@ -131,35 +131,32 @@ def _scan(
       carry: hidden states and cache.
       one: runs one layer.
     """
-    parts, experts = {}, {}
-    for name in {_stack(kind) for kind in pattern}:
-        count = sum(_stack(kind) == name for kind in pattern)
-        stack, experts[name] = split_experts(getattr(weights, name))
-        parts[name] = jax.tree.map(lambda a, n=name, k=count: _rounds(a, done[n], times, k), stack)
+    counts = {name: sum(_stack(kind) == name for kind in pattern) for name in map(_stack, pattern)}
+    split = {name: split_experts(getattr(weights, name)) for name in counts}
+    scanned = {name: layers for name, (layers, _) in split.items() if layers.attn_norm.shape[0] == times}
 
-    def body(carry: Any, scanned: tuple[dict[str, Layer], Array]) -> tuple[Any, MoEStats | None]:
-        (layers, i), used, stats = scanned, dict.fromkeys(parts, 0), []
+    def body(carry: Any, xs: tuple[dict[str, Layer], Array]) -> tuple[Any, MoEStats | None]:
+        (here, i), used, stats = xs, dict.fromkeys(counts, 0), []
         for j, kind in enumerate(pattern):
             name = _stack(kind)
-            at, count = used[name], sum(_stack(k) == name for k in pattern)
-            w = jax.tree.map(lambda a, at=at: a[at], layers[name])
-            number, index = first + i * len(pattern) + j, done[name] + i * count + at
-            carry, s = one(carry, w, kind, experts[name], number, index)
+            layers, experts = split[name]
+            index = done[name] + i * counts[name] + used[name]
+            w = here[name] if name in here else _layer(layers, index)
+            carry, s = one(carry, w, kind, experts, first + i * len(pattern) + j, index)
             stats += [] if s is None else [s]
             used[name] += 1
         return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *stats) if stats else None
 
-    carry, stats = jax.lax.scan(body, carry, (parts, jnp.arange(times, dtype=jnp.int32)))
+    carry, stats = jax.lax.scan(body, carry, (scanned, jnp.arange(times, dtype=jnp.int32)))
     return carry, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
 
 
-def _rounds(stack: Array, start: int, times: int, count: int) -> Array:
-    """`times` rounds of `count` layers of a stack, `[L, ...] -> [times, count, ...]`.
+def _layer(stack: Layer, index: Array) -> Layer:
+    """One layer of a stack that the loop does not run over as it is.
 
-    A loop over a whole stack reads it in place; of a part, a copy is made.
+    Reshaping a stack to the loop's rounds would be simpler, but XLA then copies all of it in every step.
     """
-    part = stack if times * count == stack.shape[0] else stack[start : start + times * count]
-    return part.reshape(times, count, *stack.shape[1:])
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stack)
 
 
 HEAD_BLOCKS = 4

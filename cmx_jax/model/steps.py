@@ -78,10 +78,10 @@ def _prompt(
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     active = positions < lengths[:, None]
+    masks = attention.masks(positions, length, c)
 
     def on_rows(cache: Any, index: Any, kind: LayerKind, q: Any, rows: Any, w: Any) -> Any:
-        mask = attention.sees(positions, length, kind, c)
-        out = attention.prefill(q, rows, mask, w, c)
+        out = attention.prefill(q, rows, masks[kind.chunked], w, c)
         return out, write(cache, index, jnp.where(active, positions, -1), rows)
 
     return decoder(
@@ -116,11 +116,12 @@ def decode_step(
     """One token of each sequence, attending over its pages."""
     positions = batch.positions[:, None]
     span = batch.page_table.shape[1] * cache.width
+    masks = attention.masks(positions, span, c)
 
     def attend(cache: PagedCache, index: Any, kind: LayerKind, q: Any, rows: Any, w: Any) -> Any:
         cache = paged.write(cache, index, batch.page_table, positions, rows)
-        mask = attention.sees(positions, span, kind, c)
-        return attention.decode(q, paged.read(cache, index, batch.page_table), mask, w, c), cache
+        held = paged.read(cache, index, batch.page_table)
+        return attention.decode(q, held, masks[kind.chunked], w, c), cache
 
     hidden, cache, stats = decoder(
         weights,
