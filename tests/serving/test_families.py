@@ -1,0 +1,32 @@
+"""Families beside DeepSeek in disaggregated serving: real devices, moved pages, NaN where nobody looks."""
+
+import numpy as np
+import pytest
+from support import GOLDENS, instance, serve
+
+import cmx_jax
+from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.model import Model
+
+CASES = ("qwen3_sliding", "llama4_base", "llama4_top2", "llama4_interleave")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pages_move_from_prefill_to_decode_and_give_transformers_tokens(case: str) -> None:
+    golden = np.load(GOLDENS / case / "golden.npz")
+    model = Model.read(GOLDENS / case)
+    prefill = instance(model, "prefill", 2, sequences=1, pages=12, runner="devices")
+    decode = instance(model, "decode", 4, sequences=2, pages=24, runner="devices", first_device=2)
+    for i in (prefill, decode):
+        i.cache = i.cache.replace(pages=i.cache.pages * np.float32("nan"))
+    prompt, expected = golden["prompt"].tolist(), golden["generated"].tolist()
+    other = golden["tokens_40"][0].tolist()
+    given = serve(Engine([prefill], decode), [prompt, other, prompt], len(expected))
+    assert given[0] == given[2] == expected
+
+
+@pytest.mark.parametrize("exchange", ["flat", "hierarchical"])
+def test_weighted_inputs_travel_by_every_exchange(exchange: str) -> None:
+    golden = np.load(GOLDENS / "llama4_top2" / "golden.npz")
+    llm = cmx_jax.from_pretrained(GOLDENS / "llama4_top2", ranks=8, exchange=exchange, max_num_seqs=2)
+    np.testing.assert_allclose(llm.logits(golden["tokens_40"]), golden["logits_40"], atol=1e-4, rtol=0)
