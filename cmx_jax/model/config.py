@@ -1,4 +1,4 @@
-"""The architecture as data. `families.py` reads it from a `config.json`.
+"""The architecture as data. `families` reads it from a `config.json`.
 
 One decoder serves every family: what differs between them are the fields below. Field names are Hugging
 Face's where it has one.

@@ -1,6 +1,8 @@
 """Typed fields out of a parsed `config.json`: a value of its type, or a one-line refusal by name."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cmx_jax.errors import CmxError
@@ -36,13 +38,13 @@ def number(raw: Raw, field: str, default: Any) -> Any:
 
 
 def flag(raw: Raw, field: str, default: bool) -> bool:
-    """True or false."""
+    """True or false; absent takes the default, null is false, as in transformers."""
     value = raw.get(field)
-    if value is None:
+    if field not in raw:
         return default
-    if not isinstance(value, bool):
+    if value is not None and not isinstance(value, bool):
         raise CmxError(f"config: {field} is {str(value)[:40]!r}, expected true or false")
-    return value
+    return bool(value)
 
 
 def integers(raw: Raw, field: str) -> list[int] | None:
@@ -75,3 +77,22 @@ def token_ids(raw: Raw, field: str) -> tuple[int, ...]:
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     expect(all(type(i) is int for i in ids), field, value, "an id or a list of ids")
     return ids
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's directory.
+
+    Raises:
+      CmxError: it is not there, cannot be read, or is no JSON object.
+    """
+    if not path.is_file():
+        raise CmxError(f"{path.parent}: no {path.name} there, expected a Hugging Face model directory")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CmxError(f"{path}: not JSON ({error})") from None
+    except OSError as error:
+        raise CmxError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(raw, dict):
+        raise CmxError(f"{path}: holds {type(raw).__name__}, expected a JSON object")
+    return raw

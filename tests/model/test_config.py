@@ -1,6 +1,8 @@
 """Configs: both of Hugging Face's styles, and its defaults."""
 
+import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from support import GOLDENS
 
 from cmx_jax.model.config import LayerKind, ModelConfig, RopeConfig, segments
 from cmx_jax.model.families import parse_config, read_config
-from model.small import config, raw_config, without
+from model.small import config, raw_config, refused, without
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -130,3 +132,50 @@ def test_layers_fall_into_repeated_patterns(kinds: str, expected: list[tuple[int
     assert segments(layers) == [
         (times, tuple(kind[letter] for letter in pattern)) for times, pattern in expected
     ]
+
+
+@pytest.mark.parametrize(
+    ("case", "field", "read"),
+    [
+        ("base", "norm_topk_prob", lambda c: c.norm_topk_prob),
+        ("base", "rope_interleave", lambda c: c.rope.interleaved),
+        ("qwen3_bias", "attention_bias", lambda c: c.attention_bias),
+        ("llama4_base", "use_qk_norm", lambda c: c.attention.qk_norm == "l2"),
+        ("llama4_base", "attn_temperature_tuning", lambda c: c.attention.temperature_scale != 0),
+    ],
+)
+def test_null_is_false_as_in_transformers(case: str, field: str, read: Any) -> None:
+    assert read(config(case, **{field: True}))
+    assert not read(config(case, **{field: None}))
+
+
+def test_a_window_of_null_is_none() -> None:
+    assert config("qwen3_sliding").attention.sliding_window == 9
+    assert config("qwen3_sliding", sliding_window=None).attention.sliding_window is None
+    assert config("qwen3_sliding", use_sliding_window=False).attention.sliding_window is None
+
+
+def test_tying_is_said_in_the_text_config() -> None:
+    assert not config("llama4_conditional", tie_word_embeddings=True).tie_word_embeddings
+
+
+def test_generation_config_knows_the_end_tokens(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw_config("base", eos_token_id=3)))
+    assert read_config(tmp_path).eos_token_ids == (3,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 7]}))
+    assert read_config(tmp_path).eos_token_ids == (3, 7)
+
+
+def test_rope_by_kind_of_layer_is_refused() -> None:
+    nested = {"full_attention": {"rope_type": "default"}, "chunked_attention": {"rope_type": "default"}}
+    with refused("rope_parameters"):
+        config("llama4_base", rope_parameters=nested)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacking"), [("linear", "factor"), ("llama3", "factor"), ("llama3", "low_freq_factor")]
+)
+def test_what_a_rope_type_needs_is_asked_for(kind: str, lacking: str) -> None:
+    rope = {"rope_type": kind, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    with refused(lacking):
+        config("base", rope_parameters={name: value for name, value in rope.items() if name != lacking})

@@ -16,13 +16,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.model.checkpoint import schemes
+from cmx_jax.model.checkpoint.declared import DESCRIPTION, compressed_int8
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.load import Checkpoint, open_checkpoint
 from cmx_jax.model.checkpoint.manifest import NAME, Manifest, read_manifest
 from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
 from cmx_jax.model.checkpoint.writer import DTYPES, PieceReader
-from cmx_jax.model.families import read_json
+from cmx_jax.model.fields import read_json
 
 FORMATS = ("safetensors", "orbax")
 _MOST_COPIED = 256 << 20  # larger than any tokenizer
@@ -195,7 +195,7 @@ def _verify(dst: Path, writer: UnitWriter, manifest: Manifest, progress: Callabl
 
 def _finish(src: Path, dst: Path, checkpoint: Checkpoint, manifest: Manifest, writer: UnitWriter) -> None:
     """Everything beside the weights; the config comes last."""
-    skipped = ("config.json", NAME, schemes.DESCRIPTION)
+    skipped = ("config.json", NAME, DESCRIPTION)
     for path in sorted(src.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or ".index.json" in path.name
         if path.is_file() and path.name not in skipped and not weights and path.stat().st_size < _MOST_COPIED:
@@ -218,5 +218,5 @@ def written_config(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
     config = {key: value for key, value in raw.items() if key not in dropped}
     config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16" if dtype == "int8" else dtype
     if dtype == "int8":
-        config["quantization_config"] = schemes.compressed_int8()
+        config["quantization_config"] = compressed_int8()
     return config

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cmx_jax.errors import CmxError
-from cmx_jax.model.families import read_json
+from cmx_jax.model.fields import read_json
 
 FLOATS: dict[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 DTYPES: dict[str, Any] = {

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from cmx_jax.errors import CmxError
+from cmx_jax.model.checkpoint.declared import DESCRIPTION, Declared, declared
 from cmx_jax.model.checkpoint.files import TensorFiles
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
-from cmx_jax.model.checkpoint.schemes import DESCRIPTION, Declared, Stored, declared, plain, stored
+from cmx_jax.model.checkpoint.schemes import Stored, plain, stored
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.families import parse_config, read_json
+from cmx_jax.model.families import read_config
+from cmx_jax.model.fields import read_json
 
 # Of a multimodal directory the text model is read; transformers has used both orders of the prefix.
 _PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
@@ -38,7 +40,7 @@ class HuggingFace:
         path = directory / "config.json"
         raw = read_json(path) if config is None or path.is_file() else {}
         self.directory = directory
-        self.config = parse_config(raw) if config is None else config
+        self.config = read_config(directory) if config is None else config
         announced = declared(raw, directory)
         self.files = TensorFiles(directory)
         self._strip_prefixes()

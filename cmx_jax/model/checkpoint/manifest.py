@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.model.families import read_json
+from cmx_jax.model.fields import read_json
 
 NAME = "conversion.json"
 

@@ -62,11 +62,24 @@ class PieceReader:
         return self._last[1]
 
     def tensor(self, parts: list[Source], dtype: str) -> np.ndarray:
-        """A tensor of the file format."""
+        """A tensor of the file format, experts one by one."""
         out = np.empty(parts[0].shape, np.dtype(dtype))
         for s in parts:
             s.view(out)[...] = self.piece(s.piece, dtype)[s.part]
         return out
+
+    def slabs(self, parts: list[Source], dtype: str) -> Iterator[np.ndarray]:
+        """A tensor of all experts of a layer, expert by expert."""
+        for _, found in groupby(parts, key=lambda s: s.piece[3]):
+            of_expert = list(found)
+            stacked = of_expert[0].stacked
+            assert stacked is not None
+            out = np.empty(stacked.shape[1:], np.dtype(dtype))
+            for s in of_expert:
+                tensor = self.tensor([s], dtype)
+                assert s.stacked is not None
+                out[s.stacked.at[1:]] = tensor.T if stacked.transposed else tensor
+            yield out
 
 
 @dataclass(frozen=True)
@@ -84,10 +97,12 @@ class Unit:
         return sorted(found, key=lambda e: -np.dtype(e.dtype).itemsize)
 
     def _of(self, parts: list[Source]) -> Iterator[Entry]:
-        name, shape = parts[0].name, parts[0].shape
+        name, shape, stacked = parts[0].name, parts[0].shape, parts[0].stacked
         if self.quantized(parts[0]):
             yield Entry(name, "int8", shape)
             yield Entry(f"{name}_scale", "float32", (shape[0], 1))
+        elif stacked is not None and stacked.transposed:
+            yield Entry(stacked.name, self.dtype, stacked.shape)
         else:
             yield Entry(name, self.floats(parts[0]), shape)
 
@@ -102,30 +117,43 @@ class Unit:
         return "bfloat16" if self.dtype == "int8" else self.dtype
 
     def arrays(self, reader: PieceReader) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors, one after another."""
+        """The tensors, one after another; a stacked one in parts that follow each other."""
         for parts in self.tensors:
-            name = parts[0].name
-            if not self.quantized(parts[0]):
+            name, stacked = parts[0].name, parts[0].stacked
+            if self.quantized(parts[0]):
+                q, scale = quantize_channels(reader.tensor(parts, "float32"))
+                yield name, q
+                yield f"{name}_scale", scale
+            elif stacked is not None and stacked.transposed:
+                yield from ((stacked.name, slab) for slab in reader.slabs(parts, self.dtype))
+            else:
                 yield name, reader.tensor(parts, self.floats(parts[0]))
-                continue
-            q, scale = quantize_channels(reader.tensor(parts, "float32"))
-            yield name, q
-            yield f"{name}_scale", scale
 
 
 def units(c: ModelConfig, mtp: bool, dtype: str) -> list[Unit]:
-    """A model cut into what is written at a time: its layers, and what is in none."""
-    by_unit: dict[str, list[Source]] = {}
+    """A model cut into what is written at a time: its layers, and what is in none.
+
+    Llama 4's experts are stacked, as transformers wants them, unless they are INT8, as it wants those.
+    """
+    tensors: dict[str, dict[str, list[Source]]] = {}
     for s in sources(c, mtp):
-        by_unit.setdefault(s.unit, []).append(s)
-    return [
-        Unit(name, [list(parts) for _, parts in groupby(found, key=lambda s: s.name)], dtype)
-        for name, found in by_unit.items()
-    ]
+        together = s.stacked is not None and s.stacked.transposed and dtype != "int8"
+        name = s.stacked.name if together and s.stacked else s.name
+        tensors.setdefault(s.unit, {}).setdefault(name, []).append(s)
+    return [Unit(name, list(found.values()), dtype) for name, found in tensors.items()]
 
 
 def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
-    """A safetensors file; it has its name only once it is whole. Returns each tensor's sha256."""
+    """A safetensors file; it has its name only once it is whole.
+
+    Args:
+      path: of the file.
+      entries: its tensors in the order of the file.
+      arrays: the tensors in any order, each whole or in parts one behind the other.
+
+    Returns:
+      Each tensor's sha256.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for e in entries:
@@ -133,22 +161,24 @@ def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.
         header[e.name], at = {"dtype": _CODES[e.dtype], "shape": list(e.shape), "data_offsets": ends}, ends[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    start, sums = 8 + len(text), {}
+    start = 8 + len(text)
+    place = {e.name: header[e.name]["data_offsets"][0] for e in entries}
+    sums = {e.name: hashlib.sha256() for e in entries}
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, array in arrays:
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            first, last = header[name]["data_offsets"]
-            assert last - first == len(data), name
-            file.seek(start + first)
+            file.seek(start + place[name])
             file.write(data)
-            sums[name] = hashlib.sha256(data).hexdigest()
+            place[name] += len(data)
+            sums[name].update(data)
+        assert all(place[e.name] == header[e.name]["data_offsets"][1] for e in entries)
         file.truncate(start + at)
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(path)
-    return sums
+    return {name: digest.hexdigest() for name, digest in sums.items()}
 
 
 class InMemory:

@@ -1,0 +1,179 @@
+"""What a checkpoint announces of its quantisation: `quantization_config`, or Ascend's description file."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cmx_jax.errors import CmxError
+from cmx_jax.model.fields import mapping, read_json
+
+DESCRIPTION = "quant_model_description.json"
+# Modules that stay in floats, as compressed-tensors' `ignore` says it: what is sensitive and small (section
+# 4.5).
+IGNORED = ("lm_head", r"re:.*\.(gate|router)$")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What `config.json` and the Ascend description announce.
+
+    Attributes:
+      method: `quant_method`, `ascend`, or None.
+      block: rows and columns of a block of scales.
+      strategies: of compressed-tensors: `channel`, `tensor` or `group`, or several.
+      types: what quantised weights may be.
+      group: width of a group of scales within a row.
+      ignored: modules that compressed-tensors left alone, whole names and patterns.
+      ascend: tensor name -> FLOAT, W8A8 or W8A8_DYNAMIC.
+    """
+
+    method: str | None = None
+    block: tuple[int, int] = (128, 128)
+    strategies: frozenset[str] = frozenset({"channel"})
+    types: frozenset[str] = frozenset({"I8"})
+    group: int | None = None
+    ignored: tuple[frozenset[str], tuple[re.Pattern[str], ...]] = (frozenset(), ())
+    ascend: Mapping[str, str] = field(default_factory=dict)
+
+    def ignores(self, name: str) -> bool:
+        """Whether the tensor's module was left alone."""
+        module = name.removesuffix(".weight")
+        return module in self.ignored[0] or any(pattern.match(module) for pattern in self.ignored[1])
+
+
+def _refuse(name: str, given: object, expected: str) -> NoReturn:
+    raise CmxError(f"config: quantization_config.{name} is {str(given)[:60]!r}, expected {expected}")
+
+
+def _block(raw: Mapping[str, Any]) -> tuple[int, int]:
+    block = raw.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        _refuse("weight_block_size", block, "two positive integers")
+    return block[0], block[1]
+
+
+def _compressed(raw: Mapping[str, Any]) -> Declared:
+    formats = ("int-quantized", "float-quantized", "naive-quantized", None)
+    if raw.get("format") not in formats:
+        _refuse("format", raw.get("format"), "int-quantized or float-quantized")
+    groups = raw.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        _refuse("config_groups", groups, "an object with a group")
+    weights = {
+        name: _compressed_weights(
+            f"config_groups.{name}.weights", config.get("weights") if isinstance(config, Mapping) else None
+        )
+        for name, config in groups.items()
+    }
+    sizes = {w["group_size"] for w in weights.values() if w["strategy"] == "group"}
+    if len(sizes) > 1:
+        _refuse("config_groups", sizes, "one group_size")
+    return Declared(
+        "compressed-tensors",
+        strategies=frozenset(w["strategy"] for w in weights.values()),
+        types=frozenset("F8_E4M3" if w.get("type") == "float" else "I8" for w in weights.values()),
+        group=next(iter(sizes), None),
+        ignored=_ignored(raw.get("ignore")),
+    )
+
+
+def _compressed_weights(where: str, weights: Any) -> Mapping[str, Any]:
+    """A group's weights, checked."""
+    if not isinstance(weights, Mapping):
+        _refuse(where, weights, "an object")
+    expected: dict[str, tuple[Any, ...]] = {
+        "num_bits": (8, None),
+        "symmetric": (True, None),
+        "strategy": ("channel", "tensor", "group"),
+        "type": ("int", "float", None),
+    }
+    for key, values in expected.items():
+        if weights.get(key) not in values:
+            _refuse(f"{where}.{key}", weights.get(key), f"{values[0]}")
+    size = weights.get("group_size")
+    if weights["strategy"] == "group" and (type(size) is not int or size < 1):
+        _refuse(f"{where}.group_size", size, "a positive integer")
+    return weights
+
+
+def _ignored(given: Any) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
+    """`ignore`: names of modules, or patterns behind `re:`."""
+    names = [] if given is None else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        _refuse("ignore", given, "a list of module names")
+    patterns = []
+    for name in names:
+        if name.startswith("re:"):
+            try:
+                patterns.append(re.compile(name[3:]))
+            except re.error as error:
+                _refuse("ignore", name, f"a pattern ({error})")
+    return frozenset(name for name in names if not name.startswith("re:")), tuple(patterns)
+
+
+def _fp8(raw: Mapping[str, Any]) -> Declared:
+    if raw.get("fmt", "e4m3") != "e4m3":
+        _refuse("fmt", raw.get("fmt"), "e4m3")
+    return Declared("fp8", _block(raw), types=frozenset({"F8_E4M3"}))
+
+
+METHODS: dict[str, Callable[[Mapping[str, Any]], Declared]] = {
+    "fp8": _fp8,
+    "compressed-tensors": _compressed,
+    "blockwise_int8": lambda raw: Declared("blockwise_int8", _block(raw)),
+    "w8a8_int8": lambda raw: Declared("w8a8_int8"),
+    "ascend": lambda raw: Declared("ascend"),
+}
+
+
+def declared(raw: Mapping[str, Any], directory: Path) -> Declared:
+    """What a directory announces.
+
+    Raises:
+      CmxError: a method, width or kind that is not read; the field is named.
+    """
+    where = "compression_config" if raw.get("quantization_config") is None else "quantization_config"
+    config = mapping(raw, where)
+    found = Declared()
+    if raw.get(where) is not None:
+        method = config.get("quant_method")
+        if not isinstance(method, str) or method not in METHODS:
+            _refuse("quant_method", method, f"one of {', '.join(METHODS)}")
+        found = METHODS[method](config)
+    if (directory / DESCRIPTION).exists():  # an FP8 model's quantization_config may have stayed beside it
+        return Declared("ascend", ascend=_description(directory / DESCRIPTION))
+    if found.method == "ascend":
+        raise CmxError(f"{directory}: quant_method is ascend, but there is no {DESCRIPTION}")
+    return found
+
+
+def _description(path: Path) -> dict[str, str]:
+    kinds = {}
+    for name, kind in read_json(path).items():
+        if not name.endswith((".weight", ".bias")):  # of the model as a whole, or of a weight's companions
+            continue
+        if kind not in ("FLOAT", "W8A8", "W8A8_DYNAMIC"):
+            raise CmxError(
+                f"{path}: tensor {name} is {str(kind)[:40]!r}, expected FLOAT, W8A8 or W8A8_DYNAMIC"
+            )
+        kinds[name] = kind
+    return kinds
+
+
+def compressed_int8() -> dict[str, Any]:
+    """The `quantization_config` of what `cmx_jax.model.checkpoint.writer` writes as INT8."""
+    common = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**common, "strategy": "channel", "dynamic": False},
+        "input_activations": {**common, "strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(IGNORED),
+    }
