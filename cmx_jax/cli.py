@@ -178,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--wire", help="dispatched tokens: float32, bfloat16 or int8 (default: the model's)"
         )
-        verb.add_argument("--exchange", default=exchange, help=f"flat or hierarchical (default {exchange})")
+        verb.add_argument(
+            "--exchange", default=exchange, help=f"flat, hierarchical or allgather (default {exchange})"
+        )
         verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

@@ -65,7 +65,11 @@ def host_devices(count: int) -> list[jax.Device]:
       CmxError: as `request_devices`.
     """
     request_devices(count)
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # JAX_PLATFORMS names what is not there
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise CmxError(f"JAX finds no devices (JAX_PLATFORMS is {platforms!r}): {error}") from None
     devices = devices if len(devices) >= count else jax.devices("cpu")
     if len(devices) < count:
         raise _started(len(devices), count)
@@ -76,7 +80,7 @@ def cache_directory() -> Path:
     """`$CMX_CACHE_DIR`, else `cmx_jax` in the user's cache folder."""
     given = os.environ.get("CMX_CACHE_DIR")
     if given:
-        return Path(given)
+        return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmx_jax"
 
 

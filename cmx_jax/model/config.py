@@ -185,7 +185,8 @@ def segments(kinds: tuple[LayerKind, ...]) -> list[tuple[int, tuple[LayerKind, .
     return found
 
 
-MAX_PERIOD = 16
+MAX_PERIOD = 16  # longest pattern of layers that is looked for
+MAX_EXPERTS = 200_000  # in all layers together; each has names and tensors of its own
 
 # Far beyond any model; what is larger is a mistake, and would take all memory before it showed.
 _MOST = {
@@ -255,7 +256,7 @@ def _check(c: ModelConfig) -> None:
         c.rope.kind != "llama3" or high >= low, "high_freq_factor", high, f"at least low_freq_factor ({low})"
     )
     _check_attention(c)
-    if c.num_moe_layers:
+    if c.num_moe_layers:  # an MTP layer of a dense model may be named without being there
         _check_router(c)
 
 
@@ -271,6 +272,8 @@ def _check_attention(c: ModelConfig) -> None:
 
 def _check_router(c: ModelConfig) -> None:
     experts, groups = c.n_routed_experts, c.n_group
+    most = MAX_EXPERTS // (c.num_moe_layers + c.num_nextn_predict_layers)
+    expect(experts <= most, "n_routed_experts", experts, f"at most {most} in each of so many layers")
     expect(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts ({experts})")
     expect(experts // groups >= 2 or groups == 1, "n_group", groups, "two or more experts a group")
     expect(c.topk_group <= groups, "topk_group", c.topk_group, f"at most n_group ({groups})")

@@ -258,7 +258,8 @@ class ParameterCounts:
     Attributes:
       total: all but those of MTP layers.
       active: those that one token uses: its top-k experts, and not the input embedding unless it is the
-        head too. mtp: of MTP layers, which share embedding and head.
+        head too.
+      mtp: of MTP layers, which share embedding and head.
     """
 
     total: int

@@ -23,15 +23,21 @@ def dequantize_blocks(
     if scale.shape != expected:
         raise ValueError(f"scale has shape {scale.shape}, expected {expected}")
 
-    def spread(x: np.ndarray) -> np.ndarray:
-        wide = np.repeat(x.astype(np.float32), block[0], axis=0)[: q.shape[0]]
-        return wide if block[1] >= q.shape[1] else np.repeat(wide, block[1], axis=1)[:, : q.shape[1]]
-
     values = q.astype(np.float32)
-    if offset is not None:
-        values -= spread(offset)
-    values *= spread(scale)
+    # a matrix of scales as large as the values would take longer than all the rest
+    runs = [slice(None)] if block[0] == 1 else [slice(i, i + 1) for i in range(expected[0])]
+    for run in runs:
+        rows = values if block[0] == 1 else values[run.start * block[0] : run.stop * block[0]]
+        if offset is not None:
+            rows -= _spread(offset[run], block[1], q.shape[1])
+        rows *= _spread(scale[run], block[1], q.shape[1])
     return values
+
+
+def _spread(x: np.ndarray, width: int, columns: int) -> np.ndarray:
+    """A number a block to a number a column; where there is one block, it is left to broadcasting."""
+    wide = x.astype(np.float32)
+    return wide if width >= columns else np.repeat(wide, width, axis=1)[:, :columns]
 
 
 def quantize_channels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -148,7 +148,7 @@ def from_pretrained(
       ranks: expert-parallel ranks.
       dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
       wire: type of dispatched tokens, `float32`, `bfloat16` or `int8`; None takes `dtype`.
-      exchange: how they travel, `flat` or `hierarchical` (by node, then NPU).
+      exchange: how they travel: `flat`, `hierarchical` (by node, then NPU), or `allgather` (everywhere).
       max_num_seqs: sequences decoded at once, over all ranks; further ones wait.
       max_model_len: longest sequence to make room for; None takes the model's context, at most 4,096.
 

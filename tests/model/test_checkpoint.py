@@ -11,7 +11,7 @@ from support import BASE, GOLDENS
 
 from cmx_jax.model.checkpoint import read_weights, write_weights
 from cmx_jax.model.weights import Weights
-from model.small import EXPERT, GATE, TENSORS, config, random_weights, save, shard
+from model.small import EXPERT, GATE, TENSORS, config, random_weights, refused, save, shard
 
 C = config()
 MTP = "model.layers.3."
@@ -130,3 +130,14 @@ def test_a_stored_mtp_layer_is_read_and_its_copies_are_ignored(tmp_path: Path) -
     given = read_weights(save(tmp_path, tensors), C, np.float32)
     assert_equal(given, weights)
     np.testing.assert_array_equal(given.mtp.eh_proj[0], tensors[f"{MTP}eh_proj.weight"].T)
+    tensors[f"{MTP}embed_tokens.weight"] = np.zeros((64, 31), np.float32)
+    with refused(f"{MTP}embed_tokens.weight"):
+        read_weights(save(tmp_path, tensors), C, np.float32)
+
+
+def test_a_tied_model_with_another_head_is_refused(tmp_path: Path) -> None:
+    c, tensors = config("tied"), load_file(GOLDENS / "tied" / "model.safetensors")
+    other = tensors["model.embed_tokens.weight"].copy()
+    other[-1, -1] += 1
+    with refused("lm_head.weight"):
+        read_weights(save(tmp_path, tensors | {"lm_head.weight": other}), c, np.float32)

@@ -26,7 +26,7 @@ from cmx_jax.model.checkpoint import load_weights, open_checkpoint, read_weights
 from cmx_jax.model.checkpoint.convert import convert
 from cmx_jax.model.families import read_config
 from cmx_jax.quant.blocks import quantize_channels
-from model.small import refused
+from model.small import refused, save
 
 FORMATS = Path(__file__).parents[1] / "formats"
 SOURCES = (GOLDENS / "base", GOLDENS / "qwen3_bias", GOLDENS / "llama4_conditional", FORMATS / "fp8_block")
@@ -223,6 +223,93 @@ def test_what_reads_back_otherwise_is_said_and_written_again(tmp_path: Path, mon
     equal(weights(out), weights(GOLDENS / "base"))
 
 
+def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch) -> None:
+    from cmx_jax.model.checkpoint import safetensors
+
+    shutil.copytree(GOLDENS / "base", tmp_path / "source")
+    write = safetensors.SafetensorsWriter.write
+
+    def meddling(self: Any, unit: str) -> Any:
+        (tmp_path / "source" / "model.safetensors").touch()
+        return write(self, unit)
+
+    monkeypatch.setattr(safetensors.SafetensorsWriter, "write", meddling)
+    with refused("changed while it was converted"):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_note_beside_the_weights_changes_nothing(tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / "base", tmp_path / "source")
+    units = convert(tmp_path / "source", tmp_path / "out")["units"]
+    (tmp_path / "source" / "notes.txt").write_text("all is well")
+    assert convert(tmp_path / "source", tmp_path / "out")["units_resumed"] == units
+
+
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_nothing_that_is_stored_loses_a_digit(tmp_path: Path, format: str) -> None:
+    """A BF16 model whose router, norms and head have more digits keeps those."""
+    tensors = load_file(GOLDENS / "base" / "model.safetensors")
+    kept = ("gate.weight", "norm.weight", "lm_head.weight", "e_score_correction_bias")
+    mixed = {n: t if n.endswith(kept) else t.astype(ml_dtypes.bfloat16) for n, t in tensors.items()}
+    shutil.copytree(GOLDENS / "base", tmp_path / "source")
+    save(tmp_path / "source", mixed)
+    result = convert(tmp_path / "source", tmp_path / "out", format=format)
+    assert result["dtype"] == "bfloat16"
+    equal(weights(tmp_path / "out"), weights(tmp_path / "source"))
+    convert(tmp_path / "out", tmp_path / "back")
+    given = {n: t for file in (tmp_path / "back").glob("*.safetensors") for n, t in load_file(file).items()}
+    for name, tensor in mixed.items():
+        np.testing.assert_array_equal(given[name], tensor, err_msg=name)
+        assert given[name].dtype == tensor.dtype, name
+
+
+def test_two_at_once_do_not_write_over_each_other(tmp_path: Path, monkeypatch) -> None:
+    from cmx_jax.model.checkpoint import safetensors
+
+    write, seen = safetensors.SafetensorsWriter.write, []
+
+    def nested(self: Any, unit: str) -> Any:
+        if not seen:
+            seen.append(unit)
+            with refused("another conversion is writing there"):
+                convert(GOLDENS / "base", tmp_path / "out")
+        return write(self, unit)
+
+    monkeypatch.setattr(safetensors.SafetensorsWriter, "write", nested)
+    assert convert(GOLDENS / "base", tmp_path / "out")["verified"]
+    assert seen
+
+
+@pytest.mark.parametrize("left", ["conversion.json.unfinished", "conversion.lock"])
+def test_what_a_kill_at_the_first_moment_leaves_is_no_hindrance(tmp_path: Path, left: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / left).write_text("")
+    assert convert(GOLDENS / "base", tmp_path / "out")["verified"]
+
+
+def test_a_finished_orbax_directory_that_rots_is_written_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    units = convert(GOLDENS / "base", out, format="orbax")["units"]
+    for unit in ("layers.1.slots.0-1", "layers.2"):
+        for path in (out / "units" / unit).rglob("*"):
+            if path.is_file() and path.parent.name == "d":
+                path.write_bytes(path.read_bytes()[:-3])
+    with refused("and 1 more was written wrongly"):
+        convert(GOLDENS / "base", out, format="orbax")
+    assert not (out / "config.json").exists()
+    assert convert(GOLDENS / "base", out, format="orbax")["units_resumed"] == units - 2
+    equal(weights(out), weights(GOLDENS / "base"))
+
+
+def test_impossible_destinations_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for name in ("x" * 300, "a"):
+        with refused(name[:50]):
+            convert(GOLDENS / "base", tmp_path / name)
+
+
 def test_what_lies_there_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -293,7 +380,7 @@ def test_the_verb_says_what_it_did(tmp_path: Path, capsys) -> None:
     )
     result = json.loads(capsys.readouterr().out)
     assert result["verified"] is True
-    assert result["units"] == 6 + 4 * 8  # embedding and head, five layers, experts of four in eight parts
+    assert result["units"] == 8 + 4 * 8  # embedding, norm, head, five layers, experts of four in eight parts
     assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
     seen = json.loads(capsys.readouterr().out)
     assert seen["format"] == "orbax, 256 expert slots"

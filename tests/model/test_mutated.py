@@ -387,6 +387,7 @@ CONFIGS: list[Row] = [
         for field in ("hidden_size", "vocab_size", "kv_lora_rank", "moe_intermediate_size", "v_head_dim")
     ),
     ("a trillion layers", "f16", config(num_hidden_layers=10**12), "num_hidden_layers"),
+    ("many layers of many experts", "f16", config(num_hidden_layers=9000, n_routed_experts=1600), "experts"),
     ("a trillion experts", "f16", config(n_routed_experts=10**12), "n_routed_experts"),
     ("one layer more", "f16", config(num_hidden_layers=4), "model.layers.3."),
     ("one layer less", "f16", config(num_hidden_layers=2), "model.layers.2."),
@@ -469,6 +470,18 @@ SAID: list[Row] = [
     ("groups a list", "int8_compressed", quantization(config_groups=[]), "config_groups"),
     ("groups absent", "int8_compressed", without("config_groups", "quantization_config"), "config_groups"),
     ("group a number", "int8_compressed", quantization(config_groups={"group_0": 1}), "group"),
+    (
+        "rotations",
+        "int8_compressed",
+        quantization(transform_config={"config_groups": {"R1": {}}}),
+        "transform",
+    ),
+    (
+        "sparsity",
+        "int8_compressed",
+        quantization(sparsity_config={"format": "sparse-24-bitmask"}),
+        "sparsity",
+    ),
     ("ignore a number", "int8_compressed", quantization(ignore=8), "ignore"),
     ("ignore of numbers", "int8_compressed", quantization(ignore=[8]), "ignore"),
     ("ignore a broken pattern", "int8_compressed", quantization(ignore=["re:("]), "ignore"),

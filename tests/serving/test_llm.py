@@ -31,7 +31,12 @@ def expected(encoded: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("runner", "ranks", "exchange"),
     [
-        *(("lanes", 8, "flat"), ("lanes", 320, "hierarchical"), ("lanes", 384, "flat")),
+        *(
+            ("lanes", 8, "flat"),
+            ("lanes", 320, "hierarchical"),
+            ("lanes", 384, "flat"),
+            ("lanes", 16, "allgather"),
+        ),
         *(("devices", 8, "hierarchical"), ("devices", 16, "flat"), ("devices", 160, "flat")),
     ],
 )

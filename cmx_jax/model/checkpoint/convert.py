@@ -3,29 +3,34 @@
 1. Open SRC: everything is there and understood, or it is refused.
 2. Each layer is written to a name of its own, then entered in `conversion.json` with a sha256 of each tensor.
    What is killed goes on behind the last layer entered.
-3. Everything is read again and summed. Only then the directory gets its config, so that it loads.
+3. Everything is read again and summed, and SRC is seen to be what it was. Only then the directory gets its
+   config, so that it loads.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.model.checkpoint.declared import DESCRIPTION, compressed_int8
-from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.load import Checkpoint, open_checkpoint
-from cmx_jax.model.checkpoint.manifest import NAME, Manifest, read_manifest
+from cmx_jax.model.checkpoint.manifest import FORMATS, NAME, UNFINISHED, Manifest, read_manifest
 from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
 from cmx_jax.model.checkpoint.writer import DTYPES, PieceReader
 from cmx_jax.model.fields import read_json
+from cmx_jax.model.weights import Leaf, weight_tree
 
-FORMATS = ("safetensors", "orbax")
+LOCK = "conversion.lock"
 _MOST_COPIED = 256 << 20  # larger than any tokenizer
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @runtime_checkable
@@ -58,9 +63,8 @@ def convert(
       source: a Hugging Face or Orbax directory.
       destination: a directory that is new, empty, or holds the beginning of this conversion.
       format: `safetensors` or `orbax`.
-      dtype: `bfloat16`, `float32`, or `int8` (compressed-tensors; safetensors only); None keeps what is
-        stored,
-        bfloat16 for what is quantised.
+      dtype: `bfloat16`, `float32`, or `int8` (compressed-tensors; safetensors only); None loses no digit of
+        what is stored as floats, and gives bfloat16 for what is quantised.
       ranks: expert-parallel ranks of the layout that an Orbax directory is written for; None is one.
       progress: told what is being done.
 
@@ -68,31 +72,32 @@ def convert(
       What was done: units, tensors and bytes, and how many units were there already.
 
     Raises:
-      CmxError: source or arguments are refused, the destination holds something else, the disk is full, or
-        what
-        was written does not read back as it was.
+      CmxError: source or arguments are refused, the destination holds something else, the disk is full, the
+        source changed meanwhile, or what was written does not read back as it was.
     """
     src, dst = Path(source), Path(destination)
-    _check_arguments(src, dst, format, dtype, ranks)
-    progress("checking the source")
-    checkpoint = open_checkpoint(src)
-    kind = dtype or stored_dtype(checkpoint)
-    layout = expert_parallel(1 if ranks is None else ranks, checkpoint.config.n_routed_experts)
-    manifest = _manifest(src, checkpoint, format, kind, layout if format == "orbax" else None)
-    manifest = _begin(dst, manifest)
-    resumed = len(manifest.units)
     try:
-        writer = _writer(dst, checkpoint, format, kind, layout)
-        for number, unit in enumerate(writer.units):
-            if unit not in manifest.units:
-                progress(f"writing {unit} ({number + 1} of {len(writer.units)})")
-                manifest.units[unit] = writer.write(unit)
-                manifest.save(dst)
-        _verify(dst, writer, manifest, progress)
-        _finish(src, dst, checkpoint, manifest, writer)
-    except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise CmxError(f"{dst}: cannot be written ({why}); run the same command to go on") from None
+        _check_arguments(src, dst, format, dtype, ranks)
+        progress("checking the source")
+        seen = _fingerprint(src)
+        checkpoint = open_checkpoint(src)
+        kind, wide = types(checkpoint, dtype)
+        layout = expert_parallel(1 if ranks is None else ranks, checkpoint.config.n_routed_experts)
+        wanted = _manifest(seen, checkpoint, format, kind, wide, layout)
+        _begin(dst, wanted)
+        with _locked(dst):
+            manifest = _resumed(dst, wanted)
+            resumed = len(manifest.units)
+            writer = _writer(dst, checkpoint, manifest, layout, wide)
+            _write(dst, writer, manifest, progress)
+            _verify(dst, writer, manifest, progress)
+            if _fingerprint(src) != seen:
+                raise CmxError(f"{src} was changed while it was converted: delete {dst} and run this again")
+            _finish(src, dst, manifest, writer)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symlink loop
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        why = "the disk is full" if full else str(error)
+        raise CmxError(f"{dst}: conversion broke off ({why}); run the same command to go on") from None
     return {
         "source": str(src),
         "destination": str(dst),
@@ -122,83 +127,140 @@ def _check_arguments(src: Path, dst: Path, format: str, dtype: str | None, ranks
         raise CmxError(f"{dst} lies in the source, expected another directory")
 
 
-def stored_dtype(checkpoint: Checkpoint) -> str:
-    """The type that loses nothing of plain tensors: bfloat16 of BF16 and of quantised ones, else float32."""
-    if not isinstance(checkpoint, HuggingFace):
-        return str(getattr(checkpoint, "dtype", "float32"))
-    wide = any(
-        checkpoint.stored[s.name].scheme in ("F32", "F16")
-        for s in checkpoint.sources
-        if len(s.shape) == 2 and s.piece[1] != "ffn.router"
-    )
-    return "float32" if wide else "bfloat16"
+def types(checkpoint: Checkpoint, dtype: str | None) -> tuple[str, frozenset[tuple[str, str]]]:
+    """The type of most fields, and the fields that are float32 all the same.
+
+    Without a wish nothing that is stored as floats loses a digit: what is stored in more than bfloat16 has
+    stays float32; if that is most of the model, all is.
+    """
+    if dtype is not None:
+        return dtype, frozenset()
+    sizes: dict[tuple[str, str], int] = {}
+
+    def note(leaf: Leaf) -> None:
+        if leaf.kind != "slots":
+            sizes[leaf.stack, leaf.path] = math.prod(leaf.shape)
+
+    weight_tree(checkpoint.config, max(checkpoint.config.n_routed_experts, 1), note, checkpoint.mtp)
+    wide = sum(size for field, size in sizes.items() if field in checkpoint.wide)
+    if 2 * wide > sum(sizes.values()):
+        return "float32", frozenset()
+    return "bfloat16", frozenset(field for field in checkpoint.wide if field in sizes)
 
 
-def _manifest(src: Path, checkpoint: Checkpoint, format: str, dtype: str, layout: Layout | None) -> Manifest:
-    digest = hashlib.sha256((src / "config.json").read_bytes())
-    for path in sorted(p for p in src.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(src)} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
-    experts = checkpoint.config.n_routed_experts
-    placement = layout.placement(experts).tolist() if layout else []
+def _fingerprint(src: Path) -> str:
+    """Names, sizes and times of what is converted, and the config itself."""
+    digest = hashlib.sha256((src / "config.json").read_bytes() if (src / "config.json").is_file() else b"")
+    for path in sorted((*src.glob("*"), *src.glob("units/**/*"))):
+        counts = path.suffix == ".safetensors" or path.name.endswith(".index.json") or path.parent != src
+        if path.is_file() and (counts or path.name in (NAME, DESCRIPTION)):
+            state = path.stat()
+            digest.update(f"{path.relative_to(src)} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _manifest(
+    seen: str,
+    checkpoint: Checkpoint,
+    format: str,
+    dtype: str,
+    wide: frozenset[tuple[str, str]],
+    layout: Layout,
+) -> Manifest:
+    orbax, experts = format == "orbax", checkpoint.config.n_routed_experts
     return Manifest(
-        digest.hexdigest(), format, dtype, checkpoint.mtp, layout.slots if layout else 0, placement
+        source=seen,
+        format=format,
+        dtype=dtype,
+        wide=sorted("/".join(field) for field in wide),
+        mtp=checkpoint.mtp,
+        slots=layout.slots if orbax else 0,
+        placement=layout.placement(experts).tolist() if orbax else [],
     )
 
 
-def _begin(dst: Path, wanted: Manifest) -> Manifest:
-    """The manifest to go on with: the one that is there if it is of the same work."""
-    found = read_manifest(dst)
-    if found is None:
-        if dst.is_dir() and any(dst.iterdir()):
-            raise CmxError(f"{dst} is not empty and no conversion has begun there, expected a new directory")
+def _begin(dst: Path, wanted: Manifest) -> None:
+    """Makes the destination, unless it is there with this or another conversion."""
+    if read_manifest(dst) is not None:
+        return
+    if dst.is_dir() and any(path.name not in (UNFINISHED, LOCK) for path in dst.iterdir()):
+        raise CmxError(f"{dst} is not empty and no conversion has begun there, expected a new directory")
+    dst.mkdir(parents=True, exist_ok=True)
+    wanted.save(dst)
+
+
+@contextmanager
+def _locked(dst: Path) -> Iterator[None]:
+    """Holds a lock on the destination, which the system takes back from who is killed."""
+    with (dst / LOCK).open("w") as file:
         try:
-            dst.mkdir(parents=True, exist_ok=True)
-            wanted.save(dst)
-        except OSError as error:
-            raise CmxError(f"{dst}: cannot be written ({error.strerror})") from None
-        return wanted
-    if not found.same_work(wanted):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CmxError(f"{dst}: another conversion is writing there, expected none") from None
+        yield
+        (dst / LOCK).unlink(missing_ok=True)
+
+
+def _resumed(dst: Path, wanted: Manifest) -> Manifest:
+    """The manifest to go on with."""
+    found = read_manifest(dst)
+    if found is None or not found.same_work(wanted):
         what = "another source, format, type or layout"
         raise CmxError(f"{dst} holds another conversion ({what}): delete it, or take another directory")
     return found
 
 
-def _writer(dst: Path, checkpoint: Checkpoint, format: str, dtype: str, layout: Layout) -> UnitWriter:
+def _writer(
+    dst: Path, checkpoint: Checkpoint, manifest: Manifest, layout: Layout, wide: frozenset[tuple[str, str]]
+) -> UnitWriter:
     reader = PieceReader(checkpoint)
-    if format == "safetensors":
-        return SafetensorsWriter(dst, reader, dtype)
+    if manifest.format == "safetensors":
+        return SafetensorsWriter(dst, reader, manifest.dtype, wide)
     from cmx_jax.model.checkpoint.orbax import OrbaxWriter  # takes a second to import
 
-    return OrbaxWriter(dst, reader, layout, dtype)
+    return OrbaxWriter(dst, reader, layout, manifest.dtype, wide)
+
+
+def _write(dst: Path, writer: UnitWriter, manifest: Manifest, progress: Callable[[str], None]) -> None:
+    for number, unit in enumerate(writer.units):
+        if unit not in manifest.units:
+            progress(f"writing {unit} ({number + 1} of {len(writer.units)})")
+            manifest.units[unit] = writer.write(unit)
+            manifest.save(dst)
 
 
 def _verify(dst: Path, writer: UnitWriter, manifest: Manifest, progress: Callable[[str], None]) -> None:
+    """Reads everything again. What is wrong leaves the manifest, and the directory no longer loads."""
+    wrong: dict[str, str] = {}
     for number, unit in enumerate(writer.units):
         progress(f"verifying {unit} ({number + 1} of {len(writer.units)})")
         expected = manifest.units[unit]
         try:
             found = writer.sums(unit)
         except CmxError as error:
-            found, why = {}, str(error)
-        else:
-            why = next(
-                (f"tensor {n} reads back otherwise" for n in expected if found.get(n) != expected[n]), ""
-            )
-        if found != expected:
-            del manifest.units[unit]
-            manifest.complete = False
-            manifest.save(dst)
-            raise CmxError(
-                f"{dst}: {unit} was written wrongly ({why}); run the same command to write it again"
-            )
+            wrong[unit] = str(error)
+            continue
+        names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        if names:
+            wrong[unit] = f"tensor {names[0]} reads back otherwise"
+    if not wrong:
+        return
+    for unit in wrong:
+        del manifest.units[unit]
+    manifest.complete = False
+    manifest.save(dst)
+    (dst / "config.json").unlink(missing_ok=True)
+    unit, why = next(iter(wrong.items()))
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    raise CmxError(f"{dst}: {unit}{more} was written wrongly ({why}); run the same command to write it again")
 
 
-def _finish(src: Path, dst: Path, checkpoint: Checkpoint, manifest: Manifest, writer: UnitWriter) -> None:
+def _finish(src: Path, dst: Path, manifest: Manifest, writer: UnitWriter) -> None:
     """Everything beside the weights; the config comes last."""
-    skipped = ("config.json", NAME, DESCRIPTION)
     for path in sorted(src.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or ".index.json" in path.name
-        if path.is_file() and path.name not in skipped and not weights and path.stat().st_size < _MOST_COPIED:
+        skipped = path.name in ("config.json", NAME, LOCK, DESCRIPTION) or ".index.json" in path.name
+        skipped = skipped or path.suffix in _WEIGHTS or not path.is_file()
+        if not skipped and path.stat().st_size < _MOST_COPIED:
             shutil.copyfile(path, dst / path.name)
     if isinstance(writer, SafetensorsWriter):
         writer.write_index()

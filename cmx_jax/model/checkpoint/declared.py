@@ -58,6 +58,11 @@ def _compressed(raw: Mapping[str, Any]) -> Declared:
     formats = ("int-quantized", "float-quantized", "naive-quantized", None)
     if raw.get("format") not in formats:
         _refuse("format", raw.get("format"), "int-quantized or float-quantized")
+    if raw.get("transform_config"):
+        _refuse("transform_config", raw["transform_config"], "none: rotations while running are not applied")
+    sparsity = raw.get("sparsity_config")
+    if sparsity and (not isinstance(sparsity, Mapping) or sparsity.get("format") not in ("dense", None)):
+        _refuse("sparsity_config", sparsity, "none, or format dense")
     groups = raw.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         _refuse("config_groups", groups, "an object with a group")

@@ -64,6 +64,9 @@ class TensorFiles:
             raise CmxError(
                 f"{path}: not a safetensors index: weight_map is no object of file names, or empty"
             )
+        single = self.directory / "model.safetensors"
+        if single.exists() and single.name not in weight_map.values():
+            raise CmxError(f"{single}: is there, but {path.name} does not name it: which is meant?")
         headers: dict[str, Header] = {}
         for name in sorted(set(weight_map.values())):
             file = self.directory / name

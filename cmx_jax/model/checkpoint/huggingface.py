@@ -3,20 +3,33 @@
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.declared import DESCRIPTION, Declared, declared
-from cmx_jax.model.checkpoint.files import TensorFiles
+from cmx_jax.model.checkpoint.files import FLOATS, Header, TensorFiles
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
 from cmx_jax.model.checkpoint.schemes import Stored, plain, stored
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config
 from cmx_jax.model.fields import read_json
 
+# What an MTP layer holds of the main model, again.
+_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+_SAMPLE = 256  # rows that are compared
+
 # Of a multimodal directory the text model is read; transformers has used both orders of the prefix.
 _PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
+
+
+def text_name(name: str) -> str:
+    """A tensor's name without the prefix that the text model has in a multimodal directory."""
+    prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
+    return _PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+
+
 _OTHER_MODELS = (
     "vision_model.",
     "multi_modal_projector.",
@@ -50,7 +63,7 @@ class HuggingFace:
         self.faults = [
             f"tensor {name} is described in {DESCRIPTION}, but not there"
             for name in announced.ascend
-            if name not in self.files
+            if name not in self.files and text_name(name) not in self.files
         ]
         for s in self.sources:
             if s.name not in self.stored:
@@ -62,6 +75,15 @@ class HuggingFace:
     def sources(self) -> list[Source]:
         """Every tensor that the config asks for."""
         return list(sources(self.config, self.mtp))
+
+    @cached_property
+    def wide(self) -> frozenset[tuple[str, str]]:
+        """Fields of which something is stored in more digits than bfloat16 has."""
+        return frozenset(
+            s.piece[:2]
+            for s in self.sources
+            if s.name in self.stored and self.stored[s.name].scheme in ("F32", "F16")
+        )
 
     @cached_property
     def _pieces(self) -> dict[Piece, list[Source]]:
@@ -87,20 +109,34 @@ class HuggingFace:
           CmxError: a number or scale is not finite.
         """
         for s in self._pieces[piece]:
-            with np.errstate(over="ignore"):  # what overflows is refused below
-                array = self.stored[s.name].decode().astype(out.dtype, copy=False)
-            if not np.isfinite(array).all():
-                name = self.stored[s.name].name
-                raise CmxError(f"tensor {name} holds NaN or infinity as {out.dtype}, expected finite numbers")
-            out[s.part] = s.view(array)
+            out[s.part] = s.view(self.tensor(s.name, out.dtype))
+
+    def tensor(self, name: str, dtype: Any) -> np.ndarray:
+        """A tensor of the file format, experts one by one, decoded.
+
+        Raises:
+          CmxError: a number or scale is not finite.
+        """
+        found = self.stored[name]
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            array = found.decode().astype(dtype, copy=False)
+        if not np.isfinite(array).all():
+            raise CmxError(
+                f"tensor {found.name} holds NaN or infinity as {array.dtype}, expected finite numbers"
+            )
+        return array
 
     def _strip_prefixes(self) -> None:
         if self.config.family != "llama4":
             return
-        headers = {}
+        headers: dict[str, Header] = {}
         for name, header in self.files.headers.items():
-            prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
-            headers[_PREFIXES.get(prefix, "") + name.removeprefix(prefix)] = header
+            short = text_name(name)
+            if short in headers:
+                raise CmxError(
+                    f"{self.directory}: tensor {short} is there with and without a prefix: which is meant?"
+                )
+            headers[short] = header
         self.files.headers = headers
 
     def _find(self, s: Source, announced: Declared) -> None:
@@ -138,31 +174,35 @@ class HuggingFace:
 
     def _ignored(self, name: str) -> bool:
         """Tensors that carry nothing of their own: frequencies, copies of embedding and head, empty ones."""
-        c = self.config
-        copies = tuple(
-            f"model.layers.{c.num_hidden_layers + i}.{copy}"
-            for i in range(c.num_nextn_predict_layers if self.mtp else 0)
-            for copy in ("embed_tokens.weight", "shared_head.head.weight")
-        )
-        if name in copies or name.endswith("rotary_emb.inv_freq") or name.startswith(_OTHER_MODELS):
+        c, headers = self.config, self.files.headers
+        if name.endswith("rotary_emb.inv_freq") or name.startswith(_OTHER_MODELS):
             return True
+        for i in range(c.num_nextn_predict_layers if self.mtp else 0):
+            layer = f"model.layers.{c.num_hidden_layers + i}."
+            for copy, of in _COPIES.items():
+                if name == layer + copy:  # shared by definition (DeepSeek-V3 report, section 2.2)
+                    return of in headers and headers[name].shape == headers[of].shape
         if c.tie_word_embeddings and name == "lm_head.weight":
             return self._same_tensor(name, "model.embed_tokens.weight")
         empty = ".mlp.shared_experts." in name and 0 in self.files.headers[name].shape
         return empty or self._is_zero_bias(name)
 
     def _same_tensor(self, name: str, other: str) -> bool:
+        """Whether two matrices are alike: in shape, type, and the rows at both ends and in the middle."""
         headers = self.files.headers
-        if other not in headers or headers[name].shape != headers[other].shape:
+        if other not in headers or headers[name].dtype not in FLOATS:
             return False
-        if headers[name].dtype != headers[other].dtype or headers[name].dtype not in ("F32", "BF16", "F16"):
+        if (headers[name].shape, headers[name].dtype) != (headers[other].shape, headers[other].dtype):
             return False
-        return bool(np.array_equal(self.files.read(name), self.files.read(other)))
+        rows = headers[name].shape[0]
+        starts = {0, rows // 2, max(rows - _SAMPLE, 0)}
+        parts = [(slice(start, start + _SAMPLE),) for start in sorted(starts)]
+        return all(np.array_equal(self.files.read(name, at), self.files.read(other, at)) for at in parts)
 
     def _is_zero_bias(self, name: str) -> bool:
         """Ascend's outlier suppression leaves norms with a bias, of zeros where it moved nothing."""
         header = self.files.headers[name]
-        if not name.endswith("norm.bias") or header.dtype not in ("F32", "BF16", "F16"):
+        if not name.endswith("norm.bias") or header.dtype not in FLOATS:
             return False
         return not self.files.read(name).astype(np.float32).any()
 

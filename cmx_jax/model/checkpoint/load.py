@@ -22,10 +22,14 @@ class Checkpoint(Protocol):
     Attributes:
       config: the model.
       mtp: whether its MTP layers are stored.
+      wide: fields (stack and path) of which something is stored in more digits than bfloat16 has.
     """
 
     config: ModelConfig
     mtp: bool
+
+    @property
+    def wide(self) -> frozenset[tuple[str, str]]: ...
 
     def fill(self, piece: Piece, out: np.ndarray) -> None:
         """Writes a piece into `out`, which has its shape and the wanted type."""
@@ -51,7 +55,10 @@ def open_checkpoint(directory: str | Path, config: ModelConfig | None = None) ->
     if manifest is not None and manifest.format == "orbax":
         from cmx_jax.model.checkpoint.orbax import OrbaxDirectory  # takes a second to import
 
-        return OrbaxDirectory(directory, manifest).check()
+        found = OrbaxDirectory(directory, manifest).check()
+        if config is not None and config != found.config:
+            raise CmxError(f"{directory}: its config.json is not the config that it is to be read as")
+        return found
     return HuggingFace(directory, config).check()
 
 

@@ -10,6 +10,8 @@ from cmx_jax.errors import CmxError
 from cmx_jax.model.fields import read_json
 
 NAME = "conversion.json"
+UNFINISHED = f"{NAME}.unfinished"
+FORMATS = ("safetensors", "orbax")
 
 
 @dataclass
@@ -20,6 +22,7 @@ class Manifest:
       source: fingerprint of what is converted.
       format: `safetensors` or `orbax`.
       dtype: of the matrices.
+      wide: fields that are float32 all the same, `stack/path`.
       mtp: whether MTP layers are stored.
       slots: expert slots of the layout (Orbax).
       placement: slot of each expert (Orbax).
@@ -30,6 +33,7 @@ class Manifest:
     source: str
     format: str
     dtype: str
+    wide: list[str]
     mtp: bool
     slots: int
     placement: list[int]
@@ -38,7 +42,7 @@ class Manifest:
 
     def save(self, directory: Path) -> None:
         """Replaces the file at once."""
-        unfinished = directory / f"{NAME}.unfinished"
+        unfinished = directory / UNFINISHED
         with unfinished.open("w") as file:
             json.dump(asdict(self), file, indent=1)
             file.flush()
@@ -50,13 +54,14 @@ class Manifest:
         return self._work() == other._work()
 
     def _work(self) -> tuple[Any, ...]:
-        return self.source, self.format, self.dtype, self.mtp, self.slots, self.placement
+        return self.source, self.format, self.dtype, self.wide, self.mtp, self.slots, self.placement
 
 
 _TYPES = {
     "source": str,
     "format": str,
     "dtype": str,
+    "wide": list,
     "mtp": bool,
     "slots": int,
     "placement": list,
@@ -81,6 +86,10 @@ def read_manifest(directory: Path) -> Manifest | None:
     placement, slots = raw["placement"], raw["slots"]
     if not all(type(slot) is int and 0 <= slot < slots for slot in placement):
         raise CmxError(f"{path}: placement is not a list of slots below {slots}")
-    if raw["dtype"] not in ("float32", "bfloat16", "int8"):
-        raise CmxError(f"{path}: dtype is {raw['dtype'][:40]!r}, expected float32, bfloat16 or int8")
+    for name, known in (("dtype", ("float32", "bfloat16", "int8")), ("format", FORMATS)):
+        if raw[name] not in known:
+            raise CmxError(f"{path}: {name} is {raw[name][:40]!r}, expected one of {', '.join(known)}")
+    for unit, sums in raw["units"].items():
+        if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+            raise CmxError(f"{path}: units.{unit[:40]} is not an object of checksums")
     return Manifest(**{name: raw[name] for name in _TYPES})

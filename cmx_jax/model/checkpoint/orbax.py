@@ -4,7 +4,7 @@
     conversion.json                   what was written: layout, type, a checksum for each tensor
     units/layers.3/                   an Orbax PyTree checkpoint (OCDBT, zarr3): path -> array
     units/layers.3.slots.0-31/        the same of some expert slots: path -> array `[32, ...]`
-    units/top/                        embedding, final norm, head
+    units/embed/, norm/, head/        what is in no layer
 
 Slots are stored in chunks of one (of several where they are below a MiB): a rank of this layout, or of any
 other, reads the slots that it needs. A layer is written in parts, since Orbax holds about three copies of
@@ -29,14 +29,14 @@ from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.checkpoint.writer import PieceReader
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config
-from cmx_jax.model.weights import Leaf, leaf_dtype, weight_tree
+from cmx_jax.model.weights import Leaf, weight_tree
 
 MIN_CHUNK = 1 << 20  # Orbax advises against smaller ones
 PARTS = 8  # Orbax checkpoints that the experts of a layer are cut into
 
 
 @dataclass(frozen=True)
-class Stored:
+class Array:
     """One array of a unit: a leaf of one layer, of experts the slots from `start` to `stop`."""
 
     leaf: Leaf
@@ -52,10 +52,10 @@ class Stored:
         return shape[1:] if self.leaf.stack else shape
 
 
-def _number(c: ModelConfig, stack: str, layer: int) -> str:
-    """The unit of a layer of a stack."""
+def _unit(c: ModelConfig, stack: str, path: str, layer: int) -> str:
+    """The unit of a leaf of one layer, but for experts' slots."""
     if not stack:
-        return "top"
+        return path
     if stack == "mtp":
         return f"layers.{c.num_hidden_layers + layer}"
     numbers = [n for n, kind in enumerate(c.layers) if kind.moe == (stack == "moe")]
@@ -68,31 +68,39 @@ def _parts(slots: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairwise(ends) if b > a]
 
 
-def _units(c: ModelConfig, mtp: bool, slots: int) -> dict[str, dict[str, Stored]]:
+def _units(c: ModelConfig, mtp: bool, slots: int) -> dict[str, dict[str, Array]]:
     """The arrays of each unit by their path."""
     leaves: list[Leaf] = []
     weight_tree(c, slots, leaves.append, mtp)
-    found: dict[str, dict[str, Stored]] = {}
+    found: dict[str, dict[str, Array]] = {}
     for leaf in leaves:
         if leaf.kind == "slots":
             continue
         layers = 1 if not leaf.stack else leaf.shape[1 if leaf.experts else 0]
         for layer in range(layers):
-            name = _number(c, leaf.stack, layer)
+            name = _unit(c, leaf.stack, leaf.path, layer)
             if not leaf.experts:
-                found.setdefault(name, {})[leaf.path] = Stored(leaf, layer)
+                found.setdefault(name, {})[leaf.path] = Array(leaf, layer)
                 continue
             for start, stop in _parts(slots):
                 part = found.setdefault(f"{name}.slots.{start}-{stop - 1}", {})
-                part[leaf.path] = Stored(leaf, layer, start, stop)
+                part[leaf.path] = Array(leaf, layer, start, stop)
     return found
 
 
 class OrbaxWriter:
     """Writes units for a layout."""
 
-    def __init__(self, directory: Path, reader: PieceReader, layout: Layout, dtype: str):
-        self.directory, self.reader, self.dtype = directory / "units", reader, dtype
+    def __init__(
+        self,
+        directory: Path,
+        reader: PieceReader,
+        layout: Layout,
+        dtype: str,
+        wide: frozenset[tuple[str, str]],
+    ):
+        self.directory, self.reader = directory / "units", reader
+        self.dtype, self.wide = dtype, wide
         c = reader.checkpoint.config
         placement = layout.placement(c.n_routed_experts)
         self.expert_of_slot = {int(slot): expert for expert, slot in enumerate(placement)}
@@ -111,22 +119,27 @@ class OrbaxWriter:
         }
         for leftover in self.directory.glob(f"{unit}.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as saver:
-            where = (self.directory / unit).absolute()
-            saver.save(where, args=ocp.args.PyTreeSave(arrays, save_args=args), force=True)
+        where = (self.directory / unit).absolute()
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as saver:
+                saver.save(where, args=ocp.args.PyTreeSave(arrays, save_args=args), force=True)
+        except ValueError as error:  # so TensorStore reports what the system refuses
+            why = "the disk is full" if "No space left" in str(error) else str(error)[:120]
+            raise CmxError(f"{where}: cannot be written ({why}); run the same command to go on") from None
         return {path: digest.hexdigest() for path, digest in sums.items()}
 
     def sums(self, unit: str) -> dict[str, str]:
         """What is on disk, summed again."""
         found = {}
         for path in self.units[unit]:
-            values = np.ascontiguousarray(_open(self.directory / unit, path).read().result())
+            values = np.ascontiguousarray(_read(self.directory / unit, path))
             found[path] = hashlib.sha256(values.reshape(-1).view(np.uint8).data).hexdigest()
         return found
 
-    def _array(self, stored: Stored) -> np.ndarray:
+    def _array(self, stored: Array) -> np.ndarray:
         leaf, fill = stored.leaf, self.reader.checkpoint.fill
-        out = np.zeros(stored.shape, leaf_dtype(leaf, self.dtype))
+        wide = leaf.kind == "router_bias" or (leaf.stack, leaf.path) in self.wide
+        out = np.zeros(stored.shape, np.float32 if wide else np.dtype(self.dtype))
         if not leaf.experts:
             fill((leaf.stack, leaf.path, stored.layer, 0), out)
             return out
@@ -146,6 +159,15 @@ def _open(unit: Path, path: str) -> Any:
         raise CmxError(f"{unit}: array {path} cannot be opened ({str(error)[:120]})") from None
 
 
+def _read(unit: Path, path: str, array: Any = None, at: int | None = None) -> np.ndarray:
+    """An array of a unit, or one of its slots."""
+    try:
+        array = _open(unit, path) if array is None else array
+        return (array if at is None else array[at]).read().result()
+    except (ValueError, OSError) as error:
+        raise CmxError(f"{unit}: array {path} cannot be read ({str(error)[:120]})") from None
+
+
 class OrbaxDirectory:
     """Reads what `cmx convert --format orbax` wrote: see `cmx_jax.model.checkpoint.load.Checkpoint`."""
 
@@ -154,7 +176,19 @@ class OrbaxDirectory:
         self.mtp, self.dtype = manifest.mtp, manifest.dtype
         self.placement, self.slots = manifest.placement, manifest.slots
         self.units = _units(self.config, self.mtp, manifest.slots)
+        self.wide = self._wide(manifest.wide)
         self._arrays: dict[tuple[str, str], Any] = {}
+
+    def _wide(self, said: list[str]) -> frozenset[tuple[str, str]]:
+        """Fields that are float32: those that the manifest names, the router's bias, or all of them."""
+        fields = {
+            (a.leaf.stack, path): a.leaf for arrays in self.units.values() for path, a in arrays.items()
+        }
+        return frozenset(
+            field
+            for field, leaf in fields.items()
+            if self.dtype == "float32" or leaf.kind == "router_bias" or "/".join(field) in said
+        )
 
     def check(self) -> "OrbaxDirectory":
         """Refuses the directory unless every array is there, of its shape and type; names the first."""
@@ -163,7 +197,9 @@ class OrbaxDirectory:
             raise CmxError(f"{self.directory}: its placement is not one slot for each of {experts} experts")
         for unit, arrays in self.units.items():
             for path, stored in arrays.items():
-                array, dtype = self._array(unit, path), np.dtype(leaf_dtype(stored.leaf, self.dtype)).name
+                array = self._array(unit, path)
+                wide = (stored.leaf.stack, path) in self.wide
+                dtype = "float32" if wide else self.dtype
                 if (tuple(array.shape), array.dtype.name) != (stored.shape, dtype):
                     given = f"{array.dtype.name} {list(array.shape)}"
                     where = f"{self.directory / 'units' / unit}: array {path}"
@@ -182,18 +218,16 @@ class OrbaxDirectory:
           CmxError: it cannot be read, or a number is not finite.
         """
         stack, path, layer, expert = piece
-        unit, at = _number(self.config, stack, layer), None
+        unit, at = _unit(self.config, stack, path, layer), None
         if path.startswith("ffn.experts."):
             slot = self.placement[expert]
             start, stop = next((a, b) for a, b in _parts(self.slots) if a <= slot < b)
             unit, at = f"{unit}.slots.{start}-{stop - 1}", slot - start
-        where = f"{self.directory / 'units' / unit}: array {path}"
-        try:
-            array = self._array(unit, path)
-            values = (array if at is None else array[at]).read().result()
-        except (ValueError, OSError) as error:
-            raise CmxError(f"{where} cannot be read ({str(error)[:120]})") from None
+        values = _read(self.directory / "units" / unit, path, self._array(unit, path), at)
         with np.errstate(over="ignore"):
             out[...] = values.astype(out.dtype, copy=False)
         if not np.isfinite(out).all():
-            raise CmxError(f"{where} holds NaN or infinity as {out.dtype}, expected finite numbers")
+            where = self.directory / "units" / unit
+            raise CmxError(
+                f"{where}: array {path} holds NaN or infinity as {out.dtype}, expected finite numbers"
+            )

@@ -4,20 +4,19 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
-
-from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.files import read_headers
 from cmx_jax.model.checkpoint.writer import PieceReader, units, write_file
+
+_AT_ONCE = 64 << 20
 
 
 class SafetensorsWriter:
     """Writes units as `model-00001-of-00062.safetensors` and so on."""
 
-    def __init__(self, directory: Path, reader: PieceReader, dtype: str):
+    def __init__(self, directory: Path, reader: PieceReader, dtype: str, wide: frozenset[tuple[str, str]]):
         self.directory, self.reader = directory, reader
         checkpoint = reader.checkpoint
-        self.units = {unit.name: unit for unit in units(checkpoint.config, checkpoint.mtp, dtype)}
+        self.units = {unit.name: unit for unit in units(checkpoint.config, checkpoint.mtp, dtype, wide)}
         count = len(self.units)
         self.files = {
             name: directory / f"model-{number:05}-of-{count:05}.safetensors"
@@ -32,11 +31,14 @@ class SafetensorsWriter:
     def sums(self, unit: str) -> dict[str, str]:
         """What is on disk, summed again, tensor by tensor."""
         found, path = {}, self.files[unit]
-        for name, header in read_headers(path).items():
-            data = np.fromfile(path, np.uint8, header.nbytes, offset=header.offset)
-            if len(data) != header.nbytes:
-                raise CmxError(f"{path}: tensor {name} is cut off")
-            found[name] = hashlib.sha256(data.data).hexdigest()
+        with path.open("rb") as file:
+            for name, header in read_headers(path).items():
+                file.seek(header.offset)
+                digest, left = hashlib.sha256(), header.nbytes
+                while left and (data := file.read(min(left, _AT_ONCE))):
+                    digest.update(data)
+                    left -= len(data)
+                found[name] = digest.hexdigest()
         return found
 
     def write_index(self) -> None:

@@ -75,10 +75,8 @@ def stored(files: TensorFiles, name: str, announced: Declared) -> Stored:
         raise CmxError(f"tensor {name} is {header.dtype}, but the config has {says}")
     if announced.ignores(name):
         raise CmxError(f"tensor {name} is {header.dtype}, but quantization_config.ignore says it is not")
-    if len(header.shape) != 2:
-        raise CmxError(f"tensor {name} is {header.dtype} of shape {list(header.shape)}, expected a matrix")
     if announced.method == "ascend":
-        return _ascend(files, name, str(kind))
+        return _ascend(files, name, kind)
     return _scaled(files, name, announced)
 
 
@@ -156,16 +154,14 @@ def _ascend(files: TensorFiles, name: str, kind: str | None) -> Stored:
         return _factors(files, names["deq_scale"]) / _factors(files, names["input_scale"]).reshape(())
 
     def decode() -> np.ndarray:
-        check_scales(files, found)
         q, offset = files.read(name), None
         if "weight_offset" in names:
-            offset = files.read(names["weight_offset"]).astype(np.float32).reshape(rows, 1)
+            offset = _offset(files, names["weight_offset"]).reshape(rows, 1)
         if kind == "W8A8":
             _expect_no_bias(files, names, q)
         return dequantize_blocks(q, scale().reshape(rows, 1), (1, columns), offset)
 
-    found = Stored(f"INT8 Ascend {kind}", name, tuple(names.values()), decode)
-    return found
+    return Stored(f"INT8 Ascend {kind}", name, tuple(names.values()), decode)
 
 
 def _expect_no_bias(files: TensorFiles, names: dict[str, str], q: np.ndarray) -> None:
@@ -209,10 +205,17 @@ def _worst(scale: np.ndarray) -> str:
     return "NaN" if np.isnan(scale).any() else "infinity" if np.isinf(scale).any() else "a negative scale"
 
 
+def _offset(files: TensorFiles, name: str) -> np.ndarray:
+    offset = files.read(name).astype(np.float32)
+    if not np.isfinite(offset).all():
+        raise CmxError(f"tensor {name} holds NaN or infinity, expected finite offsets")
+    return offset
+
+
 def check_scales(files: TensorFiles, found: Stored) -> None:
     """Reads a stored tensor's scales and offsets and refuses what is none."""
     for name in found.companions:
         if name.endswith(("scale", "scale_inv")):
             _factors(files, name)
-        elif name.endswith("offset") and not np.isfinite(files.read(name).astype(np.float32)).all():
-            raise CmxError(f"tensor {name} holds NaN or infinity, expected finite offsets")
+        elif name.endswith("offset"):
+            _offset(files, name)

@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
 import numpy as np
 
+from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.load import Checkpoint
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
 from cmx_jax.model.config import ModelConfig
@@ -56,6 +57,7 @@ class PieceReader:
     def piece(self, piece: Piece, dtype: str) -> np.ndarray:
         """One piece; the last one is kept, since gate and up come out of the same."""
         if self._last[0] != (piece, dtype):
+            self._last = ((("", "", 0, 0), ""), np.zeros(0))  # before the next one takes memory
             out = np.empty(self.shapes[piece[:2]], np.dtype(dtype))
             self.checkpoint.fill(piece, out)
             self._last = ((piece, dtype), out)
@@ -63,6 +65,8 @@ class PieceReader:
 
     def tensor(self, parts: list[Source], dtype: str) -> np.ndarray:
         """A tensor of the file format, experts one by one."""
+        if isinstance(self.checkpoint, HuggingFace):  # it has them as they are
+            return self.checkpoint.tensor(parts[0].name, np.dtype(dtype))
         out = np.empty(parts[0].shape, np.dtype(dtype))
         for s in parts:
             s.view(out)[...] = self.piece(s.piece, dtype)[s.part]
@@ -89,6 +93,7 @@ class Unit:
     name: str
     tensors: list[list[Source]]
     dtype: str
+    wide: frozenset[tuple[str, str]] = frozenset()
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -102,7 +107,7 @@ class Unit:
             yield Entry(name, "int8", shape)
             yield Entry(f"{name}_scale", "float32", (shape[0], 1))
         elif stacked is not None and stacked.transposed:
-            yield Entry(stacked.name, self.dtype, stacked.shape)
+            yield Entry(stacked.name, self.floats(parts[0]), stacked.shape)
         else:
             yield Entry(name, self.floats(parts[0]), shape)
 
@@ -111,8 +116,8 @@ class Unit:
         return self.dtype == "int8" and len(s.shape) == 2 and s.unit != "top" and s.piece[1] != "ffn.router"
 
     def floats(self, s: Source) -> str:
-        """The type of a tensor that is not quantised; a correction bias of many digits stays float32."""
-        if s.piece[1] == "ffn.router_bias":
+        """The type of a tensor that is not quantised; what is to keep its digits stays float32."""
+        if s.piece[1] == "ffn.router_bias" or s.piece[:2] in self.wide:
             return "float32"
         return "bfloat16" if self.dtype == "int8" else self.dtype
 
@@ -125,13 +130,15 @@ class Unit:
                 yield name, q
                 yield f"{name}_scale", scale
             elif stacked is not None and stacked.transposed:
-                yield from ((stacked.name, slab) for slab in reader.slabs(parts, self.dtype))
+                yield from ((stacked.name, slab) for slab in reader.slabs(parts, self.floats(parts[0])))
             else:
                 yield name, reader.tensor(parts, self.floats(parts[0]))
 
 
-def units(c: ModelConfig, mtp: bool, dtype: str) -> list[Unit]:
-    """A model cut into what is written at a time: its layers, and what is in none.
+def units(
+    c: ModelConfig, mtp: bool, dtype: str, wide: frozenset[tuple[str, str]] = frozenset()
+) -> list[Unit]:
+    """A model cut into what is written at a time: its layers, and what is in none; `wide` stays float32.
 
     Llama 4's experts are stacked, as transformers wants them, unless they are INT8, as it wants those.
     """
@@ -140,7 +147,7 @@ def units(c: ModelConfig, mtp: bool, dtype: str) -> list[Unit]:
         together = s.stacked is not None and s.stacked.transposed and dtype != "int8"
         name = s.stacked.name if together and s.stacked else s.name
         tensors.setdefault(s.unit, {}).setdefault(name, []).append(s)
-    return [Unit(name, list(found.values()), dtype) for name, found in tensors.items()]
+    return [Unit(name, list(found.values()), dtype, wide) for name, found in tensors.items()]
 
 
 def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
@@ -183,6 +190,8 @@ def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.
 
 class InMemory:
     """Weights at hand as a checkpoint; expert `e` in slot `e`."""
+
+    wide: frozenset[tuple[str, str]] = frozenset()
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.config, self.mtp, self.weights = config, weights.mtp is not None, weights

@@ -8,6 +8,7 @@ ignored.
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.config import ModelConfig, expect
@@ -41,11 +42,16 @@ def parse_config(raw: Raw) -> ModelConfig:
         )
     if "text_config" in raw:
         text = {"model_type": name, **mapping(raw, "text_config")}
-        expect(text["model_type"] in FAMILIES, "text_config.model_type", text["model_type"], name)
+        same = FAMILIES.get(str(text["model_type"])) is FAMILIES[name]
+        expect(same, "text_config.model_type", text["model_type"], f"that of {name}")
         raw = text  # the outer fields are not the text model's, tie_word_embeddings included
     family = FAMILIES[name]
     only(raw, {"hidden_act": ("silu", "swish"), **family.only})
-    named = {family.renamed.get(key, key): value for key, value in raw.items()}
+    named: dict[str, Any] = {}
+    for key, value in raw.items():
+        field = family.renamed.get(key, key)
+        expect(named.get(field, value) == value, key, value, f"what {field} says ({named.get(field)!r})")
+        named[field] = value
     return family.read({**family.defaults, **named})
 
 
