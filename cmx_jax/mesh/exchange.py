@@ -12,7 +12,8 @@ behind them where it goes (and its scale, for INT8), so that one all-to-all carr
 Results return unquantised, as in the paper.
 
 Methods differ in how mailboxes travel: `flat` in one all-to-all over all ranks, `hierarchical` tier by tier
-(as UB switches are tiered, section 3.1.4), for which nodes are an axis of their own.
+(as UB switches are tiered, section 3.1.4), for which nodes are an axis of their own. `allgather` has no
+mailboxes: all tokens go everywhere.
 """
 
 from collections.abc import Callable
@@ -209,9 +210,59 @@ def _tier_by_tier(mail: Shaped[Array, "GN M"], axis: Axis) -> Shaped[Array, "GN 
     return boxes.reshape(mail.shape)
 
 
+def gathered(
+    x: Float[Array, "T D"],
+    slots: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    experts: ExpertFn,
+    *,
+    axis: Axis,
+    slots_per_rank: int,
+    rows: int,
+    wire: str,
+) -> tuple[Float[Array, "T D"], ExchangeStats]:
+    """All-gather of the tokens, every rank's experts on those that chose them, reduce-scatter of the sums.
+
+    The way of those who have no token exchange: `G` times the tokens reach each rank, whether they are for it
+    or not. Arguments and result as of `drained`, but the sum is over ranks, so its rounding depends on the
+    layout.
+    """
+    del rows  # nothing is queued
+    names = (axis,) if isinstance(axis, str) else axis
+    (tokens, top_k), width = slots.shape, x.shape[-1]
+    sent = slots >= 0
+    first = jax.lax.axis_index(axis) * slots_per_rank
+    with jax.named_scope("Dispatch"):
+        mail = _pack(x, jnp.zeros(tokens, jnp.int32), jnp.any(sent, axis=1), wire)
+        mail, slots, weights = (_gather(a, names) for a in (mail, slots, jnp.where(sent, weights, 0.0)))
+        received, _ = _unpack(mail, width, wire, x.dtype)
+    mine = (slots >= first) & (slots < first + slots_per_rank)
+    most = min(top_k, slots_per_rank)  # the slots of a token are all different
+    order = jnp.argsort(~mine, axis=1, stable=True)[:, :most]
+    local = jnp.take_along_axis(jnp.where(mine, slots - first, -1), order, axis=1)
+    used = jnp.take_along_axis(jnp.where(mine, weights, 0.0), order, axis=1)
+    answers = experts(jnp.repeat(received, most, axis=0), local.reshape(-1))
+    answers = jnp.where(local.reshape(-1, 1) < 0, 0.0, answers.astype(jnp.float32)).reshape(
+        *local.shape, width
+    )
+    with jax.named_scope("Combine"):
+        y = jnp.einsum("tk,tkd->td", used, answers, precision="highest")
+        for name in names:
+            y = jax.lax.psum_scatter(y, name, scatter_dimension=0, tiled=True)
+    return y.astype(x.dtype), ExchangeStats(jnp.ones((), jnp.int32), jnp.sum(sent).astype(jnp.int32))
+
+
+def _gather(x: Array, names: tuple[str, ...]) -> Array:
+    """Of all ranks, one axis after another: one gather over several does not run as lanes."""
+    for name in reversed(names):
+        x = jax.lax.all_gather(x, name, tiled=True)
+    return x
+
+
 EXCHANGES: dict[str, Exchange] = {
     "flat": partial(drained, move=_at_once),
     "hierarchical": partial(drained, move=_tier_by_tier),
+    "allgather": gathered,
 }
 
 

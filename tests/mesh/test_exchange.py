@@ -158,7 +158,24 @@ def test_two_axes_in_either_order_are_one_line_of_ranks(
     x, weights = coded(slots, 8)
     y, rounds, _ = program(kind, (("node", 4), ("npu", 2)), over, 4, 1, method)(x, slots, weights)
     np.testing.assert_array_equal(y, by_hand(x, slots, weights))
-    assert set(np.asarray(rounds).tolist()) == {longest_queue(slots, 8, 4)}
+    assert set(np.asarray(rounds).tolist()) == {1 if method == "allgather" else longest_queue(slots, 8, 4)}
+
+
+@pytest.mark.parametrize("routing", [uniform, zipf, holes, one_expert, one_rank, nobody])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "slots_per_rank"),
+    [("lanes", 8, 4), ("lanes", 384, 2), ("devices", 8, 1), ("devices", 160, 2)],
+)
+def test_gathered_tokens_give_the_same_in_one_round(
+    kind: str, ranks: int, slots_per_rank: int, routing: Routing
+) -> None:
+    slots = routing(ranks, slots_per_rank, np.random.default_rng(0))
+    x, weights = coded(slots, ranks)
+    unused = np.where(slots < 0, np.float32(np.nan), weights)
+    y, rounds, sent = program(kind, (("ep", ranks),), "ep", slots_per_rank, 1, "allgather")(x, slots, unused)
+    np.testing.assert_array_equal(y, by_hand(x, slots, weights))
+    np.testing.assert_array_equal(sent, (slots >= 0).reshape(ranks, -1).sum(1))
+    assert set(np.asarray(rounds).tolist()) == {1}
 
 
 @pytest.mark.parametrize("routing", [zipf, holes, one_expert, one_rank])
