@@ -1,4 +1,7 @@
-"""What a checkpoint holds: family, sizes, how each group of tensors is stored, what is missing or unknown."""
+"""What a checkpoint holds: family, sizes, how each group of tensors is stored, what is missing or unknown.
+
+Of an Orbax directory, whose arrays were held against the config, and of a preset it counts the config.
+"""
 
 import math
 from collections import defaultdict
