@@ -31,7 +31,7 @@ def test_sizes_follow_from_the_axes() -> None:
         ({"slots": 0}, "0 expert slots do not divide over 8 ranks, expected equally many on each, such as 8"),
         ({"wire": "fp8"}, "wire 'fp8', expected one of ['float32', 'bfloat16', 'int8']"),
         ({"mailbox_rows": -1}, "mailbox_rows is -1, expected zero or more"),
-        ({"exchange": "post"}, "exchange 'post' is unknown, expected one of ['flat'"),
+        ({"exchange": "post"}, "exchange 'post' is unknown, expected one of ['allgather'"),
     ],
 )
 def test_a_wrong_field_is_refused_in_one_line(change: dict[str, object], message: str) -> None:
