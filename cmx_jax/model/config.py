@@ -186,11 +186,12 @@ def segments(kinds: tuple[LayerKind, ...]) -> list[tuple[int, tuple[LayerKind, .
 
 
 MAX_PERIOD = 16  # longest pattern of layers that is looked for
+MAX_LAYERS = 10_000
 MAX_EXPERTS = 200_000  # in all layers together; each has names and tensors of its own
 
 # Far beyond any model; what is larger is a mistake, and would take all memory before it showed.
 _MOST = {
-    "num_hidden_layers": 10_000,
+    "num_hidden_layers": MAX_LAYERS,
     "num_nextn_predict_layers": 100,
     "n_routed_experts": 100_000,
     "n_shared_experts": 1_000,

@@ -132,6 +132,16 @@ class Leaf:
     kind: Literal["matrix", "norm", "router", "router_bias", "bias", "slots"] = "matrix"
     experts: bool = False  # slots in front, sharded over expert ranks
 
+    @property
+    def layers(self) -> int:
+        """Layers of its stack (1 of what is in none)."""
+        return 1 if not self.stack else self.shape[1 if self.experts else 0]
+
+    @property
+    def piece_shape(self) -> tuple[int, ...]:
+        """Of one layer, of one expert where there are experts."""
+        return self.shape[2:] if self.experts else self.shape[1:] if self.stack else self.shape
+
 
 class _Builder:
     """Makes the leaves of one stack, so that the shape table below stays a table."""
@@ -251,6 +261,13 @@ def weight_tree(c: ModelConfig, slots: int, make: Callable[[Leaf], Any], mtp: bo
     )
 
 
+def all_leaves(c: ModelConfig, slots: int, mtp: bool = True) -> list[Leaf]:
+    """Every leaf of `weight_tree` in its order."""
+    found: list[Leaf] = []
+    weight_tree(c, slots, found.append, mtp)
+    return found
+
+
 @dataclass(frozen=True)
 class ParameterCounts:
     """Parameters of a model.
@@ -269,8 +286,7 @@ class ParameterCounts:
 
 def parameter_counts(c: ModelConfig) -> ParameterCounts:
     """Counts a config's parameters (section 9)."""
-    leaves: list[Leaf] = []
-    weight_tree(c, c.n_routed_experts, lambda leaf: leaves.append(leaf))
+    leaves = all_leaves(c, c.n_routed_experts)
 
     def total(chosen: Iterable[Leaf]) -> int:
         return sum(math.prod(leaf.shape) for leaf in chosen if leaf.kind != "slots")

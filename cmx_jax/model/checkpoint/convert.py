@@ -26,7 +26,7 @@ from cmx_jax.model.checkpoint.manifest import FORMATS, NAME, UNFINISHED, Manifes
 from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
 from cmx_jax.model.checkpoint.writer import DTYPES, PieceReader
 from cmx_jax.model.fields import read_json
-from cmx_jax.model.weights import Leaf, weight_tree
+from cmx_jax.model.weights import all_leaves
 
 LOCK = "conversion.lock"
 _MOST_COPIED = 256 << 20  # larger than any tokenizer
@@ -135,13 +135,10 @@ def types(checkpoint: Checkpoint, dtype: str | None) -> tuple[str, frozenset[tup
     """
     if dtype is not None:
         return dtype, frozenset()
-    sizes: dict[tuple[str, str], int] = {}
-
-    def note(leaf: Leaf) -> None:
-        if leaf.kind != "slots":
-            sizes[leaf.stack, leaf.path] = math.prod(leaf.shape)
-
-    weight_tree(checkpoint.config, max(checkpoint.config.n_routed_experts, 1), note, checkpoint.mtp)
+    leaves = all_leaves(checkpoint.config, checkpoint.config.n_routed_experts, checkpoint.mtp)
+    sizes: dict[tuple[str, str], int] = {
+        (leaf.stack, leaf.path): math.prod(leaf.shape) for leaf in leaves if leaf.kind != "slots"
+    }
     wide = sum(size for field, size in sizes.items() if field in checkpoint.wide)
     if 2 * wide > sum(sizes.values()):
         return "float32", frozenset()

@@ -114,6 +114,19 @@ class TensorFiles:
             raise CmxError(f"{header.file}: tensor {name} cannot be read ({error})") from None
 
 
+def finite(values: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """Numbers as another type.
+
+    Raises:
+      CmxError: one is not finite, or not in that type.
+    """
+    with np.errstate(over="ignore"):  # what overflows is refused
+        array = values.astype(dtype, copy=False)
+    if not np.isfinite(array).all():
+        raise CmxError(f"{name} holds NaN or infinity as {array.dtype}, expected finite numbers")
+    return array
+
+
 def read_headers(file: Path) -> dict[str, Header]:
     """Where each tensor of a file lies.
 

@@ -9,15 +9,14 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.declared import DESCRIPTION, Declared, declared
-from cmx_jax.model.checkpoint.files import FLOATS, Header, TensorFiles
+from cmx_jax.model.checkpoint.files import FLOATS, Header, TensorFiles, finite
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
 from cmx_jax.model.checkpoint.schemes import Stored, plain, stored
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config
 from cmx_jax.model.fields import read_json
 
-# What an MTP layer holds of the main model, again.
-_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+_COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # what an MTP layer holds of the main model
 _SAMPLE = 256  # rows that are compared
 
 # Of a multimodal directory the text model is read; transformers has used both orders of the prefix.
@@ -118,13 +117,7 @@ class HuggingFace:
           CmxError: a number or scale is not finite.
         """
         found = self.stored[name]
-        with np.errstate(over="ignore"):  # what overflows is refused below
-            array = found.decode().astype(dtype, copy=False)
-        if not np.isfinite(array).all():
-            raise CmxError(
-                f"tensor {found.name} holds NaN or infinity as {array.dtype}, expected finite numbers"
-            )
-        return array
+        return finite(found.decode(), dtype, f"tensor {found.name}")
 
     def _strip_prefixes(self) -> None:
         if self.config.family != "llama4":
@@ -141,19 +134,18 @@ class HuggingFace:
 
     def _find(self, s: Source, announced: Declared) -> None:
         """Looks a source up and notes how it is stored, or what is wrong with it."""
-        one = s.name if s.name in self.files or s.stacked is None else s.stacked.name
+        stacked = None if s.name in self.files else s.stacked
+        one, expected = (stacked.name, stacked.shape) if stacked else (s.name, s.shape)
         if one not in self.files:
             self.missing.append(s.name)
             return
-        given, expected = self.files.headers[one].shape, s.shape
-        if s.stacked is not None and one == s.stacked.name:
-            expected = s.stacked.shape
+        given = self.files.headers[one].shape
         if given != expected:
             self._fault(f"tensor {one} has shape {list(given)}, expected {list(expected)}")
             return
         try:
-            if s.stacked is not None and one == s.stacked.name:
-                self.stored[s.name] = plain(self.files, one, s.stacked.at, s.stacked.transposed)
+            if stacked:
+                self.stored[s.name] = plain(self.files, one, stacked.at, stacked.transposed)
             elif len(s.shape) == 2:
                 self.stored[s.name] = stored(self.files, one, announced)
             else:
@@ -166,25 +158,24 @@ class HuggingFace:
             self.faults.append(line)
 
     def _unused(self) -> set[str]:
-        used = set(self.stored)
+        used = {s.name for s in self.sources}
         for found in self.stored.values():
             used |= {found.name, *found.companions}
         wanted = {s.stacked.name for s in self.sources if s.stacked} if self.faults else set()
-        return self.files.headers.keys() - used - wanted - {s.name for s in self.sources}
+        return self.files.headers.keys() - used - wanted
 
     def _ignored(self, name: str) -> bool:
         """Tensors that carry nothing of their own: frequencies, copies of embedding and head, empty ones."""
-        c, headers = self.config, self.files.headers
+        c, shape = self.config, self.files.headers[name].shape
         if name.endswith("rotary_emb.inv_freq") or name.startswith(_OTHER_MODELS):
             return True
         for i in range(c.num_nextn_predict_layers if self.mtp else 0):
             layer = f"model.layers.{c.num_hidden_layers + i}."
-            for copy, of in _COPIES.items():
-                if name == layer + copy:  # shared by definition (DeepSeek-V3 report, section 2.2)
-                    return of in headers and headers[name].shape == headers[of].shape
+            if name in (layer + copy for copy in _COPIES):  # by definition (DeepSeek-V3 report, section 2.2)
+                return shape == (c.vocab_size, c.hidden_size)
         if c.tie_word_embeddings and name == "lm_head.weight":
             return self._same_tensor(name, "model.embed_tokens.weight")
-        empty = ".mlp.shared_experts." in name and 0 in self.files.headers[name].shape
+        empty = ".mlp.shared_experts." in name and 0 in shape
         return empty or self._is_zero_bias(name)
 
     def _same_tensor(self, name: str, other: str) -> bool:

@@ -79,7 +79,7 @@ def read_field(
       dtype: wanted.
     """
     shape = tuple(len(_span(s, n)) for s, n in zip(index, leaf.shape, strict=True))
-    whole = leaf.shape[2:] if leaf.experts else leaf.shape[1:] if leaf.stack else leaf.shape
+    whole = leaf.piece_shape
     rest = index[len(index) - len(whole) :]
     uncut = shape[len(shape) - len(whole) :] == whole
 

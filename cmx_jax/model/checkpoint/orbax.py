@@ -24,12 +24,13 @@ import tensorstore as ts
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
+from cmx_jax.model.checkpoint.files import finite
 from cmx_jax.model.checkpoint.manifest import Manifest
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.checkpoint.writer import PieceReader
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config
-from cmx_jax.model.weights import Leaf, weight_tree
+from cmx_jax.model.weights import Leaf, all_leaves
 
 MIN_CHUNK = 1 << 20  # Orbax advises against smaller ones
 PARTS = 8  # Orbax checkpoints that the experts of a layer are cut into
@@ -46,10 +47,8 @@ class Array:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = self.leaf.shape
-        if self.leaf.experts:
-            return (self.stop - self.start, *shape[2:])
-        return shape[1:] if self.leaf.stack else shape
+        slots = (self.stop - self.start,) if self.leaf.experts else ()
+        return (*slots, *self.leaf.piece_shape)
 
 
 def _unit(c: ModelConfig, stack: str, path: str, layer: int) -> str:
@@ -70,14 +69,9 @@ def _parts(slots: int) -> list[tuple[int, int]]:
 
 def _units(c: ModelConfig, mtp: bool, slots: int) -> dict[str, dict[str, Array]]:
     """The arrays of each unit by their path."""
-    leaves: list[Leaf] = []
-    weight_tree(c, slots, leaves.append, mtp)
     found: dict[str, dict[str, Array]] = {}
-    for leaf in leaves:
-        if leaf.kind == "slots":
-            continue
-        layers = 1 if not leaf.stack else leaf.shape[1 if leaf.experts else 0]
-        for layer in range(layers):
+    for leaf in all_leaves(c, slots, mtp):
+        for layer in range(leaf.layers if leaf.kind != "slots" else 0):
             name = _unit(c, leaf.stack, leaf.path, layer)
             if not leaf.experts:
                 found.setdefault(name, {})[leaf.path] = Array(leaf, layer)
@@ -223,11 +217,6 @@ class OrbaxDirectory:
             slot = self.placement[expert]
             start, stop = next((a, b) for a, b in _parts(self.slots) if a <= slot < b)
             unit, at = f"{unit}.slots.{start}-{stop - 1}", slot - start
-        values = _read(self.directory / "units" / unit, path, self._array(unit, path), at)
-        with np.errstate(over="ignore"):
-            out[...] = values.astype(out.dtype, copy=False)
-        if not np.isfinite(out).all():
-            where = self.directory / "units" / unit
-            raise CmxError(
-                f"{where}: array {path} holds NaN or infinity as {out.dtype}, expected finite numbers"
-            )
+        where = self.directory / "units" / unit
+        values = _read(where, path, self._array(unit, path), at)
+        out[...] = finite(values, out.dtype, f"{where}: array {path}")

@@ -21,7 +21,7 @@ from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.load import Checkpoint
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.weights import Leaf, Weights, weight_tree
+from cmx_jax.model.weights import Weights, all_leaves
 from cmx_jax.quant.blocks import quantize_channels
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
@@ -46,19 +46,17 @@ class PieceReader:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self._last = checkpoint, ((("", "", 0, 0), ""), np.zeros(0))
-        self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-
-        def note(leaf: Leaf) -> None:
-            behind = 2 if leaf.experts else 1 if leaf.stack else 0
-            self.shapes[leaf.stack, leaf.path] = leaf.shape[behind:]
-
-        weight_tree(checkpoint.config, max(checkpoint.config.n_routed_experts, 1), note, checkpoint.mtp)
+        c = checkpoint.config
+        leaves = all_leaves(c, c.n_routed_experts, checkpoint.mtp)
+        self.shapes: dict[tuple[str, str], tuple[int, ...]] = {
+            (leaf.stack, leaf.path): leaf.piece_shape for leaf in leaves
+        }
 
     def piece(self, piece: Piece, dtype: str) -> np.ndarray:
         """One piece; the last one is kept, since gate and up come out of the same."""
         if self._last[0] != (piece, dtype):
             self._last = ((("", "", 0, 0), ""), np.zeros(0))  # before the next one takes memory
-            out = np.empty(self.shapes[piece[:2]], np.dtype(dtype))
+            out = np.empty(self.shapes[piece[0], piece[1]], np.dtype(dtype))
             self.checkpoint.fill(piece, out)
             self._last = ((piece, dtype), out)
         return self._last[1]

@@ -4,10 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cmx_jax.model.config import ModelConfig, RopeConfig, expect
+from cmx_jax.model.config import MAX_LAYERS, ModelConfig, RopeConfig, expect
 from cmx_jax.model.fields import Raw, flag, integer, mapping, number, token_ids
-
-MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
