@@ -23,7 +23,7 @@ class Rebalanced(NamedTuple):
     logcnt: np.ndarray
 
 
-def _pack(weight: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
+def pack(weight: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
     """Items into packs of equally many: heaviest first, each into the lightest pack that has room.
 
     Args:
@@ -49,7 +49,7 @@ def _pack(weight: np.ndarray, packs: int) -> tuple[np.ndarray, np.ndarray]:
     return pack, place
 
 
-def _replicate(weight: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def replicate(weight: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gives each further slot to the expert whose replicas are loaded most.
 
     Returns:
@@ -79,14 +79,14 @@ def _hierarchical(
     layers, experts = weight.shape
     size, per_node = experts // groups, experts // nodes
     loads = weight.reshape(layers, groups, size).sum(axis=-1, dtype=np.float32)
-    node, place = _pack(loads, nodes)
+    node, place = pack(loads, nodes)
     first = (node * (groups // nodes) + place) * size
     placed_of = (first[:, :, None] + np.arange(size)).reshape(layers, experts)  # expert -> number by node
     expert_of = _inverse(placed_of)
     by_node = np.take_along_axis(weight, expert_of, axis=1).reshape(-1, per_node)
-    local, replica, count = _replicate(by_node, slots // nodes)
+    local, replica, count = replicate(by_node, slots // nodes)
     shares = np.take_along_axis(by_node / count.astype(np.float32), local, axis=1)
-    rank, place = _pack(shares, ranks // nodes)
+    rank, place = pack(shares, ranks // nodes)
     slot_of = _inverse(rank * (slots // ranks) + place)
     local = np.take_along_axis(local, slot_of, axis=1).reshape(layers, nodes, -1)
     placed = (local + np.arange(0, experts, per_node)[None, :, None]).reshape(layers, slots)

@@ -46,6 +46,7 @@ class ExchangeStats:
 
     rounds: Any  # [] int32
     sent: Any  # [] int32: messages this rank sent, to its own experts included
+    received: Any  # [] int32: messages that this rank's experts answered
 
 
 @runtime_checkable
@@ -120,14 +121,20 @@ class _Outbox(NamedTuple):
     longest: Int[Array, ""]
 
 
+def turns(keys: Int[Array, " M"], bins: int) -> tuple[Int[Array, " M"], Int[Array, " B"]]:
+    """How many equal keys stand before each, and how often each key in `[0, bins)` is there."""
+    order = jnp.argsort(keys, stable=True)
+    counts = jnp.bincount(keys, length=bins)
+    start = jnp.cumsum(counts) - counts
+    place = jnp.zeros_like(keys).at[order].set(jnp.arange(keys.shape[0], dtype=keys.dtype))
+    return place - start[keys], counts
+
+
 def _queue(slots: Int[Array, " M"], slots_per_rank: int, ranks: int) -> _Outbox:
     """Queues messages by destination, in the order of their tokens."""
     rank = jnp.where(slots < 0, ranks, slots // slots_per_rank)
-    order = jnp.argsort(rank, stable=True)
-    counts = jnp.bincount(rank, length=ranks + 1)
-    start = jnp.cumsum(counts) - counts
-    place = jnp.zeros_like(rank).at[order].set(jnp.arange(rank.shape[0], dtype=rank.dtype))
-    return _Outbox(rank, place - start[rank], jnp.max(counts[:ranks]))
+    turn, counts = turns(rank, ranks + 1)
+    return _Outbox(rank, turn, jnp.max(counts[:ranks]))
 
 
 def drained(
@@ -165,7 +172,8 @@ def drained(
     outbox = _queue(flat_slots, slots_per_rank, ranks)
     back = x.dtype if wire == "float32" else jnp.dtype(jnp.bfloat16)
 
-    def one_round(turn: Int[Array, ""] | int, results: Array) -> Array:
+    def one_round(turn: Int[Array, ""] | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        results, count = carry
         row = outbox.turn - turn * rows
         here = (row >= 0) & (row < rows) & (outbox.rank < ranks)
         place = jnp.where(here, outbox.rank * rows + row, ranks * rows)
@@ -175,23 +183,24 @@ def drained(
         with jax.named_scope("Dispatch"):
             mail = _pack(x[source // top_k], flat_slots[source] % slots_per_rank, valid, wire)
             mail = move(mail, axis)
-        received, local = _unpack(mail, width, wire, x.dtype)
-        answers = experts(received, local).astype(back)
+        rows_, local = _unpack(mail, width, wire, x.dtype)
+        answers = experts(rows_, local).astype(back)
         with jax.named_scope("Combine"):
             answers = move(answers, axis)
-        return results.at[box].set(answers.astype(x.dtype), mode="drop")
+        results = results.at[box].set(answers.astype(x.dtype), mode="drop")
+        return results, count + jnp.sum(local >= 0).astype(jnp.int32)
 
-    results = jnp.zeros((messages, width), x.dtype)
+    start = jnp.zeros((messages, width), x.dtype), jnp.zeros((), jnp.int32)
     if rows >= worst_case_rows(tokens, top_k, slots_per_rank):
         rounds = jnp.ones((), jnp.int32)
-        results = one_round(0, results)
+        results, received = one_round(0, start)
     else:  # every rank must take part in every round, so all agree on their number first
         rounds = jax.lax.pmax(-(-outbox.longest // rows), axis).astype(jnp.int32)
-        results = jax.lax.fori_loop(0, rounds, one_round, results)
+        results, received = jax.lax.fori_loop(0, rounds, one_round, start)
     used = jnp.where(slots < 0, 0.0, weights)
     answers = results.reshape(tokens, top_k, width).astype(jnp.float32)
     y = jnp.einsum("tk,tkd->td", used, answers, precision="highest").astype(x.dtype)
-    return y, ExchangeStats(rounds=rounds, sent=jnp.sum(flat_slots >= 0).astype(jnp.int32))
+    return y, ExchangeStats(rounds, jnp.sum(flat_slots >= 0).astype(jnp.int32), received)
 
 
 def _at_once(mail: Shaped[Array, "GN M"], axis: Axis) -> Shaped[Array, "GN M"]:
@@ -234,7 +243,7 @@ def gathered(
     first = jax.lax.axis_index(axis) * slots_per_rank
     with jax.named_scope("Dispatch"):
         mail = _pack(x, jnp.zeros(tokens, jnp.int32), jnp.any(sent, axis=1), wire)
-        mail, slots, weights = (_gather(a, names) for a in (mail, slots, jnp.where(sent, weights, 0.0)))
+        mail, slots, weights = (gather(a, axis) for a in (mail, slots, jnp.where(sent, weights, 0.0)))
         received, _ = _unpack(mail, width, wire, x.dtype)
     mine = (slots >= first) & (slots < first + slots_per_rank)
     most = min(top_k, slots_per_rank)  # the slots of a token are all different
@@ -249,13 +258,14 @@ def gathered(
         y = jnp.einsum("tk,tkd->td", used, answers, precision="highest")
         for name in names:
             y = jax.lax.psum_scatter(y, name, scatter_dimension=0, tiled=True)
-    return y.astype(x.dtype), ExchangeStats(jnp.ones((), jnp.int32), jnp.sum(sent).astype(jnp.int32))
+    counts = (jnp.sum(a).astype(jnp.int32) for a in (sent, local >= 0))
+    return y.astype(x.dtype), ExchangeStats(jnp.ones((), jnp.int32), *counts)
 
 
-def _gather(x: Array, names: tuple[str, ...]) -> Array:
-    """Of all ranks, one axis after another: one gather over several does not run as lanes."""
-    for name in reversed(names):
-        x = jax.lax.all_gather(x, name, tiled=True)
+def gather(x: Array, axis: Axis, dim: int = 0) -> Array:
+    """Of all ranks along `dim`, axis by axis: one gather over several mesh axes does not run as lanes."""
+    for name in reversed((axis,) if isinstance(axis, str) else axis):
+        x = jax.lax.all_gather(x, name, axis=dim, tiled=True)
     return x
 
 

@@ -22,6 +22,10 @@ class Layout:
       experts: axes over which expert slots are split. It may share axes with `data`: the paper's decode
         instance is data-parallel attention and expert-parallel MoE over the same ranks.
       slots: expert slots over all ranks, equally many on each; slots that hold no expert stay empty.
+      redundant_slots: how many of them hold further replicas of busy experts.
+      shared_slots: how many hold copies of the shared expert; with 0 it is on every rank.
+      sequence: axes over which ranks share each sequence, by tokens and then by heads (section 4.3.1).
+      microbatches: streams in which a step's rows go through the layers (sections 4.2.3, 4.3.2).
       exchange: how tokens reach their experts, a name in `cmx_jax.mesh.exchange.EXCHANGES`.
       wire: type of dispatched tokens; results return in the model's type (bfloat16 behind `int8`).
       mailbox_rows: rows a peer's mailbox has; None sizes it for twice the mean load, 0 for the worst case.
@@ -31,6 +35,10 @@ class Layout:
     data: tuple[str, ...]
     experts: tuple[str, ...]
     slots: int
+    redundant_slots: int = 0
+    shared_slots: int = 0
+    sequence: tuple[str, ...] = ()
+    microbatches: int = 1
     exchange: str = "flat"
     wire: str = "float32"
     mailbox_rows: int | None = None
@@ -42,13 +50,19 @@ class Layout:
                 raise CmxError(f"layout: axis {name!r} is given twice")
             if size < 1:
                 raise CmxError(f"layout: axis {name!r} has size {size}, expected at least 1")
-        for field in ("data", "experts"):
+        for field in ("data", "experts", "sequence"):
             used = getattr(self, field)
             for name in used:
                 if name not in names:
                     raise CmxError(f"layout: {field} uses axis {name!r}, expected one of {names}")
                 if used.count(name) > 1:
                     raise CmxError(f"layout: {field} uses axis {name!r} twice")
+        for name in self.sequence:
+            if name in self.data:
+                raise CmxError(f"layout: axis {name!r} carries data and sequence, expected one of them")
+        for field, least in (("redundant_slots", 0), ("shared_slots", 0), ("microbatches", 1)):
+            if getattr(self, field) < least:
+                raise CmxError(f"layout: {field} is {getattr(self, field)}, expected {least} or more")
         ranks = self.expert_ranks
         if self.slots < 1 or self.slots % ranks:
             raise CmxError(
@@ -87,6 +101,20 @@ class Layout:
         return self.slots // self.expert_ranks
 
     @property
+    def sequence_ranks(self) -> int:
+        return self.size(self.sequence)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether an expert may have several slots."""
+        return self.redundant_slots > 0 or self.shared_slots > 0
+
+    @property
+    def token_spec(self) -> P:
+        """Spec of an array of tokens `[B, T]`."""
+        return P(self.data, self.sequence)
+
+    @property
     def data_spec(self) -> P:
         """Spec of an array whose first axis is split like the sequences."""
         return P(self.data)
@@ -115,14 +143,18 @@ class Layout:
 MAX_RANKS = 4096  # several supernodes; on one machine memory ends long before
 
 
-def expert_parallel(ranks: int, experts: int, *, exchange: str = "flat", **fields: Any) -> Layout:
-    """The paper's layout (section 2): data-parallel attention and expert-parallel MoE over all ranks.
+def expert_parallel(
+    ranks: int, experts: int, *, exchange: str = "flat", share_sequences: bool = False, **fields: Any
+) -> Layout:
+    """The paper's layouts (section 2): expert-parallel MoE over all ranks, and over the same ranks either
+    data-parallel attention (decode) or, with `share_sequences`, SP-TP-SP (prefill).
 
-    256 experts get 320 slots on 160 ranks: the smallest number that is equal on each. The ranks lie on one
+    256 experts get 320 slots on 160 ranks: the smallest number that is equal on each; with
+    `redundant_slots` or `shared_slots` exactly as many as these and the experts need. The ranks lie on one
     axis `ep`, or for the hierarchical exchange on two, `node` and `npu`. `fields`: others of `Layout`.
 
     Raises:
-      CmxError: there is no rank, or they are no whole nodes where nodes are needed.
+      CmxError: there is no rank, or they are no whole nodes where nodes are needed, or slots do not divide.
     """
     if ranks < 1:
         raise CmxError(f"{ranks} ranks, expected at least 1")
@@ -135,6 +167,8 @@ def expert_parallel(ranks: int, experts: int, *, exchange: str = "flat", **field
             raise CmxError(f"{ranks} ranks, expected whole nodes of {per_node} for exchange 'hierarchical'")
         axes = (("node", ranks // per_node), ("npu", per_node))
     names = tuple(name for name, _ in axes)
-    slots = -(-max(experts, 1) // ranks) * ranks
-    given: dict[str, Any] = {"slots": slots, "exchange": exchange} | fields
-    return Layout(axes=axes, data=names, experts=names, **given)
+    extra = fields.get("redundant_slots", 0) + fields.get("shared_slots", 0)
+    slots = experts + extra if extra else -(-max(experts, 1) // ranks) * ranks
+    split: dict[str, Any] = {"data": (), "sequence": names} if share_sequences else {"data": names}
+    given: dict[str, Any] = {"slots": slots, "exchange": exchange} | split | fields
+    return Layout(axes=axes, experts=names, **given)

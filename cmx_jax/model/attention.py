@@ -1,55 +1,124 @@
-"""Attention of any family, chosen by its weights: what a decoder layer calls.
+"""Attention of any family, as a decoder layer calls it: from normed hidden states back to the model's width.
 
-query, rows = prolog(...)         rows go to the cache
-out = prefill(query, rows, ...)   over rows at hand
-out = decode(query, rows, ...)    over rows read from pages, of which some may be rubbish
-x = project_out(out, ...)
+Two ways to spread it over ranks. `local`: each rank attends for its own sequences. `staged`: the ranks share
+every sequence, by tokens and then by heads (SP-TP-SP, section 4.3.1).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from cmx_jax.mesh.exchange import Axis, gather
+from cmx_jax.model import cache as paged
 from cmx_jax.model import gqa, mla
 from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
 from cmx_jax.model.layers import biased, visible
 from cmx_jax.model.weights import GQA, MLA
 
+Attend = Callable[
+    [Int[Array, ""], LayerKind, Float[Array, "B T D"], MLA | GQA],
+    tuple[Float[Array, "B T D"], Float[Array, "B S C"]],
+]
+"""(number of the layer, its kind, hidden states, weights) -> what is added to them, rows for the cache."""
 
-def prolog(
-    x: Float[Array, "B T D"], positions: Int[Array, "B T"], kind: LayerKind, w: MLA | GQA, c: ModelConfig
-) -> tuple[Any, Float[Array, "B T C"]]:
-    """The queries, and the row of each token that the cache keeps."""
-    if isinstance(w, MLA):
-        return mla.prolog(x, positions, kind, w, c)
-    return gqa.prolog(x, positions, kind, w, c)
+Held = Callable[[Int[Array, ""]], Float[Array, "B S C"]]
+"""Number of a layer -> the rows that a batch's pages hold of it. Unseen rows may hold anything."""
 
 
-def masks(positions: Int[Array, "B T"], span: int, c: ModelConfig) -> dict[bool, Bool[Array, "B T S"]]:
-    """Which of the positions 0 to `span - 1` each token sees, in layers that are chunked and that are not."""
-    a = c.attention
+@struct.dataclass
+class Where:
+    """Where tokens stand: `positions [B, T]` in their sequences (-1: padding), which begin at the addresses
+    `begin [B, T]` (None: 0)."""
+
+    positions: Any
+    begin: Any = None
+
+    @property
+    def addresses(self) -> Int[Array, "B T"]:
+        """Of each token's row; -1 of padding."""
+        if self.begin is None:
+            return self.positions
+        return jnp.where(self.positions < 0, -1, self.begin + self.positions)
+
+
+def masks(where: Where, span: int, c: ModelConfig) -> dict[bool, Bool[Array, "B T S"]]:
+    """Which of the addresses 0 to `span - 1` each token sees, in layers that are chunked and that are not."""
+    a, positions, begin = c.attention, where.positions, where.begin
     if not isinstance(a, GQAConfig):
-        return {False: visible(positions, span)}
+        return {False: visible(positions, span, begin=begin)}
     return {
-        chunked: visible(positions, span, a.chunk_size if chunked else None, a.sliding_window)
-        for chunked in {kind.chunked for kind in c.layers}
+        chunked: visible(positions, span, a.chunk_size if chunked else None, a.sliding_window, begin)
+        for chunked in {kind.chunked for kind in c.layers} | {False}
     }
 
 
-def prefill(
-    q: Any, rows: Float[Array, "B S C"], mask: Bool[Array, "B T S"], w: MLA | GQA, c: ModelConfig
-) -> Float[Array, "B T H V"]:
-    """Attention with many queries a row: MLA expanded. Every row must be finite."""
-    return mla.expanded(q, rows, mask, w, c) if isinstance(w, MLA) else gqa.attend(q, rows, mask, w, c)
+def local(
+    where: Where, span: int, c: ModelConfig, held: Held | None = None, absorbed: bool = False
+) -> Attend:
+    """Attention of a rank to its own sequences.
+
+    Args:
+      where: the tokens.
+      span: addresses `S` of a batch row.
+      c: the model.
+      held: what the pages hold; None if the tokens are all there is, each at the address of its index.
+      absorbed: MLA in latent space: cheaper for few tokens.
+    """
+    seen, at = masks(where, span, c), jnp.maximum(where.positions, 0)
+
+    def attend(number: Any, kind: LayerKind, h: Any, w: MLA | GQA) -> tuple[Any, Any]:
+        q, rows = (mla if isinstance(w, MLA) else gqa).prolog(h, at, kind, w, c)
+        every = rows if held is None else paged.insert(held(number), where.addresses, rows)
+        if isinstance(w, MLA):
+            out = (mla.absorbed if absorbed else mla.expanded)(q, every, seen[kind.chunked], w, c)
+        else:
+            out = gqa.attend(q, every, seen[kind.chunked], w, c)
+        return project_out(out, w), rows
+
+    return attend
 
 
-def decode(
-    q: Any, rows: Float[Array, "B S C"], mask: Bool[Array, "B T S"], w: MLA | GQA, c: ModelConfig
-) -> Float[Array, "B T H V"]:
-    """Attention with few queries a row: MLA absorbed. Rows that no query sees may hold anything."""
-    return mla.absorbed(q, rows, mask, w, c) if isinstance(w, MLA) else gqa.attend(q, rows, mask, w, c)
+def staged(
+    positions: Int[Array, "B t"],
+    whole: Where,
+    span: int,
+    c: ModelConfig,
+    axis: Axis,
+    held: Held | None = None,
+) -> Attend:
+    """Attention of ranks that share their sequences: SP down, all-gather of the latents, TP over heads up
+    and in attention, all-to-all back to SP for O_proj.
+
+    The gathered latents are `Q + C` wide where hidden states are `D`. The weights `q_b`, `k_b` and `v_b`
+    are of this rank's heads.
+
+    Args:
+      positions: of this rank's share of the tokens.
+      whole: of all of them, as are the rows that come back.
+      span: addresses `S` of a batch row.
+      c: the model.
+      axis: the ranks.
+      held: what the pages hold; see `local`.
+    """
+    seen, at = masks(whole, span, c)[False], jnp.maximum(whole.positions, 0)
+
+    def attend(number: Any, kind: LayerKind, h: Any, w: MLA | GQA) -> tuple[Any, Any]:
+        del kind
+        assert isinstance(w, MLA)
+        q, rows = mla.down(h, jnp.maximum(positions, 0), w, c)
+        with jax.named_scope("GatherLatents"):
+            q, rows = gather(q, axis, 1), gather(rows, axis, 1)
+        every = rows if held is None else paged.insert(held(number), whole.addresses, rows)
+        out = mla.expanded(mla.up(q, at, w, c), every, seen, w, c)
+        with jax.named_scope("HeadsToTokens"):
+            out = jax.lax.all_to_all(out, axis, 1, 2, tiled=True)
+        return project_out(out, w), rows
+
+    return attend
 
 
 def project_out(out: Float[Array, "B T H V"], w: MLA | GQA) -> Float[Array, "B T D"]:

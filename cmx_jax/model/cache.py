@@ -4,8 +4,12 @@ Per token and layer it keeps one row: of MLA the latent and the rotated key, of 
 values. `C` here is the length of a row (`ModelConfig.row_dim`). A page holds `W` tokens of all layers, so
 that a sequence moves as whole pages:
 
-    pages [P, L, W, C]      page_table [B, pages of a sequence]: position s lies in
+    pages [P, L, W, C]      page_table [B, pages of a batch row]: address s of row b lies in
                             page_table[b, s // W], row s % W
+
+A batch row's addresses 0 to S - 1 hold one sequence, or several that are packed behind each other, each
+from a page's beginning on. A step reads the pages as they were before it and puts its own rows in at once,
+of all layers, when it is done: so no layer, and no microbatch, waits for another one's writing.
 
 A table entry of `NO_PAGE` is no page: writes to it are dropped, reads give zeros. Rows beyond a
 sequence's length may hold anything, NaN included; readers mask them.
@@ -34,33 +38,41 @@ class PagedCache:
         return self.pages.shape[2]
 
 
-def abstract_cache(c: ModelConfig, pages: int, width: int, dtype: Any) -> PagedCache:
-    """Shape of a cache of `pages` pages of `width` tokens."""
-    shape = (pages, c.num_hidden_layers, width, c.row_dim)
+def abstract_cache(c: ModelConfig, pages: int, width: int, dtype: Any, mtp: bool = False) -> PagedCache:
+    """Shape of a cache of `pages` pages of `width` tokens; `mtp`: of the MTP layer too, behind the others."""
+    shape = (pages, c.num_hidden_layers + mtp, width, c.row_dim)
     return PagedCache(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
 
 
 def write(
     cache: PagedCache,
-    layer: Int[Array, ""] | int,
     page_table: Int[Array, "B P"],
-    positions: Int[Array, "B T"],
-    rows: Float[Array, "B T C"],
+    addresses: Int[Array, "B T"],
+    rows: Float[Array, "L B T C"],
 ) -> PagedCache:
-    """Puts each row at its position. Position -1 is written nowhere."""
-    slot = jnp.where(positions < 0, 0, positions // cache.width)
+    """Puts each token's rows, one of each layer, at its address. Address -1 is written nowhere."""
+    slot = jnp.where(addresses < 0, 0, addresses // cache.width)
     page = jnp.take_along_axis(page_table, slot, axis=1, mode="fill", fill_value=NO_PAGE)
-    page = jnp.where(positions < 0, NO_PAGE, page)
-    at = cache.pages.at[page, layer, positions % cache.width]
-    return PagedCache(at.set(rows.astype(cache.pages.dtype), mode="drop"))
+    page = jnp.where(addresses < 0, NO_PAGE, page)
+    at = cache.pages.at[page, : rows.shape[0], addresses % cache.width]
+    return PagedCache(at.set(jnp.moveaxis(rows, 0, 2).astype(cache.pages.dtype), mode="drop"))
 
 
 def read(
     cache: PagedCache, layer: Int[Array, ""] | int, page_table: Int[Array, "B P"]
 ) -> Float[Array, "B S C"]:
-    """All rows of each sequence's pages in order of position, `S = pages of a sequence * W`."""
+    """All rows of one layer in order of address, `S = pages of a batch row * W`."""
     rows = cache.pages.at[page_table, layer].get(mode="fill", fill_value=0)
     return rows.reshape(page_table.shape[0], -1, cache.pages.shape[-1])
+
+
+def insert(
+    held: Float[Array, "B S C"], addresses: Int[Array, "B T"], rows: Float[Array, "B T C"]
+) -> Float[Array, "B S C"]:
+    """What was read, with new rows at their addresses; those at -1 or behind `S` go nowhere."""
+    at = jnp.where(addresses < 0, held.shape[1], addresses)
+    each = jnp.arange(held.shape[0], dtype=jnp.int32)[:, None]
+    return held.at[each, at].set(rows.astype(held.dtype), mode="drop")
 
 
 def take_pages(cache: PagedCache, ids: Int[Array, " N"]) -> Float[Array, "N L W C"]:

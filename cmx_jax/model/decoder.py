@@ -2,25 +2,46 @@
 
 Prefill, decode and training differ only in two functions that they pass in: how new tokens attend
 (`Attend`) and how experts are run (`RunExperts`).
+
+Tokens go through the layers in one stream, or in several (microbatches, sections 4.2.3 and 4.3.2). No value
+of one stream depends on another, so a backend may run the attention of one while the experts of another are
+under way.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from cmx_jax.model.attention import project_out, prolog
+from cmx_jax.model.attention import Attend
 from cmx_jax.model.config import LayerKind, ModelConfig, segments
 from cmx_jax.model.layers import layer_norm, rms_norm, swiglu
 from cmx_jax.model.moe import MoEStats, RunExperts, moe
-from cmx_jax.model.weights import FFN, GQA, MLA, MTP, Experts, Layer, Weights, split_experts
+from cmx_jax.model.weights import FFN, Experts, Layer, Weights, split_experts
 
-Attend = Callable[[Any, Array, LayerKind, Any, Array, MLA | GQA], tuple[Array, Any]]
-"""(cache, layer index, kind, queries, new rows, weights) -> (attention output [B, T, H, V], cache)."""
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens that go through the layers together: ids `[B, T]`, whether each is one, how they attend."""
+
+    tokens: Any
+    active: Any
+    attend: Attend
+
+
+class Decoded(NamedTuple):
+    """What became of a stream: hidden states `[B, T, D]`, the rows of its tokens in all layers
+    `[L, B, T, C]`, and stats of the MoE layers, which come first in their arrays (None without any)."""
+
+    hidden: Any
+    rows: Any
+    stats: Any
+
 
 MTP_KIND = LayerKind(moe=True)
 
@@ -33,78 +54,77 @@ def norm(x: Float[Array, "*B D"], weight: Float[Array, " D"] | None, c: ModelCon
 
 
 def layer(
-    x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
-    active: Bool[Array, "B T"],
+    xs: Sequence[Float[Array, "B T D"]],
+    streams: Sequence[Stream],
     w: Layer,
     kind: LayerKind,
     experts: Experts,
+    number: Int[Array, ""],
     index: Int[Array, ""],
     c: ModelConfig,
-    attend: Callable[[Any, Array, MLA | GQA], tuple[Array, Any]],
     run: RunExperts,
-) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
-    """Attention and FFN with residuals, one behind the other or side by side; stats are None of a dense
-    layer.
+) -> list[Decoded]:
+    """Attention and FFN with residuals, one behind the other or side by side, of each stream.
 
-    `w` is of one layer, `experts` of the stack, in which it is number `index`.
+    Args:
+      xs: hidden states of each stream.
+      streams: the rest of them.
+      w: weights of this layer.
+      kind: its kind.
+      experts: of the stack that it lies in.
+      number: of the layer among all.
+      index: of the layer in its stack.
+      c: the model.
+      run: how experts are run.
     """
-    h = norm(x, w.attn_norm, c)
-    query, rows = prolog(h, positions, kind, w.attn, c)
-    out, cache = attend(query, rows, w.attn)
-    attended = x + norm(project_out(out, w.attn), w.attn_out_norm, c)
-    h = h if c.block == "parallel" else norm(attended, w.ffn_norm, c)
+    between = []
+    for x, stream in zip(xs, streams, strict=True):
+        h = norm(x, w.attn_norm, c)
+        out, rows = stream.attend(number, kind, h, w.attn)
+        attended = x + norm(out, w.attn_out_norm, c)
+        between.append((h if c.block == "parallel" else norm(attended, w.ffn_norm, c), attended, rows))
+    done = []
+    for (h, attended, rows), stream in zip(between, streams, strict=True):
+        y, stats = _ffn(h, stream.active, w, experts, index, c, run)
+        done.append(Decoded(attended + norm(y, w.ffn_out_norm, c), rows, stats))
+    return done
+
+
+def _ffn(
+    h: Array, active: Array, w: Layer, experts: Experts, index: Array, c: ModelConfig, run: RunExperts
+) -> tuple[Array, MoEStats | None]:
     if isinstance(w.ffn, FFN):
         with jax.named_scope("DenseFFN"):
-            return attended + norm(swiglu(h, w.ffn), w.ffn_out_norm, c), cache, None
+            return swiglu(h, w.ffn), None
     y, stats = moe(h.reshape(-1, h.shape[-1]), active.reshape(-1), w.ffn, experts, index, c, run)
-    return attended + norm(y.reshape(x.shape), w.ffn_out_norm, c), cache, stats
+    return y.reshape(h.shape), stats
 
 
-def decoder(
-    weights: Weights,
-    c: ModelConfig,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    active: Bool[Array, "B T"],
-    cache: Any,
-    attend: Attend,
-    run: RunExperts,
-) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
-    """Embedding, all layers, final norm.
-
-    Returns:
-      Hidden states after the final norm, the cache, and the MoE layers' stats with a leading axis of
-      MoE layers (None without any).
-    """
-    carry, stats = (weights.embed[tokens], cache), []
+def decoder(weights: Weights, c: ModelConfig, streams: Sequence[Stream], run: RunExperts) -> list[Decoded]:
+    """Embedding, all layers, final norm, of each stream."""
+    xs: Any = [weights.embed[stream.tokens] for stream in streams]
     first, done = 0, {"dense": 0, "moe": 0}  # layers behind us, in all and of each stack
+    parts: list[Any] = []
 
-    def one(carry: Any, w: Layer, kind: LayerKind, experts: Experts, number: Array, index: Array) -> Any:
-        x, cache = carry
-        x, cache, stats = layer(
-            x,
-            positions,
-            active,
-            w,
-            kind,
-            experts,
-            index,
-            c,
-            lambda q, rows, a: attend(cache, number, kind, q, rows, a),
-            run,
-        )
-        return (x, cache), stats
+    def one(xs: Any, w: Layer, kind: LayerKind, experts: Experts, number: Array, index: Array) -> Any:
+        results = layer(xs, streams, w, kind, experts, number, index, c, run)
+        return [r.hidden for r in results], [r.rows for r in results], [r.stats for r in results]
 
     for times, pattern in segments(c.layers):
-        carry, ys = _scan(weights, times, pattern, first, done, carry, one)
-        stats += [] if ys is None else [ys]
+        xs, ys = _scan(weights, times, pattern, first, done, xs, one)
+        parts.append(ys)
         first += times * len(pattern)
         for kind in pattern:
             done[_stack(kind)] += times
-    x, _ = carry
-    merged = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None
-    return norm(x, weights.norm, c), carry[1], merged
+    rows, stats = (_concatenated([part[i] for part in parts]) for i in (0, 1))
+    found = [None] * len(xs) if stats is None else stats
+    return [Decoded(norm(x, weights.norm, c), *of) for x, *of in zip(xs, rows, found, strict=True)]
+
+
+def _concatenated(parts: list[Any]) -> Any:
+    """Along the first axis, without those that are None."""
+    there = [part for part in parts if part is not None]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *there) if there else None
 
 
 def _stack(kind: LayerKind) -> str:
@@ -117,10 +137,11 @@ def _scan(
     pattern: tuple[LayerKind, ...],
     first: int,
     done: dict[str, int],
-    carry: Any,
+    xs: Any,
     one: Callable[..., Any],
-) -> tuple[Any, MoEStats | None]:
-    """Runs a pattern of layers several times, as one loop.
+) -> tuple[Any, tuple[Any, Any]]:
+    """Runs a pattern of layers several times, as one loop; returns hidden states, and rows and stats of each
+    layer (None of dense layers).
 
     Args:
       weights: of the model.
@@ -128,27 +149,32 @@ def _scan(
       pattern: kinds of the layers of one round.
       first: number of the first layer.
       done: layers of each stack that lie before it.
-      carry: hidden states and cache.
+      xs: hidden states of each stream.
       one: runs one layer.
     """
     counts = {name: sum(_stack(kind) == name for kind in pattern) for name in map(_stack, pattern)}
     split = {name: split_experts(getattr(weights, name)) for name in counts}
     scanned = {name: layers for name, (layers, _) in split.items() if layers.attn_norm.shape[0] == times}
 
-    def body(carry: Any, xs: tuple[dict[str, Layer], Array]) -> tuple[Any, MoEStats | None]:
-        (here, i), used, stats = xs, dict.fromkeys(counts, 0), []
+    def body(xs: Any, at: tuple[dict[str, Layer], Array]) -> tuple[Any, tuple[Any, Any]]:
+        (here, i), used, rows, stats = at, dict.fromkeys(counts, 0), [], []
         for j, kind in enumerate(pattern):
             name = _stack(kind)
             layers, experts = split[name]
             index = done[name] + i * counts[name] + used[name]
             w = here[name] if name in here else _layer(layers, index)
-            carry, s = one(carry, w, kind, experts, first + i * len(pattern) + j, index)
-            stats += [] if s is None else [s]
+            xs, r, s = one(xs, w, kind, experts, first + i * len(pattern) + j, index)
+            rows.append(r)
+            stats += [s] if kind.moe else []
             used[name] += 1
-        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *stats) if stats else None
+        return xs, (_stacked(rows), _stacked(stats))
 
-    carry, stats = jax.lax.scan(body, carry, (scanned, jnp.arange(times, dtype=jnp.int32)))
-    return carry, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
+    xs, ys = jax.lax.scan(body, xs, (scanned, jnp.arange(times, dtype=jnp.int32)))
+    return xs, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+
+
+def _stacked(parts: list[Any]) -> Any:
+    return jax.tree.map(lambda *a: jnp.stack(a), *parts) if parts else None
 
 
 def _layer(stack: Layer, index: Array) -> Layer:
@@ -180,32 +206,39 @@ def logits(hidden: Float[Array, "*B D"], weights: Weights) -> Float[Array, "*B O
         return functools.reduce(jnp.add, parts)
 
 
+def with_mtp(main: Decoded, modules: Sequence[Decoded]) -> Decoded:
+    """Rows of the first MTP run behind those of the model, the stats of all behind its stats."""
+    stats = _concatenated([main.stats, *(module.stats for module in modules)])
+    return Decoded(main.hidden, jnp.concatenate([main.rows, modules[0].rows]), stats)
+
+
 def mtp_hidden(
     weights: Weights,
-    mtp: MTP,
     c: ModelConfig,
-    module: int,
     hidden: Float[Array, "B T D"],
-    next_tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    active: Bool[Array, "B T"],
-    attend: Callable[[Any, Array, MLA | GQA], tuple[Array, Any]],
+    stream: Stream,
     run: RunExperts,
-) -> tuple[Float[Array, "B T D"], Any, MoEStats | None]:
-    """One MTP module: from the hidden state at `i` and token `i + 1` to the state that predicts `i + 2`.
+    module: int = 0,
+) -> Decoded:
+    """One MTP module: from the hidden state at `i` and token `i + 1` to the state that predicts `i + 2`
+    (DeepSeek-V3 report, formulas 21 to 23).
 
     Args:
-      mtp: the MTP modules of `weights`.
+      weights: with MTP layers.
+      hidden: after the final norm, or the result of the module for the position before.
+      stream: the token *behind* each position, and how the module attends.
       module: which of them.
-      hidden: after the final norm (or the previous module's result).
-      next_tokens: the token behind each position.
     """
     with jax.named_scope("MTP"):
+        mtp = weights.mtp
+        assert mtp is not None
         stack, experts = split_experts(mtp.layer)
         w = jax.tree.map(lambda a: a[module], mtp.replace(layer=stack))
-        embedding = norm(weights.embed[next_tokens], w.enorm, c)
+        embedding = norm(weights.embed[stream.tokens], w.enorm, c)
         joined = jnp.concatenate([embedding, norm(hidden, w.hnorm, c)], axis=-1)
         x = jnp.einsum("bte,ed->btd", joined, w.eh_proj)
+        number = jnp.asarray(c.num_hidden_layers + module, jnp.int32)
         index = jnp.asarray(module, jnp.int32)
-        x, cache, stats = layer(x, positions, active, w.layer, MTP_KIND, experts, index, c, attend, run)
-        return norm(x, w.norm, c), cache, stats
+        [done] = layer([x], [stream], w.layer, MTP_KIND, experts, number, index, c, run)
+        one_layer = jax.tree.map(lambda a: a[None], done._replace(hidden=None))
+        return one_layer._replace(hidden=norm(done.hidden, w.norm, c))

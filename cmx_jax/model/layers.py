@@ -28,18 +28,25 @@ def biased(x: Array, bias: Array | None) -> Array:
 
 
 def visible(
-    positions: Int[Array, "B T"], span: int, chunk: int | None = None, window: int | None = None
+    positions: Int[Array, "B T"],
+    span: int,
+    chunk: int | None = None,
+    window: int | None = None,
+    begin: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Which of the positions 0 to `span - 1` a token at each position sees: those up to its own.
+    """Which of the addresses 0 to `span - 1` a token sees: those of its sequence up to its own position.
 
     Args:
-      positions: of the tokens; -1 sees nothing.
+      positions: of the tokens in their sequences; -1 sees nothing.
       span: `S`.
       chunk: only those of its own chunk of so many positions (Llama 4).
       window: only itself and the `window - 1` before it.
+      begin: address of position 0 of each token's sequence; None is 0 for all.
     """
     key, query = jnp.arange(span, dtype=jnp.int32)[None, None], positions[:, :, None]
-    mask = key <= query
+    if begin is not None:
+        key = key - begin[:, :, None]
+    mask = (key >= 0) & (key <= query)
     if chunk is not None:
         mask &= key // chunk == query // chunk
     if window is not None:

@@ -22,25 +22,39 @@ class Query(NamedTuple):
     rope: Float[Array, "B T H R"]
 
 
-def prolog(
-    x: Float[Array, "B T D"], positions: Int[Array, "B T"], kind: LayerKind, w: MLA, c: ModelConfig
-) -> tuple[Query, Float[Array, "B T C"]]:
-    """MLAProlog (section 4.2.2): queries, and the latents `[normed kv latent; rotated key]` to be cached."""
-    del kind  # all layers are alike
+def down(
+    x: Float[Array, "B T D"], positions: Int[Array, "B T"], w: MLA, c: ModelConfig
+) -> tuple[Float[Array, "B T Q"], Float[Array, "B T C"]]:
+    """The narrow half of MLAProlog (section 4.2.2): the query latent (without one `x` itself), and the row
+    `[normed kv latent; rotated key]` to be cached."""
     a = _config(c)
     with jax.named_scope("MLAProlog"):
         q = x
         if w.q_a is not None:
             q = biased(jnp.einsum("btd,dq->btq", x, w.q_a), w.q_a_bias)
             q = rms_norm(q, w.q_norm, a.latent_norm_eps)
-        q = jnp.einsum("btq,qhn->bthn", q, w.q_b)
-        nope, rope = jnp.split(q, [a.qk_nope_head_dim], axis=-1)
         kv = biased(jnp.einsum("btd,dc->btc", x, w.kv_a), w.kv_a_bias)
         latent, key = jnp.split(kv, [a.kv_lora_rank], axis=-1)
         latent = rms_norm(latent, w.kv_norm, a.latent_norm_eps)
         key = rotate(key[:, :, None], positions, c.rope)[:, :, 0]
-        query = Query(nope, rotate(rope, positions, c.rope))
-        return query, jnp.concatenate([latent, key], axis=-1)
+        return q, jnp.concatenate([latent, key], axis=-1)
+
+
+def up(q: Float[Array, "B T Q"], positions: Int[Array, "B T"], w: MLA, c: ModelConfig) -> Query:
+    """The wide half: the query of each head that `w` holds."""
+    with jax.named_scope("MLAProlog"):
+        heads = jnp.einsum("btq,qhn->bthn", q, w.q_b)
+        nope, rope = jnp.split(heads, [_config(c).qk_nope_head_dim], axis=-1)
+        return Query(nope, rotate(rope, positions, c.rope))
+
+
+def prolog(
+    x: Float[Array, "B T D"], positions: Int[Array, "B T"], kind: LayerKind, w: MLA, c: ModelConfig
+) -> tuple[Query, Float[Array, "B T C"]]:
+    """Queries, and the rows to be cached."""
+    del kind  # all layers are alike
+    q, rows = down(x, positions, w, c)
+    return up(q, positions, w, c), rows
 
 
 def _config(c: ModelConfig) -> MLAConfig:
@@ -51,8 +65,10 @@ def _config(c: ModelConfig) -> MLAConfig:
 def expanded(
     q: Query, latents: Float[Array, "B S C"], mask: Bool[Array, "B T S"], w: MLA, c: ModelConfig
 ) -> Float[Array, "B T H V"]:
-    """Attention over keys and values rebuilt from the latents. Every row of `latents` must be finite."""
+    """Attention over keys and values rebuilt from the latents, of the heads that `w` holds. Rows that no
+    query sees may hold anything, NaN included."""
     with jax.named_scope("FusedAttention"):
+        latents = seen_rows(latents, mask).astype(q.nope.dtype)
         latent, key = jnp.split(latents, [_config(c).kv_lora_rank], axis=-1)
         k = jnp.einsum("bsc,hnc->bhsn", latent, w.k_b)
         v = jnp.einsum("bsc,hvc->bhsv", latent, w.v_b)

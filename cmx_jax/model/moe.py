@@ -1,6 +1,7 @@
 """A token's path through a MoE layer: gate, dispatch, experts, combine, shared expert."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,17 +9,19 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.mesh.exchange import Axis, ExchangeStats, exchange
+from cmx_jax.mesh.exchange import ExchangeStats, exchange
+from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.placement import choose
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.layers import grouped_swiglu, swiglu
 from cmx_jax.model.router import route
 from cmx_jax.model.weights import Experts, MoE
 
 RunExperts = Callable[
-    [Float[Array, "T D"], Int[Array, "T K"], Float[Array, "T K"], Experts, Int[Array, ""]],
+    [Float[Array, "T D"], Int[Array, "T K"], Float[Array, "T K"], MoE, Experts, Int[Array, ""]],
     tuple[Float[Array, "T D"], ExchangeStats],
 ]
-"""Tokens, their global expert slots (-1: none) and weights, this rank's experts, layer -> weighted sums."""
+"""Tokens, their experts (-1: none) and weights, this layer, this rank's experts, layer -> weighted sums."""
 
 
 @struct.dataclass
@@ -29,18 +32,30 @@ class MoEStats:
     load: Any  # [E] int32
 
 
-def exchanged(method: str, *, axis: Axis, slots_per_rank: int, rows: int, wire: str) -> RunExperts:
-    """Runs experts where they are: dispatch over `axis`, grouped SwiGLU there, combine."""
-    send = exchange(method)
+def exchanged(layout: Layout, rows: int) -> RunExperts:
+    """Runs experts where they are: choose a replica, dispatch, grouped SwiGLU there, combine.
+
+    Args:
+      layout: the experts' slots, and the exchange.
+      rows: of a mailbox.
+    """
+    send = partial(
+        exchange(layout.exchange),
+        axis=layout.experts,
+        slots_per_rank=layout.slots_per_rank,
+        rows=rows,
+        wire=layout.wire,
+    )
 
     def run(
-        x: Array, slots: Array, weights: Array, experts: Experts, layer: Array
+        x: Array, chosen: Array, weights: Array, w: MoE, experts: Experts, layer: Array
     ) -> tuple[Array, ExchangeStats]:
         def ffn(rows_: Array, local: Array) -> Array:
             with jax.named_scope("MLP"):
                 return grouped_swiglu(rows_, local, experts, layer)
 
-        return send(x, slots, weights, ffn, axis=axis, slots_per_rank=slots_per_rank, rows=rows, wire=wire)
+        slots = choose(chosen, w.slots, w.first_slot, layout.experts, layout.replicated)
+        return send(x, slots, weights, ffn)
 
     return run
 
@@ -60,25 +75,45 @@ def moe(
     """
     with jax.named_scope("Gate"):
         routing = route(x, w.router, w.router_bias, c)
-        slots = jnp.where(active[:, None], w.slot_of_expert[routing.experts], -1)
-        chosen = jnp.where(active[:, None], routing.experts, c.n_routed_experts)
-        load = jnp.bincount(chosen.reshape(-1), length=c.n_routed_experts + 1)[:-1].astype(jnp.int32)
-    y, stats = _run(x, slots, routing.weights, experts, layer, c, run)
+        chosen = jnp.where(active[:, None], routing.experts, -1)
+        counted = jnp.where(chosen < 0, c.n_routed_experts, chosen)
+        load = jnp.bincount(counted.reshape(-1), length=c.n_routed_experts + 1)[:-1].astype(jnp.int32)
+        chosen, weights = _with_shared(chosen, routing.weights, w, c)
+    y, stats = _run(x, chosen, weights, w, experts, layer, c, run)
     if w.shared is not None:
         with jax.named_scope("SharedExpert"):
             y = y + swiglu(x, w.shared)
     return y, MoEStats(stats, load)
 
 
+def _with_shared(chosen: Array, weights: Array, w: MoE, c: ModelConfig) -> tuple[Array, Array]:
+    """Shared experts that lie in slots are chosen by every token, with weight 1."""
+    shared = w.first_slot.shape[0] - 1 - c.n_routed_experts
+    if not shared:
+        return chosen, weights
+    numbers = c.n_routed_experts + jnp.arange(shared, dtype=chosen.dtype)[None]
+    numbers = jnp.where(chosen[:, :1] < 0, -1, numbers)
+    ones = jnp.ones(numbers.shape, weights.dtype)
+    return jnp.concatenate([chosen, numbers], axis=1), jnp.concatenate([weights, ones], axis=1)
+
+
 def _run(
-    x: Array, slots: Array, weights: Array, experts: Experts, layer: Array, c: ModelConfig, run: RunExperts
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    w: MoE,
+    experts: Experts,
+    layer: Array,
+    c: ModelConfig,
+    run: RunExperts,
 ) -> tuple[Array, ExchangeStats]:
     """Weighted sum of the experts' results; under `weigh_input` the sum for weighted inputs (Llama 4).
 
     Each copy of a token is then another token, of one expert.
     """
     if not c.weigh_input:
-        return run(x, slots, weights, experts, layer)
+        return run(x, chosen, weights, w, experts, layer)
     scaled = (x[:, None] * weights[:, :, None].astype(x.dtype)).reshape(-1, x.shape[1])
-    y, stats = run(scaled, slots.reshape(-1, 1), jnp.ones((slots.size, 1), weights.dtype), experts, layer)
-    return jnp.sum(y.reshape(*slots.shape, -1), axis=1), stats
+    ones = jnp.ones((chosen.size, 1), weights.dtype)
+    y, stats = run(scaled, chosen.reshape(-1, 1), ones, w, experts, layer)
+    return jnp.sum(y.reshape(*chosen.shape, -1), axis=1), stats

@@ -18,7 +18,25 @@ class Sampling:
     seed: Any  # [B] uint32
 
 
-def greedy(logits: Float[Array, "B O"]) -> Int[Array, " B"]:
+def next_tokens(
+    logits: Float[Array, "B T O"], s: Sampling, positions: Int[Array, "B T"], sampled: bool
+) -> Int[Array, "B T"]:
+    """Greedy, or drawn as `sample` does.
+
+    Args:
+      logits: of tokens that stand at `positions`.
+      s: of each sequence `[B]`, or of each token `[B, T]`.
+      sampled: whether any is not greedy.
+    """
+    with jax.named_scope("Sampling"):
+        if not sampled:
+            return greedy(logits)
+        rows = jax.tree.map(lambda a: jnp.broadcast_to(a.reshape(len(a), -1), positions.shape).reshape(-1), s)
+        drawn = sample(logits.reshape(-1, logits.shape[-1]), rows, positions.reshape(-1))
+        return drawn.reshape(positions.shape)
+
+
+def greedy(logits: Float[Array, "*B O"]) -> Int[Array, " *B"]:
     """The likeliest token, the first of equals."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import GQAConfig, MLAConfig, ModelConfig
 
 Tensor = Any  # a jax.Array, np.ndarray, PartitionSpec or ShapeDtypeStruct
@@ -78,9 +79,10 @@ class MoE:
 
     router: Tensor  # [E, D]
     router_bias: Tensor  # [E], e_score_correction_bias: chooses experts, never weighs them; may be None
-    slot_of_expert: Tensor  # [E] int32: data, so that experts can move without a new program
+    slots: Tensor  # [X] int32, and
+    first_slot: Tensor  # [E + 1] int32: a `SlotTable`; data, so that experts can move without a new program
     experts: Experts
-    shared: FFN | None
+    shared: FFN | None  # None too where it lies in slots
 
 
 @struct.dataclass
@@ -198,13 +200,15 @@ def _ffn(t: _Builder, path: str, width: int, hidden: int) -> FFN:
     return FFN(t(f"{path}.gate_up", width, 2, hidden), t(f"{path}.down", hidden, width))
 
 
-def _moe(c: ModelConfig, t: _Builder, slots: int) -> MoE:
+def _moe(c: ModelConfig, t: _Builder, slots: int, shared_in_slots: bool) -> MoE:
     width, hidden, experts = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
-    shared = c.n_shared_experts * hidden
+    shared = 0 if shared_in_slots else c.n_shared_experts * hidden
+    placed = experts + (c.n_shared_experts if shared_in_slots else 0)
     return MoE(
         router=t("ffn.router", experts, width, kind="router"),
         router_bias=t("ffn.router_bias", experts, kind="router_bias") if c.router_bias else None,
-        slot_of_expert=t("ffn.slot_of_expert", experts, kind="slots"),
+        slots=t("ffn.slots", slots, kind="slots"),
+        first_slot=t("ffn.first_slot", placed + 1, kind="slots"),
         experts=Experts(
             t("ffn.experts.gate_up", slots, width, 2, hidden, experts=True),
             t("ffn.experts.down", slots, hidden, width, experts=True),
@@ -227,7 +231,13 @@ def _layer(c: ModelConfig, t: _Builder, ffn: FFN | MoE) -> Layer:
     )
 
 
-def weight_tree(c: ModelConfig, slots: int, make: Callable[[Leaf], Any], mtp: bool = True) -> Weights:
+def weight_tree(
+    c: ModelConfig,
+    slots: int,
+    make: Callable[[Leaf], Any],
+    mtp: bool = True,
+    shared_in_slots: bool = False,
+) -> Weights:
     """A `Weights` whose leaves are `make(leaf)`.
 
     Args:
@@ -235,6 +245,7 @@ def weight_tree(c: ModelConfig, slots: int, make: Callable[[Leaf], Any], mtp: bo
       slots: expert slots `X` over all ranks.
       make: what to put in each place.
       mtp: whether the MTP layers are there.
+      shared_in_slots: whether the shared expert lies in slots too.
     """
     width = c.hidden_size
     top = _Builder("", 0, make)
@@ -246,14 +257,14 @@ def weight_tree(c: ModelConfig, slots: int, make: Callable[[Leaf], Any], mtp: bo
         dense=_layer(c, dense, _ffn(dense, "ffn", width, c.intermediate_size))
         if c.num_dense_layers
         else None,
-        moe=_layer(c, moe, _moe(c, moe, slots)) if c.num_moe_layers else None,
+        moe=_layer(c, moe, _moe(c, moe, slots, shared_in_slots)) if c.num_moe_layers else None,
         norm=top("norm", width, kind="norm"),
         head=None if c.tie_word_embeddings else top("head", width, c.vocab_size),
         mtp=MTP(
             enorm=extra("enorm", width, kind="norm"),
             hnorm=extra("hnorm", width, kind="norm"),
             eh_proj=extra("eh_proj", 2 * width, width),
-            layer=_layer(c, extra, _moe(c, extra, slots)),
+            layer=_layer(c, extra, _moe(c, extra, slots, shared_in_slots)),
             norm=extra("norm", width, kind="norm"),
         )
         if mtp and c.num_nextn_predict_layers
@@ -315,16 +326,29 @@ def leaf_dtype(leaf: Leaf, dtype: Any) -> Any:
     return jnp.dtype(jnp.float32) if leaf.kind in ("router", "router_bias") else jnp.dtype(dtype)
 
 
-def abstract_weights(c: ModelConfig, slots: int, dtype: Any, mtp: bool = True) -> Weights:
+def laid_out(c: ModelConfig, layout: Layout, make: Callable[[Leaf], Any], mtp: bool) -> Weights:
+    """A `weight_tree` in the layout's slots."""
+    return weight_tree(c, layout.slots, make, mtp, layout.shared_slots > 0)
+
+
+def abstract_weights(c: ModelConfig, layout: Layout, dtype: Any, mtp: bool = True) -> Weights:
     """Shapes and dtypes without arrays."""
-    return weight_tree(c, slots, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(leaf, dtype)), mtp)
+    return laid_out(c, layout, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(leaf, dtype)), mtp)
 
 
-def leaf_spec(leaf: Leaf, expert_axes: tuple[str, ...]) -> P:
-    """Experts over `expert_axes`, everything else replicated (data-parallel attention, section 2)."""
-    return P(expert_axes) if leaf.experts else P()
+HEADS = {"attn.q_b": 2, "attn.k_b": 1, "attn.v_b": 1}
+"""The axis of heads of what ranks share when they share sequences (section 4.3.1)."""
 
 
-def weight_specs(c: ModelConfig, expert_axes: tuple[str, ...], mtp: bool = True) -> Weights:
+def leaf_spec(leaf: Leaf, layout: Layout) -> P:
+    """Experts over their axes, MLA's heads over `sequence`, everything else replicated (section 2)."""
+    if leaf.experts:
+        return P(layout.experts)
+    if layout.sequence and leaf.path in HEADS:
+        return P(*[None] * HEADS[leaf.path], layout.sequence)
+    return P()
+
+
+def weight_specs(c: ModelConfig, layout: Layout, mtp: bool = True) -> Weights:
     """`leaf_spec` of every leaf."""
-    return weight_tree(c, 1, lambda leaf: leaf_spec(leaf, expert_axes), mtp)
+    return laid_out(c, layout, lambda leaf: leaf_spec(leaf, layout), mtp)

@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from cmx_jax.errors import CmxError
+from cmx_jax.model.placement import Move
 from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.request import Request, SamplingParams, State
@@ -16,12 +17,20 @@ from cmx_jax.serving.request import Request, SamplingParams, State
 
 @dataclass
 class Engine:
-    """Prefill instances and one decode instance; they may be the same one (`prefill == [decode]`)."""
+    """Prefill instances and one decode instance; they may be the same one (`prefill == [decode]`).
+
+    Attributes:
+      eplb_interval: decode steps after which the decode instance's experts are rebalanced; 0: never.
+      moves: what that did.
+    """
 
     prefill: list[Instance]
     decode: Instance
     waiting: deque[Request] = field(default_factory=deque)
     transfers: deque[tuple[Instance, Request]] = field(default_factory=deque)
+    eplb_interval: int = 0
+    moves: list[Move] = field(default_factory=list)
+    _steps: int = 0
 
     def submit(self, prompt: list[int], params: SamplingParams) -> Request:
         """Queues a prompt of token ids.
@@ -53,7 +62,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.transfers or any(self.decode.rows))
+        running = any(i.prefilling for i in self.prefill) or any(self.decode.rows)
+        return bool(self.waiting or self.transfers or running)
 
     def run(self) -> None:
         """Steps until every submitted request is finished."""
@@ -63,36 +73,37 @@ class Engine:
     def step(self) -> list[Request]:
         """One turn of the loop; returns the requests that finished in it."""
         finished: list[Request] = []
-        for instance, batch in self._admit():
-            for request, token in zip(batch, instance.prefill(batch), strict=True):
-                self._behind_prefill(instance, request, token, finished)
+        self._admit()
+        for instance in self.prefill:
+            for request in instance.prefill() if instance.prefilling else ():
+                self._behind_prefill(instance, request, finished)
         self._move()
         if any(r is not None and r.tokens for r in self.decode.rows):
-            for request, token in self.decode.decode().items():
-                if request.add(token, self.decode.config.eos_token_ids):
+            for request, tokens in self.decode.decode().items():
+                eos = self.decode.config.eos_token_ids
+                if any(request.add(token, eos) for token in tokens):  # what is behind the last one is void
                     self._finish(self.decode, request, finished)
+            self._steps += 1
+            if self.eplb_interval and self._steps % self.eplb_interval == 0:
+                self.moves.append(self.decode.rebalance())
         return finished
 
-    def _admit(self) -> list[tuple[Instance, list[Request]]]:
-        """Places waiting requests in order, at most one a rank and step, until one finds no room."""
-        batches: dict[str, tuple[Instance, list[Request]]] = {i.name: (i, []) for i in self.prefill}
+    def _admit(self) -> None:
+        """Places waiting requests in order, until one finds no room."""
         while self.waiting:
             request = self.waiting[0]
             for instance in sorted(self.prefill, key=lambda i: i.load):
-                batch = batches[instance.name][1]
                 stays = instance is self.decode
                 tokens = request.cached_tokens if stays else len(request.prompt)
-                taken = frozenset(instance.places[r].rank for r in batch)
-                if instance.place(request, tokens, decode=stays, taken=taken):
-                    batch.append(self.waiting.popleft())
+                if instance.place(request, tokens, decode=stays):
+                    instance.prefilling.append(self.waiting.popleft())
                     request.to(State.PREFILL)
                     break
             else:
-                break
-        return [(instance, batch) for instance, batch in batches.values() if batch]
+                return
 
-    def _behind_prefill(self, at: Instance, request: Request, token: int, finished: list[Request]) -> None:
-        if request.add(token, self.decode.config.eos_token_ids):
+    def _behind_prefill(self, at: Instance, request: Request, finished: list[Request]) -> None:
+        if request.add(request.first, self.decode.config.eos_token_ids):
             self._finish(at, request, finished)
         elif at is self.decode:
             request.to(State.DECODE)

@@ -1,23 +1,26 @@
 """One instance: a model on the ranks of a sub-mesh, its cache, and who holds which row and page of it."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import message_bytes
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.cache import NO_PAGE, PagedCache, abstract_cache
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.moe import MoEStats
-from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import DecodeBatch, PrefillBatch, StepOutput, compile_steps, step_specs
+from cmx_jax.model.placement import Move, balanced, describe, initial, rehoused
+from cmx_jax.model.steps import DecodeBatch, StepOutput, compile_steps, step_specs
 from cmx_jax.model.weights import Weights
+from cmx_jax.serving.packing import bucket, pack, sampling, schedule
 from cmx_jax.serving.pages import PagePool, pages_for
 from cmx_jax.serving.request import Request
+from cmx_jax.serving.traffic import Traffic
 
 # A program is compiled for each length, so lengths are few: these many pages, doubled as often as needed.
 PREFILL_PAGES = 2
@@ -31,6 +34,9 @@ class Capacity:
     sequences: int = 4  # rows of the decode batch
     pages: int = 64
     page_width: int = 16  # tokens of a page
+    max_num_batched_tokens: int = (
+        2048  # of a row of the prefill batch: longer prompts are prefilled in chunks
+    )
 
 
 @dataclass(frozen=True)
@@ -43,28 +49,11 @@ class Place:
 
 
 @dataclass
-class Traffic:
-    """What the exchanges of an instance moved, summed over steps."""
-
-    steps: int = 0
-    messages: int = 0  # over all layers and ranks
-    rounds: int = 0  # over all layers
-    most_rounds: int = 0
-
-    def add(self, stats: MoEStats | None) -> None:
-        self.steps += 1
-        if stats is not None:
-            rounds = np.asarray(stats.exchange.rounds)[:, 0]
-            self.messages += int(np.asarray(stats.exchange.sent).sum())
-            self.rounds += int(rounds.sum())
-            self.most_rounds = max(self.most_rounds, int(rounds.max()))
-
-
-@dataclass
 class Instance:
     """Prefill, decode or both on the ranks of one layout.
 
-    `weights` are whole arrays with their experts in the layout's slots.
+    `weights` are whole arrays with their experts where `placement` says. With MTP layers among them every
+    decode step verifies `num_speculative_tokens` drafts.
     """
 
     name: str
@@ -74,25 +63,40 @@ class Instance:
     weights: Weights
     capacity: Capacity
     dtype: str = "float32"
-    traffic: Traffic = field(default_factory=Traffic)
+    num_speculative_tokens: int = 0
 
     def __post_init__(self) -> None:
         c = self.config
         mtp = self.weights.mtp is not None
+        if mtp != (self.num_speculative_tokens > 0):
+            raise CmxError(
+                f"num_speculative_tokens is {self.num_speculative_tokens}, expected "
+                + ("1 or more with MTP layers" if mtp else "0 without MTP layers")
+            )
+        if self.capacity.sequences % self.layout.microbatches:
+            raise CmxError(
+                f"{self.capacity.sequences} sequences a rank do not divide into {self.layout.microbatches} "
+                "microbatches, expected a multiple"
+            )
         self.steps = compile_steps(c, self.layout, self.runner, mtp)
-        weight_specs, self._data, _ = step_specs(c, self.layout, mtp)
-        self.weights = self.runner.put(self.weights, weight_specs)
+        self._specs = step_specs(c, self.layout, mtp)
+        self._data = self._specs.data
+        self.weights = self.runner.put(self.weights, self._specs.weights)
+        self.placement = initial(c, self.layout)
+        self.traffic = Traffic()
         self.reset()
 
     def reset(self) -> None:
         """Forgets all requests and makes a new cache, as after a step that was broken off."""
         c, ranks = self.config, self.layout.data_ranks
-        shape = abstract_cache(c, self.capacity.pages * ranks, self.capacity.page_width, self.dtype).pages
+        pages, width = self.capacity.pages * ranks, self.capacity.page_width
+        shape = abstract_cache(c, pages, width, self.dtype, self.weights.mtp is not None).pages
         zeros = np.zeros(shape.shape, shape.dtype)
         self.cache: PagedCache = self.runner.put(PagedCache(zeros), PagedCache(self._data))
         self.pools = [PagePool(self.capacity.pages) for _ in range(ranks)]
         self.rows: list[Request | None] = [None] * (ranks * self.capacity.sequences)
         self.places: dict[Request, Place] = {}
+        self.prefilling: list[Request] = []
 
     @property
     def load(self) -> int:
@@ -104,11 +108,8 @@ class Instance:
         rows = range(start, start + self.capacity.sequences)
         return next((row for row in rows if self.rows[row] is None), None)
 
-    def place(self, request: Request, tokens: int, decode: bool, taken: frozenset[int] = frozenset()) -> bool:
+    def place(self, request: Request, tokens: int, decode: bool) -> bool:
         """Gives a request pages for `tokens` tokens on the emptiest rank, and a row there if it will decode.
-
-        Args:
-          taken: ranks that may not be used.
 
         Returns:
           False, with nothing changed, if no rank has room.
@@ -117,7 +118,7 @@ class Instance:
         open_ranks = [
             rank
             for rank, pool in enumerate(self.pools)
-            if rank not in taken and pool.free >= need and (not decode or self._row_on(rank) is not None)
+            if pool.free >= need and (not decode or self._row_on(rank) is not None)
         ]
         if not open_ranks:
             return False
@@ -131,45 +132,79 @@ class Instance:
     def release(self, request: Request) -> None:
         """Takes back all that a request holds."""
         place = self.places.pop(request)
+        if request in self.prefilling:
+            self.prefilling.remove(request)
         self.pools[place.rank].give_back(place.pages)
         if place.row is not None:
             self.rows[place.row] = None
 
-    def prefill(self, requests: list[Request]) -> list[int]:
-        """Runs the prompts of placed requests, at most one a rank; returns their first tokens."""
-        ranks, width = self.layout.data_ranks, self.capacity.page_width
-        length = bucket(max(len(r.prompt) for r in requests), PREFILL_PAGES * width)
-        row_of = [self.places[r].rank for r in requests]
-        tokens, lengths = np.zeros((ranks, length), np.int32), np.zeros(ranks, np.int32)
-        for row, request in zip(row_of, requests, strict=True):
-            tokens[row, : len(request.prompt)] = request.prompt
-            lengths[row] = len(request.prompt)
-        table = self._page_table(ranks, row_of, requests, length // width)
-        batch = PrefillBatch(tokens, lengths, table, sampling(ranks, row_of, requests))
-        return self._run(self.steps.prefill, batch, row_of, requests)
+    def prefill(self) -> list[Request]:
+        """Runs the next chunks of placed prompts; returns those that are through, with their first token and
+        drafts."""
+        pieces = schedule(
+            [(request, self.places[request].rank) for request in self.prefilling],
+            self.layout.data_ranks,
+            self.layout.microbatches,
+            self.capacity.max_num_batched_tokens,
+            self.capacity.page_width,
+        )
+        unit = math.lcm(PREFILL_PAGES * self.capacity.page_width, self.layout.sequence_ranks)
+        packed = pack(pieces, {r: p.pages for r, p in self.places.items()}, self.capacity.page_width, unit)
+        requests = [piece.request for row in pieces for piece in row]
+        output = self._run(
+            self.steps.prefill, packed.batch, self._specs.prefill, requests, cached=packed.cached
+        )
+        through = []
+        for row, row_pieces in enumerate(pieces):
+            for n, piece in enumerate(row_pieces):
+                request = piece.request
+                request.prefilled = piece.stop
+                if piece.stop == len(request.prompt):
+                    self.prefilling.remove(request)
+                    through.append(request)
+                    request.first = int(output.tokens[row, n])
+                    request.drafts = [] if output.drafts is None else [int(output.drafts[row, n])]
+        return through
 
-    def decode(self) -> dict[Request, int]:
-        """One token for every request that has a row and its first token."""
+    def decode(self) -> dict[Request, list[int]]:
+        """Tokens of every request that has a row and its first token: one, and one for each draft that was
+        right."""
         running = [(row, r) for row, r in enumerate(self.rows) if r is not None and r.tokens]
         rows, requests = [row for row, _ in running], [r for _, r in running]
-        size, width = len(self.rows), self.capacity.page_width
-        tokens, positions = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+        size, width, drafts = len(self.rows), self.capacity.page_width, self.num_speculative_tokens
+        tokens, positions = np.full((size, 1 + drafts), -1, np.int32), np.full(size, -1, np.int32)
         for row, request in running:
-            tokens[row] = request.tokens[-1]
+            known = [request.tokens[-1], *request.drafts]
+            tokens[row, : len(known)] = known
             positions[row] = len(request.prompt) + len(request.tokens) - 1
-        longest = bucket(int(positions.max()) + 1, DECODE_PAGES * width)
+        longest = bucket(int(positions.max()) + 1 + drafts, DECODE_PAGES * width)
         table = self._page_table(size, rows, requests, longest // width)
         batch = DecodeBatch(tokens, positions, table, sampling(size, rows, requests))
-        return dict(zip(requests, self._run(self.steps.decode, batch, rows, requests), strict=True))
+        output = self._run(self.steps.decode, batch, self._data, requests)
+        self.traffic.drafted(tokens, output.accepted)
+        found = {}
+        for row, request in running:
+            found[request] = output.tokens[row, : 1 + output.accepted[row]].tolist()
+            request.drafts = [] if output.drafts is None else output.drafts[row].tolist()
+        return found
 
-    def _run(self, step: Any, batch: Any, rows: list[int], requests: list[Request]) -> list[int]:
+    def _run(self, step: Any, batch: Any, specs: Any, requests: list[Request], **flags: bool) -> StepOutput:
         sampled = any(r.params.temperature > 0 for r in requests)
-        batch = self.runner.put(batch, self._data)
-        output: StepOutput
-        self.cache, output = step(self.weights, self.cache, batch, sampled)
-        tokens, stats = jax.device_get((output.tokens, output.stats))
-        self.traffic.add(stats)
-        return [int(tokens[row]) for row in rows]
+        batch = self.runner.put(batch, specs)
+        self.cache, output = step(self.weights, self.cache, batch, sampled=sampled, **flags)
+        output = jax.device_get(output)
+        self.traffic.add(output.stats, self.config.num_moe_layers)
+        return output
+
+    def rebalance(self) -> Move:
+        """EPLB: places the experts anew for the load measured since the last time, between two steps."""
+        c, load = self.config, self.traffic.load_of(self.placement)
+        after = balanced(load, c, self.layout)
+        report = describe(load, self.placement, after, c, self.layout)
+        self.weights = rehoused(self.weights, self.placement, after, c, self.layout, self.runner)
+        self.placement = after
+        self.traffic.load.clear()
+        return report
 
     def _page_table(self, size: int, rows: list[int], requests: list[Request], pages: int) -> np.ndarray:
         table = np.full((size, pages), NO_PAGE, np.int32)
@@ -210,40 +245,9 @@ class Instance:
             whole[rank, : len(ids)] = ids
         return whole.reshape(-1), [[rank * room + i for i in span] for rank, span in where]
 
-    def exchange_bytes(self) -> dict[str, float]:
-        """Bytes that one rank dispatched and combined in a mean step, and rounds of a mean layer.
-
-        Payload: real messages. The mailboxes around them move more: see `Layout.mailbox_rows`.
-        """
-        c, t = self.config, self.traffic
-        back = jnp.dtype(self.dtype if self.layout.wire == "float32" else "bfloat16").itemsize
-        per_rank = t.messages / max(t.steps, 1) / self.layout.ranks
-        return {
-            "dispatch_bytes": per_rank * message_bytes(c.hidden_size, self.layout.wire),
-            "combine_bytes": per_rank * c.hidden_size * back,
-            "rounds_mean": t.rounds / max(t.steps * c.num_moe_layers, 1),
-            "rounds_most": t.most_rounds,
-            "steps": t.steps,
-        }
-
-
-def bucket(count: int, unit: int) -> int:
-    """The smallest `unit * 2^n` that holds `count`: few shapes, few programs."""
-    size = unit
-    while size < count:
-        size *= 2
-    return size
-
-
-def sampling(size: int, rows: list[int], requests: list[Request]) -> Sampling:
-    """Sampling parameters of each row; rows without a request are greedy."""
-    s = Sampling(
-        temperature=np.zeros(size, np.float32),
-        top_k=np.zeros(size, np.int32),
-        top_p=np.ones(size, np.float32),
-        seed=np.zeros(size, np.uint32),
-    )
-    for row, request in zip(rows, requests, strict=True):
-        p = request.params
-        s.temperature[row], s.top_k[row], s.top_p[row], s.seed[row] = p.temperature, p.top_k, p.top_p, p.seed
-    return s
+    def exchange_bytes(self) -> dict[str, Any]:
+        """What `Traffic.report` says of this instance."""
+        back = self.dtype if self.layout.wire == "float32" else "bfloat16"
+        width, wire = self.config.hidden_size, self.layout.wire
+        sizes = message_bytes(width, wire), width * jnp.dtype(back).itemsize
+        return self.traffic.report(self.layout.ranks, *sizes)

@@ -107,14 +107,26 @@ class Model:
         """Text of token ids, without special tokens (empty without a tokenizer)."""
         return "" if self.tokenizer is None else self.tokenizer.decode(tokens)
 
-    def instance(self, name: str, layout: Layout, runner: Runner, capacity: Capacity) -> Instance:
+    def instance(
+        self,
+        name: str,
+        layout: Layout,
+        runner: Runner,
+        capacity: Capacity,
+        num_speculative_tokens: int = 0,
+    ) -> Instance:
         """This model on an instance; each rank's weights are read from the files.
 
         Raises:
-          CmxError: a number in them is not finite, or there are more experts than slots.
+          CmxError: a number in them is not finite, or the experts do not fit the slots, or there is no MTP
+            layer to draft with.
         """
-        weights = load_weights(self.checkpoint, layout, runner, jnp.dtype(self.dtype))
-        return Instance(name, self.config, layout, runner, weights, capacity, self.dtype)
+        drafts = num_speculative_tokens
+        if drafts < 0 or (drafts and not self.checkpoint.mtp):
+            expected = "zero or more" if drafts < 0 else "0: the model has no MTP layer stored"
+            raise CmxError(f"num_speculative_tokens is {drafts}, expected {expected}")
+        weights = load_weights(self.checkpoint, layout, runner, jnp.dtype(self.dtype), drafts > 0)
+        return Instance(name, self.config, layout, runner, weights, capacity, self.dtype, drafts)
 
 
 def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:

@@ -1,7 +1,7 @@
 """A request and the states it goes through.
 
     WAITING    in the queue: it has neither pages nor a rank
-    PREFILL    it has pages on a rank of a prefill instance; its prompt runs in the next step there
+    PREFILL    it has pages on a rank of a prefill instance; its prompt runs there, in chunks if it is long
     TRANSFER   its first token is known; its pages wait for room on a decode rank
     DECODE     it has a row and pages on a decode rank; every step gives it one token
     FINISHED   it reached its length or an end token; it holds nothing
@@ -73,6 +73,9 @@ class Request:
     id: int = field(default_factory=lambda: next(_ids))
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
+    prefilled: int = 0  # tokens of the prompt that lie in pages
+    first: int = -1  # the token behind the prompt, once it is known
+    drafts: list[int] = field(default_factory=list)  # what the MTP layer expects behind `tokens`
     finish_reason: str | None = None
     arrived: float = field(default_factory=time.perf_counter)
     first_token: float | None = None

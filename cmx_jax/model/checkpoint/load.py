@@ -1,18 +1,20 @@
 """From pieces on disk to weights in memory: each rank's shard is read by itself, and nothing else."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.runners import Runner
+from cmx_jax.mesh.layout import Layout, expert_parallel
+from cmx_jax.mesh.runners import Part, Runner
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.manifest import read_manifest
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, leaf_spec, weight_tree
+from cmx_jax.model.placement import Placement, initial, tables
+from cmx_jax.model.weights import Leaf, Weights, laid_out, leaf_dtype, leaf_spec
 
 
 @runtime_checkable
@@ -67,7 +69,7 @@ def _span(index: slice, size: int) -> range:
 
 
 def read_field(
-    checkpoint: Checkpoint, leaf: Leaf, index: tuple[slice, ...], placement: np.ndarray, dtype: Any
+    checkpoint: Checkpoint, leaf: Leaf, index: tuple[slice, ...], expert_of_slot: np.ndarray, dtype: Any
 ) -> np.ndarray:
     """The part of a field that a rank holds.
 
@@ -75,7 +77,7 @@ def read_field(
       checkpoint: where from.
       leaf: the field.
       index: a slice for each of its axes.
-      placement: slot of each expert; slots without one are zero.
+      expert_of_slot: [L, X] of its stack (see `cmx_jax.mesh.placement`); empty slots are zero.
       dtype: wanted.
     """
     shape = tuple(len(_span(s, n)) for s, n in zip(index, leaf.shape, strict=True))
@@ -98,12 +100,25 @@ def read_field(
         for i, layer in enumerate(_span(index[0], leaf.shape[0])):
             put((leaf.stack, leaf.path, layer, 0), out[i])
     else:
-        expert_of_slot = {int(slot): expert for expert, slot in enumerate(placement)}
         for i, slot in enumerate(_span(index[0], leaf.shape[0])):
             for j, layer in enumerate(_span(index[1], leaf.shape[1])):
-                if slot in expert_of_slot:
-                    put((leaf.stack, leaf.path, layer, expert_of_slot[slot]), out[i, j])
+                _fill_expert(checkpoint, leaf, layer, int(expert_of_slot[layer, slot]), out[i, j])
     return out
+
+
+def _fill_expert(checkpoint: Checkpoint, leaf: Leaf, layer: int, expert: int, out: np.ndarray) -> None:
+    """An expert's matrix; one behind the routed ones is a share of the shared expert's hidden width."""
+    c = checkpoint.config
+    if expert < c.n_routed_experts:
+        if expert >= 0:
+            checkpoint.fill((leaf.stack, leaf.path, layer, expert), out)
+        return
+    axis = 0 if leaf.path.endswith("down") else -1  # where the hidden width lies
+    shape = list(leaf.piece_shape)
+    shape[axis] *= c.n_shared_experts
+    both = np.empty(shape, out.dtype)
+    checkpoint.fill((leaf.stack, leaf.path.replace("experts", "shared"), layer, 0), both)
+    out[...] = np.split(both, c.n_shared_experts, axis)[expert - c.n_routed_experts]
 
 
 def read_weights(directory: str | Path, c: ModelConfig, dtype: Any) -> Weights:
@@ -114,34 +129,55 @@ def read_weights(directory: str | Path, c: ModelConfig, dtype: Any) -> Weights:
     Raises:
       CmxError: a tensor is missing, unknown, misshapen, of another type, or not finite; it is named.
     """
-    checkpoint, placement = open_checkpoint(directory, c), np.arange(c.n_routed_experts, dtype=np.int32)
-
-    def make(leaf: Leaf) -> np.ndarray:
-        if leaf.kind == "slots":
-            return np.broadcast_to(placement, leaf.shape)
-        index = tuple(slice(None) for _ in leaf.shape)
-        return read_field(checkpoint, leaf, index, placement, leaf_dtype(leaf, dtype))
-
-    return weight_tree(c, c.n_routed_experts, make, checkpoint.mtp)
+    checkpoint = open_checkpoint(directory, c)
+    layout = expert_parallel(1, c.n_routed_experts)
+    return _filled(checkpoint, layout, initial(c, layout), dtype, checkpoint.mtp)
 
 
-def load_weights(checkpoint: Checkpoint, layout: Layout, runner: Runner, dtype: Any) -> Weights:
-    """Weights of a checkpoint on an instance, experts in the layout's slots.
-
-    Raises:
-      CmxError: a number is not finite, or there are more experts than slots.
-    """
+def _filled(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    placement: Placement,
+    dtype: Any,
+    mtp: bool,
+    make: Callable[[Leaf, Any, Part], Any] | None = None,
+) -> Weights:
+    """Weights of which `make(leaf, dtype, part)` makes each from its parts; None takes the NumPy arrays."""
     c = checkpoint.config
-    placement = layout.placement(c.n_routed_experts)
+    slots = tables(c, layout, placement)
 
-    def make(leaf: Leaf) -> Any:
+    def field(leaf: Leaf) -> Any:
         kind = leaf_dtype(leaf, dtype)
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             if leaf.kind == "slots":
-                return np.broadcast_to(placement, leaf.shape)[index]
-            return read_field(checkpoint, leaf, index, placement, kind)
+                table = slots[leaf.stack]
+                return (table.slots if leaf.path.endswith(".slots") else table.first)[index]
+            return read_field(checkpoint, leaf, index, placement.get(leaf.stack, _NONE), kind)
 
-        return runner.make(leaf.shape, kind, leaf_spec(leaf, layout.experts), part)
+        return part(tuple(slice(None) for _ in leaf.shape)) if make is None else make(leaf, kind, part)
 
-    return weight_tree(c, layout.slots, make, checkpoint.mtp)
+    return laid_out(c, layout, field, mtp)
+
+
+_NONE = np.zeros((0, 0), np.int32)
+
+
+def load_weights(
+    checkpoint: Checkpoint, layout: Layout, runner: Runner, dtype: Any, mtp: bool | None = None
+) -> Weights:
+    """Weights of a checkpoint on an instance, experts in the layout's slots.
+
+    Args:
+      mtp: whether its MTP layers too; None takes those that are stored.
+
+    Raises:
+      CmxError: a number is not finite, or the experts do not fit the slots.
+    """
+    c = checkpoint.config
+
+    def make(leaf: Leaf, kind: Any, part: Part) -> Any:
+        return runner.make(leaf.shape, kind, leaf_spec(leaf, layout), part)
+
+    mtp = checkpoint.mtp if mtp is None else mtp
+    return _filled(checkpoint, layout, initial(c, layout), dtype, mtp, make)
