@@ -51,7 +51,7 @@ def instance(batch: int) -> Instance:
 
     def make(leaf: Leaf) -> np.ndarray:
         if leaf.kind == "slots":
-            return np.broadcast_to(np.arange(CONFIG.n_routed_experts, dtype=np.int32), leaf.shape)
+            return np.broadcast_to(np.arange(leaf.shape[-1], dtype=np.int32), leaf.shape)
         return (rng.standard_normal(leaf.shape) * 0.05).astype(leaf_dtype(leaf, np.float32))
 
     layout = expert_parallel(1, CONFIG.n_routed_experts)

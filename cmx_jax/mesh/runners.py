@@ -255,11 +255,22 @@ class Abstract:
         return _sharded(self.mesh, fn, in_specs, out_specs, donate_argnums)
 
     def put(self, tree: Any, specs: Any) -> Any:
-        return _each(lambda spec, leaf: self.make(leaf.shape, leaf.dtype, spec), specs, tree)
+        return shaped(self, tree, specs)
 
     def make(self, shape: tuple[int, ...], dtype: Any, spec: P, part: Part | None = None) -> Any:
         del part  # nothing is read
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+
+def shaped(runner: Runner, tree: Any, specs: Any) -> Any:
+    """Shapes for tracing, placed where `runner.put` would place arrays of them."""
+    mesh = getattr(runner, "mesh", None)
+
+    def place(spec: P, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return _each(place, specs, tree)
 
 
 RUNNERS = ("devices", "lanes")

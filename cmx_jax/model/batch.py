@@ -10,7 +10,6 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.moe import MoEStats, RunExperts, exchanged
-from cmx_jax.model.sampling import Sampling
 
 
 @struct.dataclass
@@ -28,7 +27,7 @@ class PrefillBatch:
     page_table: Any  # [B, pages] int32
     last: Any  # [B, N] int32: index in `T` of each sequence's last token; -1: none
     lengths: Any  # [B, N] int32: tokens of each sequence up to that one
-    sampling: Sampling  # [B, N]
+    sampling: Any  # Sampling [B, N]
 
 
 @struct.dataclass
@@ -38,7 +37,7 @@ class DecodeBatch:
     tokens: Any  # [B, 1 + k] int32; -1: nothing is drafted
     positions: Any  # [B] int32: where the newest token stands; -1: an empty row
     page_table: Any  # [B, pages] int32
-    sampling: Sampling  # [B]
+    sampling: Any  # Sampling [B]
 
 
 @struct.dataclass

@@ -61,17 +61,18 @@ class StepSpecs(NamedTuple):
     weights: Weights
     data: P
     prefill: PrefillBatch
-    output: StepOutput
+    prefilled: StepOutput
+    decoded: StepOutput
 
 
 def step_specs(c: ModelConfig, layout: Layout, mtp: bool) -> StepSpecs:
     """Specs of an instance's programs. `mtp`: whether the weights carry MTP layers."""
     data, tokens = layout.data_spec, layout.token_spec
     axes = tuple(name for name, _ in layout.axes)
-    rest: Any = data
-    batch = PrefillBatch(tokens, tokens, tokens, tokens, data, data, data, rest)
-    output = StepOutput(data, data, data, P(None, axes))
-    return StepSpecs(weight_specs(c, layout, mtp), data, batch, output)
+    batch = PrefillBatch(tokens, tokens, tokens, tokens, data, data, data, data)
+    stats, drafts = P(None, axes) if c.num_moe_layers else None, data if mtp else None
+    decoded = StepOutput(data, data, drafts, stats)
+    return StepSpecs(weight_specs(c, layout, mtp), data, batch, decoded.replace(accepted=None), decoded)
 
 
 def compile_steps(c: ModelConfig, layout: Layout, runner: Runner, mtp: bool) -> Steps:
@@ -84,8 +85,6 @@ def compile_steps(c: ModelConfig, layout: Layout, runner: Runner, mtp: bool) -> 
       mtp: whether the weights carry MTP layers, which then draft.
     """
     specs = step_specs(c, layout, mtp)
-    stats = specs.output.stats if c.num_moe_layers else None
-    decoded = specs.output.replace(stats=stats, drafts=specs.data if mtp else None)
 
     def step(fn: Callable[..., Any], batch: Any, output: StepOutput, *flags: str) -> Callable[..., Any]:
         def compiled(chosen: tuple[bool, ...]) -> Any:
@@ -100,8 +99,8 @@ def compile_steps(c: ModelConfig, layout: Layout, runner: Runner, mtp: bool) -> 
 
     data = specs.data
     return Steps(
-        prefill=step(prefill_step, specs.prefill, decoded.replace(accepted=None), "sampled", "cached"),
-        decode=step(decode_step, data, decoded, "sampled"),
+        prefill=step(prefill_step, specs.prefill, specs.prefilled, "sampled", "cached"),
+        decode=step(decode_step, data, specs.decoded, "sampled"),
         score=runner.jit(partial(score_step, c=c, layout=layout), (specs.weights, data, data), data),
         take_pages=runner.jit(paged.take_pages, (data, data), data),
         put_pages=runner.jit(paged.put_pages, (data, data, data), data, donate_argnums=(0,)),

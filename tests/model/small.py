@@ -41,7 +41,7 @@ def random_weights(c: ModelConfig, mtp: bool = True, dtype: type = np.float32, s
 
     def make(leaf: Leaf) -> np.ndarray:
         if leaf.kind == "slots":
-            return np.broadcast_to(np.arange(c.n_routed_experts, dtype=np.int32), leaf.shape)
+            return np.broadcast_to(np.arange(leaf.shape[-1], dtype=np.int32), leaf.shape)
         return rng.standard_normal(leaf.shape).astype(dtype).astype(leaf_dtype(leaf, dtype))
 
     return weight_tree(c, c.n_routed_experts, make, mtp)

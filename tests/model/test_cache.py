@@ -7,18 +7,26 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmx_jax.model.cache import NO_PAGE, PagedCache, abstract_cache, put_pages, read, take_pages, write
+from cmx_jax.model.cache import (
+    NO_PAGE,
+    PagedCache,
+    abstract_cache,
+    insert,
+    put_pages,
+    read,
+    take_pages,
+    write,
+)
 from model.small import config
 
 PAGES, LAYERS, WIDTH, DIM = 7, 2, 4, 3
 SEQUENCES, HELD = 2, 3
 SPAN = HELD * WIDTH
-write_, read_, take_, put_ = (jax.jit(fn) for fn in (write, read, take_pages, put_pages))
+write_, read_, insert_, take_, put_ = (jax.jit(f) for f in (write, read, insert, take_pages, put_pages))
 
 tables = st.permutations(range(PAGES)).map(
     lambda order: np.array(order[: SEQUENCES * HELD], np.int32).reshape(SEQUENCES, HELD)
 )
-layers = st.integers(0, LAYERS - 1)
 
 
 def stale() -> np.ndarray:
@@ -31,46 +39,55 @@ def coded(*shape: int) -> np.ndarray:
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
-def put_at(
-    pages: np.ndarray, layer: int, table: np.ndarray, positions: np.ndarray, latents: np.ndarray
-) -> None:
-    """The oracle: one number after another, in place."""
-    for b, t in np.ndindex(positions.shape):
-        s = positions[b, t]
+def put_at(pages: np.ndarray, table: np.ndarray, addresses: np.ndarray, rows: np.ndarray) -> None:
+    """The oracle: one token after another, in place; `rows [L, B, T, C]` of the first `L` layers."""
+    for b, t in np.ndindex(addresses.shape):
+        s = addresses[b, t]
         if 0 <= s < SPAN and table[b, s // WIDTH] != NO_PAGE:
-            pages[table[b, s // WIDTH], layer, s % WIDTH] = latents[b, t]
+            pages[table[b, s // WIDTH], : len(rows), s % WIDTH] = rows[:, b, t]
 
 
-@given(tables, layers, st.lists(st.permutations(range(-3, SPAN + 2)), min_size=2, max_size=2))
+@given(tables, st.integers(1, LAYERS), st.lists(st.permutations(range(-3, SPAN + 2)), min_size=2, max_size=2))
 @settings(deadline=None, max_examples=50)
-def test_write_puts_each_latent_at_its_position_and_touches_nothing_else(table, layer, order) -> None:
-    positions = np.maximum(np.array(order, np.int32), -1)  # in any order, some nowhere, some past the table
-    latents = coded(*positions.shape, DIM)
+def test_write_puts_each_row_at_its_address_and_touches_nothing_else(table, count, order) -> None:
+    addresses = np.maximum(np.array(order, np.int32), -1)  # in any order, some nowhere, some past the table
+    rows = coded(count, *addresses.shape, DIM)
     expected = stale()
-    put_at(expected, layer, table, positions, latents)
-    given = write_(PagedCache(stale()), layer, table, positions, latents)
+    put_at(expected, table, addresses, rows)
+    given = write_(PagedCache(stale()), table, addresses, rows)
     np.testing.assert_array_equal(given.pages, expected)
 
 
-@given(tables, layers, st.lists(st.integers(0, SPAN), min_size=2, max_size=2))
+@given(tables, st.lists(st.integers(0, SPAN), min_size=2, max_size=2))
 @settings(deadline=None, max_examples=50)
-def test_what_was_written_is_read_as_one_contiguous_array(table, layer, lengths) -> None:
-    positions = np.broadcast_to(np.arange(SPAN, dtype=np.int32), (SEQUENCES, SPAN))
-    latents, used = coded(SEQUENCES, SPAN, DIM), positions < np.array(lengths)[:, None]
-    cache = write_(PagedCache(stale()), layer, table, np.where(used, positions, -1), latents)
-    given = np.asarray(read_(cache, layer, table))
-    np.testing.assert_array_equal(given, np.where(used[..., None], latents, np.nan))
-    assert np.isnan(read_(cache, 1 - layer, table)).all()
+def test_what_was_written_is_read_as_one_contiguous_array(table, lengths) -> None:
+    addresses = np.broadcast_to(np.arange(SPAN, dtype=np.int32), (SEQUENCES, SPAN))
+    rows, used = coded(LAYERS, SEQUENCES, SPAN, DIM), addresses < np.array(lengths)[:, None]
+    cache = write_(PagedCache(stale()), table, np.where(used, addresses, -1), rows)
+    for layer in range(LAYERS):
+        given = np.asarray(read_(cache, layer, table))
+        np.testing.assert_array_equal(given, np.where(used[..., None], rows[layer], np.nan))
+
+
+@given(st.lists(st.permutations(range(-3, SPAN + 2)), min_size=2, max_size=2), st.integers(1, SPAN + 5))
+@settings(deadline=None, max_examples=30)
+def test_rows_are_inserted_where_write_and_read_would_show_them(order, count) -> None:
+    addresses = np.maximum(np.array(order, np.int32)[:, :count], -1)
+    held, rows = coded(SEQUENCES, SPAN, DIM), -coded(*addresses.shape, DIM) - 1
+    expected = held.copy()
+    for b, t in np.argwhere((addresses >= 0) & (addresses < SPAN)):
+        expected[b, addresses[b, t]] = rows[b, t]
+    np.testing.assert_array_equal(insert_(held, addresses, rows), expected)
 
 
 @given(tables, st.integers(0, SPAN - 1))
 @settings(deadline=None, max_examples=20)
 def test_tokens_written_one_by_one_are_read_as_those_written_at_once(table, length) -> None:
-    latents = coded(SEQUENCES, length, DIM)
+    rows = coded(LAYERS, SEQUENCES, length, DIM)
     cache = PagedCache(stale())
     for s in range(length):
-        cache = write_(cache, 0, table, np.full((SEQUENCES, 1), s, np.int32), latents[:, s : s + 1])
-    np.testing.assert_array_equal(read_(cache, 0, table)[:, :length], latents)
+        cache = write_(cache, table, np.full((SEQUENCES, 1), s, np.int32), rows[:, :, s : s + 1])
+    np.testing.assert_array_equal(read_(cache, 1, table)[:, :length], rows[1])
 
 
 @given(tables, st.lists(st.booleans(), min_size=SEQUENCES * HELD, max_size=SEQUENCES * HELD))
@@ -78,12 +95,12 @@ def test_tokens_written_one_by_one_are_read_as_those_written_at_once(table, leng
 def test_no_page_is_never_written_and_reads_as_zeros(table, absent) -> None:
     table = np.where(np.array(absent).reshape(table.shape), NO_PAGE, table).astype(np.int32)
     positions = np.broadcast_to(np.arange(SPAN, dtype=np.int32), (SEQUENCES, SPAN))
-    latents, expected = coded(SEQUENCES, SPAN, DIM) + 1, stale()
-    put_at(expected, 0, table, positions, latents)
-    cache = write_(PagedCache(stale()), 0, table, positions, latents)
+    rows, expected = coded(LAYERS, SEQUENCES, SPAN, DIM) + 1, stale()
+    put_at(expected, table, positions, rows)
+    cache = write_(PagedCache(stale()), table, positions, rows)
     np.testing.assert_array_equal(cache.pages, expected)
     there = np.repeat(table != NO_PAGE, WIDTH, axis=1)[..., None]
-    np.testing.assert_array_equal(read_(cache, 0, table), np.where(there, latents, 0))
+    np.testing.assert_array_equal(read_(cache, 0, table), np.where(there, rows[0], 0))
 
 
 @given(st.permutations(range(PAGES)), st.permutations(range(PAGES)), st.integers(0, 4))
@@ -103,8 +120,9 @@ def test_pages_move_to_other_ids_of_another_cache(here, there, count) -> None:
 def test_a_narrow_cache_holds_rounded_latents() -> None:
     table, positions = np.array([[2]], np.int32), np.array([[0, 1]], np.int32)
     latents = np.array([[[1.001, -3.3, 1e-5], [0.1, 200.7, 7.0]]], np.float32)
+    rows = np.stack([latents * 0, latents])
     cache = PagedCache(jnp.zeros((PAGES, LAYERS, WIDTH, DIM), jnp.bfloat16))
-    cache = write_(cache, 1, table, positions, latents)
+    cache = write_(cache, table, positions, rows)
     assert cache.pages.dtype == jnp.bfloat16
     np.testing.assert_array_equal(read_(cache, 1, table)[:, :2], latents.astype(ml_dtypes.bfloat16))
     moved = put_(cache, np.array([0], np.int32), np.full((1, LAYERS, WIDTH, DIM), 1.001, np.float32))
@@ -114,4 +132,5 @@ def test_a_narrow_cache_holds_rounded_latents() -> None:
 def test_a_page_holds_the_latents_of_all_layers() -> None:
     cache = abstract_cache(config(), pages=5, width=16, dtype="bfloat16")
     assert cache.pages.shape == (5, 3, 16, 18 + 8)
+    assert abstract_cache(config(), 5, 16, "bfloat16", mtp=True).pages.shape == (5, 4, 16, 18 + 8)
     assert (cache.width, cache.pages.dtype) == (16, jnp.bfloat16)

@@ -1,7 +1,6 @@
 """Grouped-query attention, masks and PaLM's parallel block against loops in float64."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmx_jax.model import gqa
+from cmx_jax.model.attention import Where, local
 from cmx_jax.model.config import LayerKind, RopeConfig
-from cmx_jax.model.decoder import layer
+from cmx_jax.model.decoder import Stream, layer
 from cmx_jax.model.families import parse_config
 from cmx_jax.model.layers import layer_norm, visible
 from cmx_jax.model.rope import frequencies
@@ -106,12 +106,10 @@ def test_a_parallel_block_gives_attention_and_ffn_the_same_input() -> None:
     w = Layer(normal(rng, D), attn, None, None, ffn, None)
     x = normal(rng, B, 1, D)
 
-    def lone(q: Any, rows: Any, a: GQA) -> Any:
-        return gqa.attend(q, rows, jnp.ones((B, 1, 1), bool), a, C), None
-
     placed, zeros, kind = jax.tree.map(jnp.asarray, w), jnp.zeros((B, 1), jnp.int32), LayerKind(moe=False)
     none, index = Experts(None, None), jnp.int32(0)
-    y, _, stats = layer(jnp.asarray(x), zeros, zeros == 0, placed, kind, none, index, C, lone, lone)
+    stream = Stream(zeros, zeros == 0, local(Where(zeros), 1, C))
+    [(y, _, stats)] = layer([jnp.asarray(x)], [stream], placed, kind, none, index, index, C, lambda *_: None)
     h = np.asarray(layer_norm(jnp.asarray(x), placed.attn_norm, C.rms_norm_eps), np.float64)
     value = np.repeat(np.einsum("btd,dyn->btyn", h, attn.v), H // Y, axis=2)
     gate, up = np.moveaxis(np.einsum("btd,dgf->btgf", h, ffn.gate_up), 2, 0)

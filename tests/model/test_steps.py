@@ -78,17 +78,29 @@ class Machine:
     temperature: float = 0.0
 
     def prefill(self, cache: PagedCache, table: np.ndarray, prompts: list[list[int]]) -> tuple[Any, Any]:
-        tokens = np.zeros((ROWS, 8), np.int32)
+        tokens, lengths = (
+            np.zeros((ROWS, 8), np.int32),
+            np.array([len(prompt) for prompt in prompts], np.int32),
+        )
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        batch = PrefillBatch(tokens, lengths, table, sampling(self.temperature))
-        return self.steps.prefill(self.weights, cache, batch, self.temperature > 0)
+        index = np.broadcast_to(np.arange(8, dtype=np.int32), tokens.shape)
+        positions = np.where(index < lengths[:, None], index, -1)
+        last = lengths[:, None] - 1
+        given = jax.tree.map(lambda a: a[:, None], sampling(self.temperature))
+        batch = PrefillBatch(
+            tokens, positions, tokens * 0, tokens * 0 - 1, table[:, : 8 // WIDTH], last, last + 1, given
+        )
+        cache, out = self.steps.prefill(
+            self.weights, cache, batch, sampled=self.temperature > 0, cached=False
+        )
+        return cache, out.replace(tokens=out.tokens[:, 0])
 
     def decode(self, cache: PagedCache, table: np.ndarray, tokens: Any, positions: Any) -> tuple[Any, Any]:
         tokens, positions = np.array(tokens, np.int32), np.array(positions, np.int32)
-        batch = DecodeBatch(tokens, positions, table, sampling(self.temperature))
-        return self.steps.decode(self.weights, cache, batch, self.temperature > 0)
+        batch = DecodeBatch(tokens[:, None], positions, table, sampling(self.temperature))
+        cache, out = self.steps.decode(self.weights, cache, batch, sampled=self.temperature > 0)
+        return cache, out.replace(tokens=out.tokens[:, 0])
 
     def go_on(
         self, cache: PagedCache, table: np.ndarray, prompts: list[list[int]], first: Any

@@ -1,0 +1,76 @@
+"""Steps of a model of any size, traced from shapes alone: no weights, no cache, no batch is made."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.runners import Abstract, Runner, shaped
+from cmx_jax.model.batch import DecodeBatch, PrefillBatch
+from cmx_jax.model.cache import abstract_cache
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.sampling import Sampling
+from cmx_jax.model.steps import decode_step, prefill_step, step_specs
+from cmx_jax.model.weights import abstract_weights
+
+PAGE_WIDTH = 128
+
+
+def _batch(make: Any, rows: tuple[int, ...], tokens: tuple[int, ...], pages: int, prefill: bool) -> Any:
+    """A batch of `make(dtype, *shape)`; `rows`: shape of what there is one of for each sequence."""
+    sampling = Sampling(
+        make("float32", *rows), make("int32", *rows), make("float32", *rows), make("uint32", *rows)
+    )
+    table = make("int32", rows[0], pages)
+    if not prefill:
+        return DecodeBatch(make("int32", *tokens), make("int32", *rows), table, sampling)
+    token, of = make("int32", *tokens), make("int32", *rows)
+    return PrefillBatch(token, token, token, token, table, of, of, sampling)
+
+
+def trace_step(
+    c: ModelConfig,
+    layout: Layout,
+    step: str,
+    *,
+    sequences: int,
+    context: int,
+    length: int = 0,
+    drafts: int = 0,
+    dtype: str = "bfloat16",
+    runner: Runner | None = None,
+) -> Any:
+    """A greedy step of an instance, as `jax.stages.Traced`.
+
+    Args:
+      c: the model.
+      layout: how it lies on the instance.
+      step: `decode` or `prefill`.
+      sequences: of each data rank: rows of the decode batch, or prompts, a row each.
+      context: tokens of a sequence that the cache has room for.
+      length: tokens of a prompt (prefill).
+      drafts: MTP drafts that are verified (decode), or whether the MTP layer runs (prefill).
+      dtype: of weights and cache.
+      runner: where it would run; None is nowhere.
+    """
+    runner = Abstract(layout.axes) if runner is None else runner
+    specs, pages = step_specs(c, layout, drafts > 0), -(-context // PAGE_WIDTH)
+    rows = sequences * layout.data_ranks
+
+    def make(kind: str, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(kind))
+
+    flags: dict[str, Any] = {"c": c, "layout": layout, "sampled": False}
+    if step == "prefill":
+        fn, ins, outs = partial(prefill_step, **flags, cached=False), specs.prefill, specs.prefilled
+        batch = _batch(make, (rows, 1), (rows, length), -(-length // PAGE_WIDTH), prefill=True)
+    else:
+        fn, ins, outs = partial(decode_step, **flags), specs.data, specs.decoded  # type: ignore[assignment]
+        batch = _batch(make, (rows,), (rows, 1 + drafts), pages, prefill=False)
+    weights = abstract_weights(c, layout, dtype, drafts > 0)
+    cache = abstract_cache(c, rows * pages, PAGE_WIDTH, dtype, drafts > 0)
+    given = (specs.weights, specs.data, ins)
+    placed = [shaped(runner, tree, spec) for tree, spec in zip((weights, cache, batch), given, strict=True)]
+    return runner.jit(fn, given, (specs.data, outs), (1,)).trace(*placed)
