@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from cmx_jax import __version__
@@ -46,11 +47,16 @@ def _demo(args: argparse.Namespace) -> None:
         name_or_path=args.model,
         max_tokens=args.max_tokens,
         prefill=args.prefill_instances,
-        wire=args.wire,
-        exchange=args.exchange,
         progress=_progress(),
+        **_parallelism(args),
     )
     _print(result, args.json, demo.render)
+
+
+def _parallelism(args: argparse.Namespace) -> dict[str, Any]:
+    """What `demo` and `generate` have in common."""
+    names = ("wire", "exchange", "num_speculative_tokens", "microbatches", "redundant_slots", "shared_slots")
+    return {name: getattr(args, name) for name in (*names, "eplb_interval")}
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -63,8 +69,7 @@ def _generate(args: argparse.Namespace) -> None:
         runner=args.runner,
         ranks=args.ranks,
         dtype=args.dtype,
-        wire=args.wire,
-        exchange=args.exchange,
+        **_parallelism(args),
     )
     show("generating (the first time compiles)")
     completions = llm.generate(
@@ -92,6 +97,7 @@ def _generate(args: argparse.Namespace) -> None:
     if notes:
         print(f"cmx: {args.model}: MTP layers are {notes['mtp']}; loaded without", file=sys.stderr)
     result = {"model": args.model, "runner": args.runner, "ranks": args.ranks, "requests": rows, **notes}
+    result |= {"exchange": llm.instance.exchange_bytes(), "rebalanced": [asdict(move) for move in llm.moves]}
     _print(result, args.json, lambda r: "\n\n".join(row["prompt"] + row["text"] for row in r["requests"]))
 
 
@@ -181,6 +187,15 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--exchange", default=exchange, help=f"flat, hierarchical or allgather (default {exchange})"
         )
+        for flag, default, meaning in (
+            ("--num-speculative-tokens", 0, "MTP drafts verified in each decode step"),
+            ("--microbatches", 1, "streams of a decode step"),
+            ("--redundant-slots", 0, "further replicas of busy experts"),
+            ("--shared-slots", 0, "slots for copies of the shared expert"),
+            ("--eplb-interval", 0, "decode steps between rebalancings of the experts, 0: never"),
+        ):
+            default = 1 if verb is demo and flag == "--num-speculative-tokens" else default
+            verb.add_argument(flag, type=int, default=default, help=f"{meaning} (default {default})")
         verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

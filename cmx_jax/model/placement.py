@@ -28,7 +28,7 @@ def initial(c: ModelConfig, layout: Layout) -> Placement:
     Raises:
       CmxError: they do not fit the layout's slots.
     """
-    layers = {"moe": c.num_moe_layers, "mtp": c.num_nextn_predict_layers if c.num_moe_layers else 0}
+    layers = {"moe": c.num_moe_layers, "mtp": c.num_nextn_predict_layers if c.n_routed_experts else 0}
     if not layout.replicated:
         return {stack: even(n, c.n_routed_experts, layout) for stack, n in layers.items() if n}
     return balanced({stack: np.ones((n, c.n_routed_experts)) for stack, n in layers.items() if n}, c, layout)

@@ -1,6 +1,7 @@
 """The demo: prompts through prefill and decode instances carved out of the 384-device virtual supernode."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from cmx_jax.errors import CmxError
@@ -25,7 +26,20 @@ PROMPTS = (
 )
 
 
-def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str | None, exchange: str) -> Engine:
+def deploy(
+    model: Model,
+    pools: Pools,
+    prefill: int,
+    context: int,
+    *,
+    wire: str | None,
+    exchange: str,
+    num_speculative_tokens: int,
+    microbatches: int,
+    redundant_slots: int,
+    shared_slots: int,
+    eplb_interval: int,
+) -> Engine:
     """Puts a model on the first decode instance and the first `prefill` prefill instances of the pools.
 
     Args:
@@ -35,23 +49,35 @@ def deploy(model: Model, pools: Pools, prefill: int, context: int, wire: str | N
       context: longest sequence to make room for, tokens.
       wire: type of dispatched tokens; None takes the model's.
       exchange: how they travel.
+      num_speculative_tokens: MTP drafts; 0 where the model has no MTP layer.
+      microbatches, redundant_slots, shared_slots: of the decode instance.
+      eplb_interval: decode steps between its rebalancings, 0: never.
 
     Raises:
-      CmxError: there are not as many instances.
+      CmxError: there are not as many instances, or the layout does not fit.
     """
     if not 1 <= prefill <= len(pools.prefill) or not pools.decode:
         raise CmxError(f"{prefill} prefill instances asked for, expected 1 to {len(pools.prefill)}")
     host_devices(pools.supernode.npus)  # all of the supernode, not just what the first instance needs
     width = Capacity().page_width
 
-    def start(s: Slice) -> Instance:
-        layout = expert_parallel(
-            s.npus, model.config.n_routed_experts, exchange=exchange, wire=wire or model.dtype
-        )
-        capacity = Capacity(sequences=1, pages=pages_for(context, width), page_width=width)
-        return model.instance(s.name, layout, make_runner("devices", layout.axes, s.start), capacity)
+    drafts = num_speculative_tokens if model.checkpoint.mtp else 0
 
-    return Engine([start(s) for s in pools.prefill[:prefill]], start(pools.decode[0]))
+    def start(s: Slice, rows: int = 1, **fields: Any) -> Instance:
+        layout = expert_parallel(
+            s.npus, model.config.n_routed_experts, exchange=exchange, wire=wire or model.dtype, **fields
+        )
+        capacity = Capacity(sequences=rows, pages=rows * pages_for(context, width), page_width=width)
+        return model.instance(s.name, layout, make_runner("devices", layout.axes, s.start), capacity, drafts)
+
+    decode = start(
+        pools.decode[0],
+        max(microbatches, 1),
+        microbatches=microbatches,
+        redundant_slots=redundant_slots,
+        shared_slots=shared_slots,
+    )
+    return Engine([start(s) for s in pools.prefill[:prefill]], decode, eplb_interval=eplb_interval)
 
 
 def run(
@@ -62,6 +88,11 @@ def run(
     prefill: int = 6,
     wire: str | None = None,
     exchange: str = "hierarchical",
+    num_speculative_tokens: int = 1,
+    microbatches: int = 1,
+    redundant_slots: int = 0,
+    shared_slots: int = 0,
+    eplb_interval: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Serves the prompts and reports: pools, each request, the exchanges' bytes by rank and step.
@@ -74,7 +105,19 @@ def run(
     pools = carve(CLOUDMATRIX384)
     progress(f"starting {CLOUDMATRIX384.npus} devices, 1 decode and {prefill} prefill instance(s)")
     context = min(model.config.max_position_embeddings, 256)
-    engine = deploy(model, pools, prefill, context, wire, exchange)
+    engine = deploy(
+        model,
+        pools,
+        prefill,
+        context,
+        wire=wire,
+        exchange=exchange,
+        num_speculative_tokens=num_speculative_tokens,
+        microbatches=microbatches,
+        redundant_slots=redundant_slots,
+        shared_slots=shared_slots,
+        eplb_interval=eplb_interval,
+    )
     params = SamplingParams(max_tokens=max_tokens)
     warm = SamplingParams(max_tokens=2)
     for stage, stage_params in (("compiling (kept for the next time)", warm), ("serving", params)):
@@ -114,6 +157,7 @@ def report(
         ],
         "tokens_per_s": round(tokens / seconds, 2),
         "exchange": {i.name: i.exchange_bytes() for i in (*engine.prefill, engine.decode)},
+        "rebalanced": [asdict(move) for move in engine.moves],
     }
 
 
@@ -144,5 +188,14 @@ def render(result: dict[str, Any]) -> str:
         lines.append(
             f"{name}: {e['dispatch_bytes']:,.0f} bytes dispatched and {e['combine_bytes']:,.0f} combined "
             f"per rank and step, {e['rounds_mean']:.1f} rounds a layer (most {e['rounds_most']})"
+        )
+        if "acceptance" in e:
+            lines.append(
+                f"{name}: drafts accepted by position: {', '.join(f'{a:.0%}' for a in e['acceptance'])}"
+            )
+    for move in result["rebalanced"]:
+        lines.append(
+            f"experts rebalanced: {move['moved']} of {move['slots']} slots moved, balancedness "
+            f"{move['before']:.2f} to {move['after']:.2f}"
         )
     return "\n".join(lines)

@@ -12,9 +12,11 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.mesh.runners import make_runner
+from cmx_jax.model.placement import Move
 from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Capacity, bucket
+from cmx_jax.serving.instance import Capacity
 from cmx_jax.serving.model import Model
+from cmx_jax.serving.packing import bucket
 from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.request import Request, SamplingParams
 
@@ -39,17 +41,34 @@ class LLM:
 
     Attributes:
       model: config, weights and tokenizer as read.
-      instance: the ranks it runs on.
+      instance: the ranks it runs on; `instance.traffic` counts what the exchanges and drafts did.
+      moves: what each rebalancing of the experts did.
     """
 
-    def __init__(self, model: Model, layout: Layout, runner: str, max_num_seqs: int, max_model_len: int):
-        width = Capacity().page_width
-        sequences = -(-max_num_seqs // layout.data_ranks)
+    def __init__(
+        self,
+        model: Model,
+        layout: Layout,
+        runner: str,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        num_speculative_tokens: int,
+        eplb_interval: int,
+    ):
+        width, parts = Capacity().page_width, layout.microbatches
+        sequences = -(-max_num_seqs // (layout.data_ranks * parts)) * parts
         capacity = Capacity(
-            sequences=sequences, pages=sequences * pages_for(max_model_len, width), page_width=width
+            sequences=sequences,
+            pages=sequences * pages_for(max_model_len, width),
+            page_width=width,
+            max_num_batched_tokens=max_num_batched_tokens,
         )
-        self.model = model
-        self.instance = model.instance(runner, layout, make_runner(runner, layout.axes), capacity)
+        self.model, self.eplb_interval = model, eplb_interval
+        self.moves: list[Move] = []
+        self.instance = model.instance(
+            runner, layout, make_runner(runner, layout.axes), capacity, num_speculative_tokens
+        )
 
     def logits(self, tokens: ArrayLike) -> Float[np.ndarray, "B T O"]:
         """Float32 logits of every position: row `t` predicts token `t + 1`.
@@ -105,11 +124,12 @@ class LLM:
             seed=seed,
             ignore_eos=ignore_eos,
         )
-        engine = Engine([self.instance], self.instance)
+        engine = Engine([self.instance], self.instance, eplb_interval=self.eplb_interval)
         given = [prompts] if isinstance(prompts, str) else prompts
         requests = [engine.submit(self.model.encode(prompt), params) for prompt in given]
         try:
             engine.run()
+            self.moves += engine.moves
         except BaseException:  # an interrupt, say: the next call must not find half-served requests
             self.instance.reset()
             raise
@@ -139,6 +159,12 @@ def from_pretrained(
     exchange: str = "flat",
     max_num_seqs: int = 32,
     max_model_len: int | None = None,
+    max_num_batched_tokens: int = 2048,
+    num_speculative_tokens: int = 0,
+    microbatches: int = 1,
+    redundant_slots: int = 0,
+    shared_slots: int = 0,
+    eplb_interval: int = 0,
 ) -> LLM:
     """Loads a Hugging Face directory, or `tiny`, the model that ships.
 
@@ -151,6 +177,12 @@ def from_pretrained(
       exchange: how they travel: `flat`, `hierarchical` (by node, then NPU), or `allgather` (everywhere).
       max_num_seqs: sequences decoded at once, over all ranks; further ones wait.
       max_model_len: longest sequence to make room for; None takes the model's context, at most 4,096.
+      max_num_batched_tokens: of a prefill step's row; longer prompts are prefilled in chunks.
+      num_speculative_tokens: drafts of the MTP layer that each decode step verifies; the text stays the same.
+      microbatches: streams in which a decode step's rows go through the layers.
+      redundant_slots: further replicas of busy experts, over all ranks.
+      shared_slots: slots for copies of the shared expert; with 0 every rank has it.
+      eplb_interval: decode steps after which experts are placed anew by their load; 0: never.
 
     Raises:
       CmxError: the model is unknown or refused, or the layout does not fit it or the machine.
@@ -163,7 +195,27 @@ def from_pretrained(
     length = min(context, 4096) if max_model_len is None else max_model_len
     if not 1 <= length <= context:
         raise CmxError(f"max_model_len is {length}, expected 1 to the model's context of {context}")
+    if max_num_batched_tokens < 1 or eplb_interval < 0:
+        raise CmxError(
+            f"max_num_batched_tokens is {max_num_batched_tokens} and eplb_interval {eplb_interval}, expected "
+            "at least 1 and 0"
+        )
     layout = expert_parallel(
-        ranks, model.config.n_routed_experts, exchange=exchange, wire=dtype if wire is None else wire
+        ranks,
+        model.config.n_routed_experts,
+        exchange=exchange,
+        wire=dtype if wire is None else wire,
+        microbatches=microbatches,
+        redundant_slots=redundant_slots,
+        shared_slots=shared_slots,
     )
-    return LLM(model, layout, runner, max_num_seqs, length)
+    return LLM(
+        model,
+        layout,
+        runner,
+        max_num_seqs,
+        length,
+        max_num_batched_tokens,
+        num_speculative_tokens,
+        eplb_interval,
+    )
