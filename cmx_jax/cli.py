@@ -184,9 +184,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--wire", help="dispatched tokens: float32, bfloat16 or int8 (default: the model's)"
         )
-        verb.add_argument(
-            "--exchange", default=exchange, help=f"flat, hierarchical or allgather (default {exchange})"
-        )
+        methods = "flat, hierarchical, allgather, or ragged (accelerators only)"
+        verb.add_argument("--exchange", default=exchange, help=f"{methods} (default {exchange})")
         for flag, default, meaning in (
             ("--num-speculative-tokens", 0, "MTP drafts verified in each decode step"),
             ("--microbatches", 1, "streams of a decode step"),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.ragged import check_ragged
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model import cache as paged
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch, StepOutput
@@ -84,6 +85,7 @@ def compile_steps(c: ModelConfig, layout: Layout, runner: Runner, mtp: bool) -> 
       runner: over the layout's axes.
       mtp: whether the weights carry MTP layers, which then draft.
     """
+    check_ragged(layout.exchange, runner)
     specs = step_specs(c, layout, mtp)
 
     def step(fn: Callable[..., Any], batch: Any, output: StepOutput, *flags: str) -> Callable[..., Any]:

@@ -1,116 +1,29 @@
-"""Tokens that carry their rank and index, experts that stamp their slot: a misrouted token shows exactly.
+"""Every message reaches its expert and returns, by every method and routing, in as few rounds as can be."""
 
-Experts answer NaN to every empty row and inactive tokens hold NaN, so that none of it may reach a result.
-"""
-
-import functools
-from collections.abc import Callable
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh import make_runner
-from cmx_jax.mesh.exchange import EXCHANGES, Axis, exchange, worst_case_rows
-
-TOKENS, TOP_K = 3, 2  # of each rank
-WORST = 0  # rows: as many as a peer can ever need
-
-Routing = Callable[[int, int, np.random.Generator], np.ndarray]
-
-
-@functools.cache
-def program(
-    kind: str,
-    axes: tuple[tuple[str, int], ...],
-    over: Axis,
-    slots_per_rank: int,
-    rows: int,
-    method: str = "flat",
-) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """Tokens, slots and weights of all ranks -> results, and each rank's rounds and messages sent."""
-    names = (over,) if isinstance(over, str) else over
-    spec = P((*(name for name, _ in axes if name not in names), *names))
-
-    def rank(x: jax.Array, slots: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-        first = jax.lax.axis_index(over) * slots_per_rank
-        worst = worst_case_rows(*slots.shape, slots_per_rank)
-
-        def experts(received: jax.Array, local: jax.Array) -> jax.Array:
-            stamped = received * (first + local + 1).astype(received.dtype)[:, None]
-            return jnp.where(local[:, None] < 0, jnp.nan, stamped)
-
-        send = functools.partial(exchange(method), axis=over, slots_per_rank=slots_per_rank, wire="float32")
-        y, stats = send(x, slots, weights, experts, rows=worst if rows == WORST else rows)
-        return y, stats.rounds[None], stats.sent[None]
-
-    return make_runner(kind, axes).jit(rank, (spec,) * 3, (spec,) * 3)
-
-
-def by_hand(x: np.ndarray, slots: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """What `program` computes."""
-    y = np.zeros_like(x)
-    for t, k in np.argwhere(slots >= 0):
-        y[t] += weights[t, k] * (x[t] * (slots[t, k] + 1))
-    return y
-
-
-def longest_queue(slots: np.ndarray, ranks: int, slots_per_rank: int) -> int:
-    """The most messages that any rank has for any rank."""
-    counts = np.zeros((ranks, ranks), int)
-    for t, k in np.argwhere(slots >= 0):
-        counts[t // (len(slots) // ranks), slots[t, k] // slots_per_rank] += 1
-    return counts.max()
-
-
-def coded(slots: np.ndarray, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[source rank + 1, index + 1, 1]` (NaN where inactive) and small whole weights."""
-    t = np.arange(len(slots))
-    per_rank = len(slots) // ranks
-    x = np.stack([t // per_rank + 1, t % per_rank + 1, np.ones_like(t)], 1).astype(np.float32)
-    x[(slots < 0).all(1)] = np.nan
-    return x, (1 + np.add.outer(t, 2 * np.arange(slots.shape[1])) % 3).astype(np.float32)
-
-
-def likely(ranks: int, slots_per_rank: int, rng: np.random.Generator, skew: float) -> np.ndarray:
-    """Distinct slots for each token, slot `s` as likely as `(s + 1) ** -skew`."""
-    total = ranks * slots_per_rank
-    chance = rng.gumbel(size=(ranks * TOKENS, total)) - skew * np.log(np.arange(total) + 1)
-    return np.argsort(-chance, axis=1)[:, :TOP_K].astype(np.int32)
-
-
-def uniform(ranks: int, slots_per_rank: int, rng: np.random.Generator) -> np.ndarray:
-    return likely(ranks, slots_per_rank, rng, 0.0)
-
-
-def zipf(ranks: int, slots_per_rank: int, rng: np.random.Generator) -> np.ndarray:
-    return likely(ranks, slots_per_rank, rng, 1.5)
-
-
-def holes(ranks: int, slots_per_rank: int, rng: np.random.Generator) -> np.ndarray:
-    slots = zipf(ranks, slots_per_rank, rng)
-    slots[::2] = -1  # inactive tokens
-    slots[rng.random(slots.shape) < 0.3] = -1
-    return slots
-
-
-def one_expert(ranks: int, slots_per_rank: int, rng: np.random.Generator) -> np.ndarray:
-    return np.tile(np.array([ranks * slots_per_rank - 1, -1], np.int32), (ranks * TOKENS, 1))
-
-
-def one_rank(ranks: int, slots_per_rank: int, rng: np.random.Generator) -> np.ndarray:
-    choices = [ranks // 2 * slots_per_rank + k if k < slots_per_rank else -1 for k in range(TOP_K)]
-    return np.tile(np.array(choices, np.int32), (ranks * TOKENS, 1))
-
-
-def nobody(ranks: int, slots_per_rank: int, rng: np.random.Generator) -> np.ndarray:
-    return np.full((ranks * TOKENS, TOP_K), -1, np.int32)
+from cmx_jax.mesh.exchange import EXCHANGES, exchange, worst_case_rows
+from mesh.coded import (
+    TOKENS,
+    TOP_K,
+    WORST,
+    Routing,
+    by_hand,
+    coded,
+    holes,
+    longest_queue,
+    nobody,
+    one_expert,
+    one_rank,
+    program,
+    uniform,
+    zipf,
+)
 
 
 @pytest.mark.parametrize("routing", [uniform, zipf, holes, one_expert, one_rank, nobody])
@@ -149,7 +62,7 @@ def test_runners_and_rounds_change_no_bit_of_a_sum() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lanes", "devices"])
-@pytest.mark.parametrize("method", EXCHANGES)
+@pytest.mark.parametrize("method", sorted(EXCHANGES.keys() - {"ragged"}))
 @pytest.mark.parametrize("over", [("node", "npu"), ("npu", "node")])
 def test_two_axes_in_either_order_are_one_line_of_ranks(
     kind: str, method: str, over: tuple[str, str]

@@ -5,6 +5,7 @@ import pytest
 from support import GOLDENS, instance, serve
 
 import cmx_jax
+from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import EXCHANGES
 from cmx_jax.serving.engine import Engine
 from cmx_jax.serving.model import Model
@@ -26,8 +27,13 @@ def test_pages_move_from_prefill_to_decode_and_give_transformers_tokens(case: st
     assert given[0] == given[2] == expected
 
 
-@pytest.mark.parametrize("exchange", sorted(EXCHANGES.keys() - {"flat"}))
+@pytest.mark.parametrize("exchange", sorted(EXCHANGES.keys() - {"flat", "ragged"}))
 def test_weighted_inputs_travel_by_every_exchange(exchange: str) -> None:
     golden = np.load(GOLDENS / "llama4_top2" / "golden.npz")
     llm = cmx_jax.from_pretrained(GOLDENS / "llama4_top2", ranks=8, exchange=exchange, max_num_seqs=2)
     np.testing.assert_allclose(llm.logits(golden["tokens_40"]), golden["logits_40"], atol=1e-4, rtol=0)
+
+
+def test_an_exchange_for_accelerators_is_refused_on_cpu() -> None:
+    with pytest.raises(CmxError, match=r"exchange 'ragged' does not run between lanes: .*Choose flat"):
+        cmx_jax.from_pretrained(GOLDENS / "llama4_top2", ranks=8, exchange="ragged")

@@ -1,0 +1,59 @@
+"""Only real messages travel, by ragged all-to-all: the paper's direct writes (section 4.2.1).
+
+A rank's messages of a round lie densely by destination and arrive densely by source: no peer has a mailbox of
+its own. Each rank tells each peer how many it sends, each learns from that where it will write, and then the
+messages move, as FusedDispatch's status and data do. Results go back to where their messages came from.
+
+The receive buffer has `ranks * rows` rows, what one round can bring: as many as the mailboxes have. What is
+saved is bytes on the wire, and the clearing of rows that nobody fills.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.rounds import Axis, Route
+from cmx_jax.mesh.runners import Abstract, Devices, Runner
+
+
+def packed(counts: Int[Array, " G"], rows: int, messages: int, axis: Axis) -> Route:
+    """A round by ragged all-to-all; see `cmx_jax.mesh.rounds.Travel`."""
+    counts = counts.astype(jnp.int32)
+    start = jnp.cumsum(counts) - counts
+    told = jax.lax.all_to_all(jnp.stack([counts, start], axis=1), axis, 0, 0)
+    arriving, home = told[:, 0], told[:, 1]  # of each source: how many, and where its messages for me begin
+    begin = jnp.cumsum(arriving) - arriving
+    there = jax.lax.all_to_all(begin, axis, 0, 0, tiled=True)  # where mine begin at each destination
+    size, room = min(messages, len(counts) * rows), len(counts) * rows
+
+    def out(mail: Shaped[Array, "S M"]) -> Shaped[Array, "N M"]:
+        inbox = jax.lax.empty((room, mail.shape[1]), mail.dtype)
+        inbox = jax.lax.ragged_all_to_all(mail, inbox, start, counts, there, arriving, axis_name=axis)
+        live = jnp.arange(room, dtype=jnp.int32) < jnp.sum(arriving)
+        return jnp.where(live[:, None], inbox, jnp.zeros((), mail.dtype))
+
+    def back(answers: Shaped[Array, "N D"]) -> Shaped[Array, "S D"]:
+        outbox = jax.lax.empty((size, answers.shape[1]), answers.dtype)
+        return jax.lax.ragged_all_to_all(answers, outbox, begin, arriving, home, counts, axis_name=axis)
+
+    return Route(start, size, out, back)
+
+
+def check_ragged(method: str, runner: Runner) -> None:
+    """Refuses the ragged exchange where XLA has no ragged all-to-all: on CPU, and between lanes.
+
+    It is traced and lowered everywhere, and compiled ahead of time for accelerators.
+
+    Raises:
+      CmxError: the runner cannot run it.
+    """
+    if method != "ragged" or isinstance(runner, Abstract):
+        return
+    if isinstance(runner, Devices) and runner.mesh.devices.flat[0].platform != "cpu":
+        return
+    where = "on CPU" if isinstance(runner, Devices) else "between lanes"
+    raise CmxError(
+        f"exchange 'ragged' does not run {where}: XLA's ragged all-to-all is for accelerators. Choose flat, "
+        "hierarchical or allgather, or runner 'devices' on accelerators"
+    )
