@@ -39,6 +39,7 @@ __all__ = [
     "Exchange",
     "ExchangeStats",
     "exchange",
+    "gather",
     "message_bytes",
     "usual_rows",
     "worst_case_rows",
@@ -140,110 +141,6 @@ def gather(x: Array, axis: Axis, dim: int = 0) -> Array:
     """Of all ranks along `dim`, axis by axis: one gather over several mesh axes does not run as lanes."""
     for name in reversed((axis,) if isinstance(axis, str) else axis):
         x = jax.lax.all_gather(x, name, axis=dim, tiled=True)
-    return x
-
-
-EXCHANGES",
-    "MAX_SLOTS_PER_RANK", "WIRES", "Axis", "Exchange", "ExchangeStats", "exchange", "message_bytes",
-    "usual_rows", "worst_case_rows",
-]
-
-Move = Callable[[Shaped[Array, "GN M"], Axis], Shaped[Array, "GN M"]]
-"""Mailboxes `[ranks * rows, message]` by destination to mailboxes by source."""
-
-
-@runtime_checkable
-class Exchange(Protocol):
-    """The signature behind which every exchange method stands."""
-
-    def __call__(
-        self,
-        x: Float[Array, "T D"],
-        slots: Int[Array, "T K"],
-        weights: Float[Array, "T K"],
-        experts: ExpertFn,
-        *,
-        axis: Axis,
-        slots_per_rank: int,
-        rows: int,
-        wire: str,
-    ) -> tuple[Float[Array, "T D"], ExchangeStats]: ...
-
-
-def _mailboxes(move: Move, counts: Int[Array, " G"], rows: int, messages: int, axis: Axis) -> Route:
-    """A round in which every peer has a mailbox of `rows` rows, and whole mailboxes move, filled or not."""
-    del messages
-    ranks = len(counts)
-
-    def carry(mail: Shaped[Array, "GN M"]) -> Shaped[Array, "GN M"]:
-        return move(mail, axis)
-
-    return Route(jnp.arange(ranks, dtype=jnp.int32) * rows, ranks * rows, carry, carry)
-
-
-def _at_once(mail: Shaped[Array, "GN M"], axis: Axis) -> Shaped[Array, "GN M"]:
-    """One all-to-all over all ranks."""
-    boxes = mail.reshape(jax.lax.axis_size(axis), -1, mail.shape[-1])
-    return jax.lax.all_to_all(boxes, axis, 0, 0).reshape(mail.shape)
-
-
-def _tier_by_tier(mail: Shaped[Array, "GN M"], axis: Axis) -> Shaped[Array, "GN M"]:
-    """One all-to-all for each axis, innermost first: to the right NPU number within the node, then to the
-    right node. Every byte moves once a tier, but a rank of 20 nodes talks to 7 + 19 others instead of 159."""
-    names = (axis,) if isinstance(axis, str) else axis
-    boxes = mail.reshape(*(jax.lax.axis_size(name) for name in names), -1, mail.shape[-1])
-    for dim, name in reversed(list(enumerate(names))):
-        boxes = jax.lax.all_to_all(boxes, name, dim, dim)
-    return boxes.reshape(mail.shape)
-
-
-def gathered(
-    x: Float[Array, "T D"],
-    slots: Int[Array, "T K"],
-    weights: Float[Array, "T K"],
-    experts: ExpertFn,
-    *,
-    axis: Axis,
-    slots_per_rank: int,
-    rows: int,
-    wire: str,
-) -> tuple[Float[Array, "T D"], ExchangeStats]:
-    """All-gather of the tokens, every rank's experts on those that chose them, reduce-scatter of the sums.
-
-    The way of those who have no token exchange: `G` times the tokens reach each rank, whether they are for it
-    or not. Arguments and result as of `drained`, but the sum is over ranks, so its rounding depends on the
-    layout.
-    """
-    del rows  # nothing is queued
-    names = (axis,) if isinstance(axis, str) else axis
-    (tokens, top_k), width = slots.shape, x.shape[-1]
-    sent = slots >= 0
-    first = jax.lax.axis_index(axis) * slots_per_rank
-    with jax.named_scope("Dispatch"):
-        mail = pack(x, jnp.zeros(tokens, jnp.int32), jnp.any(sent, axis=1), wire)
-        mail, slots, weights = (gather(a, axis) for a in (mail, slots, jnp.where(sent, weights, 0.0)))
-        received, _ = unpack(mail, width, wire, x.dtype)
-    mine = (slots >= first) & (slots < first + slots_per_rank)
-    most = min(top_k, slots_per_rank)  # the slots of a token are all different
-    order = jnp.argsort(~mine, axis=1, stable=True)[:, :most]
-    local = jnp.take_along_axis(jnp.where(mine, slots - first, -1), order, axis=1)
-    used = jnp.take_along_axis(jnp.where(mine, weights, 0.0), order, axis=1)
-    answers = experts(jnp.repeat(received, most, axis=0), local.reshape(-1))
-    answers = jnp.where(local.reshape(-1, 1) < 0, 0.0, answers.astype(jnp.float32)).reshape(
-        *local.shape, width
-    )
-    with jax.named_scope("Combine"):
-        y = jnp.einsum("tk,tkd->td", used, answers, precision="highest")
-        for name in names:
-            y = jax.lax.psum_scatter(y, name, scatter_dimension=0, tiled=True)
-    counts = (jnp.sum(a).astype(jnp.int32) for a in (sent, local >= 0))
-    return y.astype(x.dtype), ExchangeStats(jnp.ones((), jnp.int32), *counts)
-
-
-def _gather(x: Array, names: tuple[str, ...]) -> Array:
-    """Of all ranks, one axis after another: one gather over several does not run as lanes."""
-    for name in reversed(names):
-        x = jax.lax.all_gather(x, name, tiled=True)
     return x
 
 

@@ -1,0 +1,226 @@
+"""Compiles a full-size model's step without weights, and says how long that takes and what a device holds.
+
+    python scripts/full_size.py                                       # DeepSeek-R1, decode, 160 CPU devices
+    python scripts/full_size.py --step prefill                        # 32 devices, a prompt of 4,096 each
+    python scripts/full_size.py --target v5p:4x4x10 --exchange ragged # the TPU compiler, no TPU needed
+
+`--target` is `cpu` or the name of a TPU topology, such as v5p:4x4x10 (160 chips), v5p:8x8x6 (384) or
+tpu7x:4x8x12 (768 cores); topologies need `pip install 'cmx_jax[tpu-aot]'`. A program lies on the first
+`--ranks` devices. By default mailboxes have the paper's worst-case size; `--mailbox-rows` gives another.
+
+With 160 decode ranks a rank is one of the paper's NPUs, which are two dies each; with 320 it is a die.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.sharding import Mesh, NamedSharding
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh import Abstract, Layout, expert_parallel, request_devices
+from cmx_jax.mesh.exchange import EXCHANGES, WIRES, message_bytes
+from cmx_jax.model.cache import abstract_cache
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.families import preset
+from cmx_jax.model.sampling import Sampling
+from cmx_jax.model.steps import DecodeBatch, PrefillBatch, decode_step, prefill_step, step_specs
+from cmx_jax.model.weights import Leaf, abstract_weights, all_leaves, leaf_dtype
+
+PAGE = 128  # tokens
+RANKS = {"decode": 160, "prefill": 32}
+GB, MIB = 1e9, 2.0**20
+PAPER = {  # bytes a die of the decode instance (EP320), weights in INT8; sections 4.2.1 and 9
+    "experts": 2.55 * GB,
+    "attention": 11.4 * GB,
+    "dense FFN": 1.19 * GB,
+    "embedding, head": 3.7 * GB,
+    "cache": 13.8 * GB,
+    "dispatch buffer": 225 * MIB,
+    "combine buffer": 420 * MIB,
+}
+NOTE = """\
+Weights are BF16 here: twice the paper's INT8, but for embedding and head. INT8 weights come later.
+The paper's figures are of DeepSeek-R1 on one of 320 decode dies of 64 GB: one expert, 96 tokens a step, 48
+sequences of 4,096 tokens."""
+CPU_NOTE = (
+    "XLA:CPU keeps float32 copies of BF16 weights and of the cache: its temporaries are no accelerator's."
+)
+
+
+def devices(target: str, count: int) -> list[Any]:
+    """Devices to compile for: CPU's, or those of a topology that nobody has.
+
+    Raises:
+      CmxError: the topology is unknown or too small, or there is no compiler for it.
+    """
+    if target == "cpu":
+        request_devices(count)
+        return list(jax.devices("cpu")[:count])
+    if importlib.util.find_spec("libtpu") is None:
+        raise CmxError(f"target {target}: the TPU compiler is missing: pip install 'cmx_jax[tpu-aot]'")
+    # libtpu asks where it runs, unless it is told
+    for name, value in (("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        found = list(topologies.get_topology_desc(target, "tpu").devices)
+    except Exception as error:  # the compiler's own, of several types
+        raise CmxError(f"target {target!r} is no topology: {str(error).splitlines()[0]}") from None
+    if len(found) < count:
+        raise CmxError(f"target {target} has {len(found)} devices, {count} are needed")
+    return found[:count]
+
+
+def traced(c: ModelConfig, layout: Layout, mesh: Mesh, batch: int, length: int, prefill: bool) -> Any:
+    """A step for sequences of up to `length` tokens, `batch` a rank, traced on shapes alone.
+
+    The cache lies in memory in the order of its axes. The TPU compiler would choose another for an argument,
+    and copy the whole cache from and to it in every step.
+    """
+    runner, (weights, data, output) = Abstract(layout.axes), step_specs(c, layout, True)
+    pages, rows = -(-length // PAGE), batch * layout.data_ranks
+    put = partial(runner.make, spec=data)
+    numbers = put((rows,), jnp.int32)
+    floats, seeds = put((rows,), jnp.float32), put((rows,), jnp.uint32)
+    sampling = Sampling(floats, numbers, floats, seeds)
+    kind, tokens = (PrefillBatch, put((rows, length), jnp.int32)) if prefill else (DecodeBatch, numbers)
+    args = (
+        runner.put(abstract_weights(c, layout.slots, jnp.bfloat16), weights),
+        runner.put(abstract_cache(c, rows * pages, PAGE, jnp.bfloat16), data),
+        kind(tokens, numbers, put((rows, pages), jnp.int32), sampling),
+    )
+    on_mesh = jax.tree.map(lambda a: a.update(sharding=NamedSharding(mesh, a.sharding.spec)), args)
+    in_order = Format(MemoryLayout((0, 1, 2, 3)), NamedSharding(mesh, data))
+    cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=in_order), on_mesh[1])
+    step = partial(prefill_step if prefill else decode_step, c=c, layout=layout, sampled=False)
+    fn = runner.jit(step, (weights, data, data), (data, output))
+    program = jax.jit(fn, donate_argnums=(1,), out_shardings=(in_order, None))
+    return program.trace(on_mesh[0], cache, on_mesh[2])
+
+
+def part(leaf: Leaf) -> str:
+    """What a weight is counted under."""
+    if leaf.stack == "mtp":
+        return "MTP layer"
+    if leaf.experts:
+        return "experts"
+    if not leaf.stack and leaf.kind == "matrix":
+        return "embedding, head"
+    if leaf.path.startswith("attn."):
+        return "attention"
+    return "dense FFN" if leaf.stack == "dense" else "shared experts, routers, norms"
+
+
+def by_layout(c: ModelConfig, layout: Layout, batch: int, length: int, prefill: bool) -> dict[str, int]:
+    """Bytes that one rank needs, by what for."""
+    found: dict[str, int] = {}
+    for leaf in all_leaves(c, layout.slots):
+        split = layout.expert_ranks if leaf.experts else 1
+        size = math.prod(leaf.shape) // split * leaf_dtype(leaf, jnp.bfloat16).itemsize
+        found[part(leaf)] = found.get(part(leaf), 0) + size
+    page = abstract_cache(c, 1, PAGE, jnp.bfloat16).pages
+    found["cache"] = batch * -(-length // PAGE) * math.prod(page.shape) * page.dtype.itemsize
+    tokens = batch * length if prefill else batch
+    rows = layout.expert_ranks * layout.rows(tokens, c.num_experts_per_tok)
+    if layout.exchange != "allgather":
+        found["dispatch buffer"] = rows * message_bytes(c.hidden_size, layout.wire)
+        found["combine buffer"] = rows * c.hidden_size * 2
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    c, prefill = preset(args.model), args.step == "prefill"
+    ranks = args.ranks or RANKS[args.step]
+    batch = args.batch or (1 if prefill else 96)
+    layout = expert_parallel(
+        ranks, c.n_routed_experts, exchange=args.exchange, wire=args.wire, mailbox_rows=args.mailbox_rows
+    )
+    found = devices(args.target, ranks)
+    shape, names = [n for _, n in layout.axes], [name for name, _ in layout.axes]
+    mesh = Mesh(np.array(found).reshape(shape), names)
+    times = [time.perf_counter()]
+    step = traced(c, layout, mesh, batch, args.context, prefill)
+    times.append(time.perf_counter())
+    lowered = step.lower()
+    times.append(time.perf_counter())
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise CmxError(f"{args.target} does not compile it: {str(error).splitlines()[0]}") from None
+    times.append(time.perf_counter())
+    memory = compiled.memory_analysis()
+    return {
+        "model": args.model,
+        "step": args.step,
+        "target": args.target,
+        "ranks": ranks,
+        "sequences": batch,
+        "context": args.context,
+        "exchange": args.exchange,
+        "wire": args.wire,
+        "seconds": dict(zip(("trace", "lower", "compile"), np.diff(times).tolist(), strict=True)),
+        "by_layout": by_layout(c, layout, batch, args.context, prefill),
+        "by_compiler": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        },
+        "paper_a_die": PAPER,
+        "note": f"{NOTE}\n{CPU_NOTE}" if args.target == "cpu" else NOTE,
+    }
+
+
+def report(r: dict[str, Any]) -> None:
+    print("{model} {step} for {target}: {ranks} ranks, {sequences} x {context} tokens each".format(**r))
+    print("exchange {exchange}, wire {wire}".format(**r))
+    print("trace {trace:.1f} s, lower {lower:.1f} s, compile {compile:.1f} s".format(**r["seconds"]))
+    print(f"\n{'GB of one rank':34}{'here':>8}{'paper, a die':>15}")
+    rows = {**r["by_layout"], **{f"{name} (compiler)": size for name, size in r["by_compiler"].items()}}
+    for name, size in rows.items():
+        paper = r["paper_a_die"].get(name)
+        print(f"{name:34}{size / GB:8.2f}{'' if paper is None else f'{paper / GB:15.2f}'}")
+    print(f"{'sum (compiler)':34}{sum(r['by_compiler'].values()) / GB:8.2f}\n\n{r['note']}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", nargs="?", default="deepseek-r1", help="a preset")
+    parser.add_argument("--step", choices=sorted(RANKS), default="decode")
+    parser.add_argument("--target", default="cpu", help="cpu, or a TPU topology")
+    parser.add_argument("--ranks", type=int, help="160 for decode, 32 for prefill")
+    parser.add_argument("--batch", type=int, help="sequences a rank: 96 for decode, 1 for prefill")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of each sequence")
+    parser.add_argument("--exchange", choices=sorted(EXCHANGES), default="flat")
+    parser.add_argument("--wire", choices=WIRES, default="int8")
+    parser.add_argument("--mailbox-rows", type=int, default=0, help="0: for the worst case")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it is the compiling that is timed
+    try:
+        result = measure(args)
+    except CmxError as error:
+        print(f"full_size: error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        report(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

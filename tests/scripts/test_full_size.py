@@ -1,0 +1,59 @@
+"""The script that compiles full-size steps: what it counts, and what it says without the TPU compiler."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from cmx_jax.mesh import expert_parallel
+from cmx_jax.model.families import preset
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "full_size.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("full_size", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_die_holds_what_the_paper_says(script: ModuleType) -> None:
+    """Of 320 ranks: weights in BF16 are twice the paper's INT8."""
+    c = preset("deepseek-r1")
+    layout = expert_parallel(320, c.n_routed_experts, wire="int8", mailbox_rows=0)
+    found = script.by_layout(c, layout, batch=48, length=4096, prefill=False)
+    for name in ("experts", "attention", "dense FFN"):
+        assert found[name] == pytest.approx(2 * script.PAPER[name], rel=0.01)
+    for name in ("embedding, head", "cache"):
+        assert found[name] == pytest.approx(script.PAPER[name], rel=0.01)
+    steps = script.by_layout(c, layout, batch=96, length=4096, prefill=False)  # a sequence brings two tokens
+    assert steps["combine buffer"] == script.PAPER["combine buffer"]
+    # 6 bytes behind the token where the paper pads to 512
+    assert steps["dispatch buffer"] == 320 * 96 * (7168 + 6)
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_a_step_lowers_on_a_mesh_without_arrays(script: ModuleType, prefill: bool) -> None:
+    c = preset("deepseek-r1")
+    layout = expert_parallel(32, c.n_routed_experts, wire="int8", mailbox_rows=0)
+    mesh = Mesh(np.array(jax.devices("cpu")[:32]), ["ep"])
+    lowered = script.traced(c, layout, mesh, 1, 4096, prefill).lower()
+    assert lowered.as_text().count("stablehlo.all_to_all") == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is here")
+def test_without_the_compiler_it_says_how_to_install_it(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["full_size.py", "--target", "v5p:4x4x10"])
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # of this process's JAX
+    assert script.main() == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("the TPU compiler is missing: pip install 'cmx_jax[tpu-aot]'")
