@@ -6,7 +6,8 @@
 
 `--target` is `cpu` or the name of a TPU topology, such as v5p:4x4x10 (160 chips), v5p:8x8x6 (384) or
 tpu7x:4x8x12 (768 cores); topologies need `pip install 'cmx_jax[tpu-aot]'`. A program lies on the first
-`--ranks` devices. By default mailboxes have the paper's worst-case size; `--mailbox-rows` gives another.
+`--ranks` devices. Mailboxes have the paper's worst-case size in decode, and twice the mean load in prefill;
+`--mailbox-rows` gives another (0: the worst case).
 
 With 160 decode ranks a rank is one of the paper's NPUs, which are two dies each; with 320 it is a die.
 """
@@ -42,19 +43,22 @@ from cmx_jax.model.weights import Leaf, abstract_weights, all_leaves, leaf_dtype
 PAGE = 128  # tokens
 RANKS = {"decode": 160, "prefill": 32}
 GB, MIB = 1e9, 2.0**20
-PAPER = {  # bytes a die of the decode instance (EP320), weights in INT8; sections 4.2.1 and 9
-    "experts": 2.55 * GB,
-    "attention": 11.4 * GB,
-    "dense FFN": 1.19 * GB,
-    "embedding, head": 3.7 * GB,
-    "cache": 13.8 * GB,
-    "dispatch buffer": 225 * MIB,
-    "combine buffer": 420 * MIB,
+PAPER = {  # bytes a die with weights in INT8 (sections 4.2.1 and 9); of decode EP320, of prefill EP32
+    "decode": {
+        "experts": 2.55 * GB,
+        "attention": 11.4 * GB,
+        "dense FFN": 1.19 * GB,
+        "embedding, head": 3.7 * GB,
+        "cache": 13.8 * GB,
+        "dispatch buffer": 225 * MIB,
+        "combine buffer": 420 * MIB,
+    },
+    "prefill": {"experts": 25.5 * GB},
 }
 NOTE = """\
 Weights are BF16 here: twice the paper's INT8, but for embedding and head. INT8 weights come later.
-The paper's figures are of DeepSeek-R1 on one of 320 decode dies of 64 GB: one expert, 96 tokens a step, 48
-sequences of 4,096 tokens."""
+The paper's are of DeepSeek-R1 on a die of 64 GB: of 320 in decode, with one expert, 96 tokens a step and 48
+sequences of 4,096 tokens; of 32 in prefill, with ten experts."""
 CPU_NOTE = (
     "XLA:CPU keeps float32 copies of BF16 weights and of the cache: its temporaries are no accelerator's."
 )
@@ -145,8 +149,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     c, prefill = preset(args.model), args.step == "prefill"
     ranks = args.ranks or RANKS[args.step]
     batch = args.batch or (1 if prefill else 96)
+    rows = 0 if args.mailbox_rows is None and not prefill else args.mailbox_rows
     layout = expert_parallel(
-        ranks, c.n_routed_experts, exchange=args.exchange, wire=args.wire, mailbox_rows=args.mailbox_rows
+        ranks, c.n_routed_experts, exchange=args.exchange, wire=args.wire, mailbox_rows=rows
     )
     found = devices(args.target, ranks)
     shape, names = [n for _, n in layout.axes], [name for name, _ in layout.axes]
@@ -178,7 +183,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "temporaries": memory.temp_size_in_bytes,
             "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         },
-        "paper_a_die": PAPER,
+        "paper_a_die": PAPER[args.step],
         "note": f"{NOTE}\n{CPU_NOTE}" if args.target == "cpu" else NOTE,
     }
 
@@ -205,7 +210,7 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=4096, help="tokens of each sequence")
     parser.add_argument("--exchange", choices=sorted(EXCHANGES), default="flat")
     parser.add_argument("--wire", choices=WIRES, default="int8")
-    parser.add_argument("--mailbox-rows", type=int, default=0, help="0: for the worst case")
+    parser.add_argument("--mailbox-rows", type=int, help="rows of one peer's mailbox")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

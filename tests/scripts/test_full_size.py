@@ -30,11 +30,11 @@ def test_a_die_holds_what_the_paper_says(script: ModuleType) -> None:
     layout = expert_parallel(320, c.n_routed_experts, wire="int8", mailbox_rows=0)
     found = script.by_layout(c, layout, batch=48, length=4096, prefill=False)
     for name in ("experts", "attention", "dense FFN"):
-        assert found[name] == pytest.approx(2 * script.PAPER[name], rel=0.01)
+        assert found[name] == pytest.approx(2 * script.PAPER["decode"][name], rel=0.01)
     for name in ("embedding, head", "cache"):
-        assert found[name] == pytest.approx(script.PAPER[name], rel=0.01)
+        assert found[name] == pytest.approx(script.PAPER["decode"][name], rel=0.01)
     steps = script.by_layout(c, layout, batch=96, length=4096, prefill=False)  # a sequence brings two tokens
-    assert steps["combine buffer"] == script.PAPER["combine buffer"]
+    assert steps["combine buffer"] == script.PAPER["decode"]["combine buffer"]
     # 6 bytes behind the token where the paper pads to 512
     assert steps["dispatch buffer"] == 320 * 96 * (7168 + 6)
 
