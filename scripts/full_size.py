@@ -19,28 +19,23 @@ import math
 import os
 import sys
 import time
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.layout import Format
-from jax.experimental.layout import Layout as MemoryLayout
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh import Abstract, Layout, expert_parallel, request_devices
+from cmx_jax.mesh import Devices, Layout, expert_parallel, request_devices
 from cmx_jax.mesh.exchange import EXCHANGES, WIRES, message_bytes
+from cmx_jax.model.abstract import PAGE_WIDTH, trace_step
 from cmx_jax.model.cache import abstract_cache
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import preset
-from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import DecodeBatch, PrefillBatch, decode_step, prefill_step, step_specs
-from cmx_jax.model.weights import Leaf, abstract_weights, all_leaves, leaf_dtype
+from cmx_jax.model.weights import Leaf, laid_out, leaf_dtype, leaf_spec
 
-PAGE = 128  # tokens
 RANKS = {"decode": 160, "prefill": 32}
 GB, MIB = 1e9, 2.0**20
 PAPER = {  # bytes a die with weights in INT8 (sections 4.2.1 and 9); of decode EP320, of prefill EP32
@@ -88,33 +83,6 @@ def devices(target: str, count: int) -> list[Any]:
     return found[:count]
 
 
-def traced(c: ModelConfig, layout: Layout, mesh: Mesh, batch: int, length: int, prefill: bool) -> Any:
-    """A step for sequences of up to `length` tokens, `batch` a rank, traced on shapes alone.
-
-    The cache lies in memory in the order of its axes. The TPU compiler would choose another for an argument,
-    and copy the whole cache from and to it in every step.
-    """
-    runner, (weights, data, output) = Abstract(layout.axes), step_specs(c, layout, True)
-    pages, rows = -(-length // PAGE), batch * layout.data_ranks
-    put = partial(runner.make, spec=data)
-    numbers = put((rows,), jnp.int32)
-    floats, seeds = put((rows,), jnp.float32), put((rows,), jnp.uint32)
-    sampling = Sampling(floats, numbers, floats, seeds)
-    kind, tokens = (PrefillBatch, put((rows, length), jnp.int32)) if prefill else (DecodeBatch, numbers)
-    args = (
-        runner.put(abstract_weights(c, layout.slots, jnp.bfloat16), weights),
-        runner.put(abstract_cache(c, rows * pages, PAGE, jnp.bfloat16), data),
-        kind(tokens, numbers, put((rows, pages), jnp.int32), sampling),
-    )
-    on_mesh = jax.tree.map(lambda a: a.update(sharding=NamedSharding(mesh, a.sharding.spec)), args)
-    in_order = Format(MemoryLayout((0, 1, 2, 3)), NamedSharding(mesh, data))
-    cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=in_order), on_mesh[1])
-    step = partial(prefill_step if prefill else decode_step, c=c, layout=layout, sampled=False)
-    fn = runner.jit(step, (weights, data, data), (data, output))
-    program = jax.jit(fn, donate_argnums=(1,), out_shardings=(in_order, None))
-    return program.trace(on_mesh[0], cache, on_mesh[2])
-
-
 def part(leaf: Leaf) -> str:
     """What a weight is counted under."""
     if leaf.stack == "mtp":
@@ -128,17 +96,23 @@ def part(leaf: Leaf) -> str:
     return "dense FFN" if leaf.stack == "dense" else "shared experts, routers, norms"
 
 
-def by_layout(c: ModelConfig, layout: Layout, batch: int, length: int, prefill: bool) -> dict[str, int]:
+def by_layout(
+    c: ModelConfig, layout: Layout, batch: int, length: int, prefill: bool, drafts: int = 1
+) -> dict[str, int]:
     """Bytes that one rank needs, by what for."""
     found: dict[str, int] = {}
-    for leaf in all_leaves(c, layout.slots):
-        split = layout.expert_ranks if leaf.experts else 1
-        size = math.prod(leaf.shape) // split * leaf_dtype(leaf, jnp.bfloat16).itemsize
+    leaves: list[Leaf] = []
+    laid_out(c, layout, leaves.append, drafts > 0)
+    for leaf in leaves:
+        axes = [axis for axis in leaf_spec(leaf, layout) if axis]
+        names = tuple(name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis))
+        size = math.prod(leaf.shape) // layout.size(names) * leaf_dtype(leaf, jnp.bfloat16).itemsize
         found[part(leaf)] = found.get(part(leaf), 0) + size
-    page = abstract_cache(c, 1, PAGE, jnp.bfloat16).pages
-    found["cache"] = batch * -(-length // PAGE) * math.prod(page.shape) * page.dtype.itemsize
-    tokens = batch * length if prefill else batch
-    rows = layout.expert_ranks * layout.rows(tokens, c.num_experts_per_tok)
+    page = abstract_cache(c, 1, PAGE_WIDTH, jnp.bfloat16, drafts > 0).pages
+    found["cache"] = batch * -(-length // PAGE_WIDTH) * math.prod(page.shape) * page.dtype.itemsize
+    tokens = batch * length // layout.sequence_ranks if prefill else batch * (1 + drafts)
+    copies = c.num_experts_per_tok + (c.n_shared_experts if layout.shared_slots else 0)
+    rows = layout.expert_ranks * layout.rows(tokens // layout.microbatches, copies)
     if layout.exchange != "allgather":
         found["dispatch buffer"] = rows * message_bytes(c.hidden_size, layout.wire)
         found["combine buffer"] = rows * c.hidden_size * 2
@@ -151,13 +125,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     batch = args.batch or (1 if prefill else 96)
     rows = 0 if args.mailbox_rows is None and not prefill else args.mailbox_rows
     layout = expert_parallel(
-        ranks, c.n_routed_experts, exchange=args.exchange, wire=args.wire, mailbox_rows=rows
+        ranks,
+        c.n_routed_experts,
+        exchange=args.exchange,
+        wire=args.wire,
+        mailbox_rows=rows,
+        microbatches=args.microbatches,
+        redundant_slots=args.redundant_slots,
+        shared_slots=args.shared_slots,
+        share_sequences=args.share_sequences,
     )
     found = devices(args.target, ranks)
     shape, names = [n for _, n in layout.axes], [name for name, _ in layout.axes]
     mesh = Mesh(np.array(found).reshape(shape), names)
     times = [time.perf_counter()]
-    step = traced(c, layout, mesh, batch, args.context, prefill)
+    step = trace_step(
+        c,
+        layout,
+        args.step,
+        sequences=batch,
+        context=args.context,
+        length=args.context,
+        drafts=args.num_speculative_tokens,
+        runner=Devices(mesh),
+        in_order=True,
+    )
     times.append(time.perf_counter())
     lowered = step.lower()
     times.append(time.perf_counter())
@@ -177,7 +169,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "exchange": args.exchange,
         "wire": args.wire,
         "seconds": dict(zip(("trace", "lower", "compile"), np.diff(times).tolist(), strict=True)),
-        "by_layout": by_layout(c, layout, batch, args.context, prefill),
+        "by_layout": by_layout(c, layout, batch, args.context, prefill, args.num_speculative_tokens),
         "by_compiler": {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
@@ -211,6 +203,11 @@ def main() -> int:
     parser.add_argument("--exchange", choices=sorted(EXCHANGES), default="flat")
     parser.add_argument("--wire", choices=WIRES, default="int8")
     parser.add_argument("--mailbox-rows", type=int, help="rows of one peer's mailbox")
+    parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--num-speculative-tokens", type=int, default=1, help="MTP drafts, 1 in the paper")
+    parser.add_argument("--redundant-slots", type=int, default=0, help="32 in the paper")
+    parser.add_argument("--shared-slots", type=int, default=0, help="32 in the paper's decode")
+    parser.add_argument("--share-sequences", action="store_true", help="SP-TP-SP prefill")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

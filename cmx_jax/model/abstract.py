@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as MemoryLayout
 
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Abstract, Runner, shaped
@@ -41,6 +43,7 @@ def trace_step(
     drafts: int = 0,
     dtype: str = "bfloat16",
     runner: Runner | None = None,
+    in_order: bool = False,
 ) -> Any:
     """A greedy step of an instance, as `jax.stages.Traced`.
 
@@ -54,6 +57,8 @@ def trace_step(
       drafts: MTP drafts that are verified (decode), or whether the MTP layer runs (prefill).
       dtype: of weights and cache.
       runner: where it would run; None is nowhere.
+      in_order: keep the cache in memory in the order of its axes. The TPU compiler would choose another order
+        for an argument, and copy the whole cache from and to it in every step.
     """
     runner = Abstract(layout.axes) if runner is None else runner
     specs, pages = step_specs(c, layout, drafts > 0), -(-context // PAGE_WIDTH)
@@ -73,4 +78,9 @@ def trace_step(
     cache = abstract_cache(c, rows * pages, PAGE_WIDTH, dtype, drafts > 0)
     given = (specs.weights, specs.data, ins)
     placed = [shaped(runner, tree, spec) for tree, spec in zip((weights, cache, batch), given, strict=True)]
-    return runner.jit(fn, given, (specs.data, outs), (1,)).trace(*placed)
+    program = runner.jit(fn, given, (specs.data, outs), (1,))
+    if in_order:
+        pinned = Format(MemoryLayout((0, 1, 2, 3)), placed[1].pages.sharding)
+        placed[1] = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=pinned), placed[1])
+        program = jax.jit(program, donate_argnums=(1,), out_shardings=(pinned, None))
+    return program.trace(*placed)

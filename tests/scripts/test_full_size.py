@@ -6,9 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
-import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from cmx_jax.mesh import expert_parallel
 from cmx_jax.model.families import preset
@@ -28,24 +26,15 @@ def test_a_die_holds_what_the_paper_says(script: ModuleType) -> None:
     """Of 320 ranks: weights in BF16 are twice the paper's INT8."""
     c = preset("deepseek-r1")
     layout = expert_parallel(320, c.n_routed_experts, wire="int8", mailbox_rows=0)
-    found = script.by_layout(c, layout, batch=48, length=4096, prefill=False)
+    found = script.by_layout(c, layout, batch=48, length=4096, prefill=False, drafts=0)
     for name in ("experts", "attention", "dense FFN"):
         assert found[name] == pytest.approx(2 * script.PAPER["decode"][name], rel=0.01)
     for name in ("embedding, head", "cache"):
         assert found[name] == pytest.approx(script.PAPER["decode"][name], rel=0.01)
-    steps = script.by_layout(c, layout, batch=96, length=4096, prefill=False)  # a sequence brings two tokens
+    steps = script.by_layout(c, layout, batch=48, length=4096, prefill=False)  # a sequence brings two tokens
     assert steps["combine buffer"] == script.PAPER["decode"]["combine buffer"]
     # 6 bytes behind the token where the paper pads to 512
     assert steps["dispatch buffer"] == 320 * 96 * (7168 + 6)
-
-
-@pytest.mark.parametrize("prefill", [False, True])
-def test_a_step_lowers_on_a_mesh_without_arrays(script: ModuleType, prefill: bool) -> None:
-    c = preset("deepseek-r1")
-    layout = expert_parallel(32, c.n_routed_experts, wire="int8", mailbox_rows=0)
-    mesh = Mesh(np.array(jax.devices("cpu")[:32]), ["ep"])
-    lowered = script.traced(c, layout, mesh, 1, 4096, prefill).lower()
-    assert lowered.as_text().count("stablehlo.all_to_all") == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is here")
