@@ -16,9 +16,12 @@ MAX_COLLECTIVE_CPU_DEVICES = 256
 threads: a wider program waits for ever. Wider meshes run on the `lanes` runner or are compiled only."""
 
 _COUNT_FLAG = "xla_force_host_platform_device_count"
-_FLAGS = {  # a step on 160 devices can outlast the 40 s after which XLA gives up on a loaded machine
-    "xla_cpu_collective_call_warn_stuck_timeout_seconds": 300,
-    "xla_cpu_collective_call_terminate_timeout_seconds": 1200,
+_FLAGS = {
+    # a step on 160 devices can outlast the 40 s after which XLA gives up on a loaded machine
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": "300",
+    "xla_cpu_collective_call_terminate_timeout_seconds": "1200",
+    # the devices share the cores: what one device runs side by side only costs threads that change
+    "xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
 
 
@@ -29,9 +32,9 @@ def request_devices(count: int) -> None:
       CmxError: JAX has already started with fewer, or `XLA_FLAGS` asks for fewer.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    for name, seconds in _FLAGS.items():
+    for name, value in _FLAGS.items():
         if name not in flags:
-            flags += f" --{name}={seconds}"
+            flags += f" --{name}={value}"
     os.environ["XLA_FLAGS"] = flags.strip()
     forced = re.search(rf"{_COUNT_FLAG}=(\d+)", flags)
     if forced:

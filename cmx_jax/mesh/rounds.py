@@ -74,9 +74,19 @@ class _Queues(NamedTuple):
     lengths: Int[Array, " G"]
 
 
+def stable_order(keys: Int[Array, " N"], bins: int) -> Int[Array, " N"]:
+    """The stable argsort of keys in `[0, bins)`. Where key and place fit one number, that alone is sorted:
+    XLA:CPU calls a comparison of its own making for every pair of a sort with two operands."""
+    rows = keys.shape[0]
+    if bins * rows >= 1 << 31:
+        return jnp.argsort(keys, stable=True).astype(jnp.int32)
+    place = jnp.arange(rows, dtype=jnp.int32)
+    return jax.lax.sort(keys.astype(jnp.int32) * rows + place, is_stable=False) % rows
+
+
 def turns(keys: Int[Array, " M"], bins: int) -> tuple[Int[Array, " M"], Int[Array, " B"]]:
     """How many equal keys stand before each, and how often each key in `[0, bins)` is there."""
-    order = jnp.argsort(keys, stable=True)
+    order = stable_order(keys, bins)
     counts = jnp.bincount(keys, length=bins)
     start = jnp.cumsum(counts) - counts
     place = jnp.zeros_like(keys).at[order].set(jnp.arange(keys.shape[0], dtype=keys.dtype))

@@ -24,6 +24,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, host_devices
 
 Axes = tuple[tuple[str, int], ...]
+_ALIGNMENT = 64  # bytes: what XLA:CPU asks of a buffer
 Part = Callable[[tuple[slice, ...]], np.ndarray]
 
 
@@ -75,6 +76,16 @@ def _each(fn: Callable[[P, Any], Any], specs: Any, tree: Any) -> Any:
     )
 
 
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The array at an address that XLA takes as it is: all CPU devices that hold it then share its memory,
+    instead of each having a copy that no cache of the processor holds when its turn comes."""
+    room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def _sharded(
     mesh: Mesh | AbstractMesh, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate: Sequence[int]
 ) -> Any:
@@ -120,7 +131,7 @@ class Devices:
         def once(index: Any) -> np.ndarray:  # ranks that hold the same part share one reading of it
             key = tuple((s.start, s.stop) for s in index)
             if key not in parts:
-                parts[key] = part(index)
+                parts[key] = _aligned(part(index).astype(dtype, copy=False))
             return parts[key]
 
         return jax.make_array_from_callback(shape, sharding, once, dtype=dtype)

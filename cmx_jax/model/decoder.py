@@ -9,7 +9,7 @@ under way.
 """
 
 import functools
-import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -195,13 +195,14 @@ def logits(hidden: Float[Array, "*B D"], weights: Weights) -> Float[Array, "*B O
     than all layers before it.
     """
     head = weights.embed.T if weights.head is None else weights.head
-    ends = [i * head.shape[0] // HEAD_BLOCKS for i in range(HEAD_BLOCKS + 1)]
-    with jax.named_scope("LMHead"):
-        parts = (
-            jnp.einsum(
-                "...d,do->...o", hidden[..., i:j], head[i:j], preferred_element_type=jnp.dtype(jnp.float32)
-            )
-            for i, j in itertools.pairwise(ends)
+    width = head.shape[0]
+    blocks = math.gcd(width, HEAD_BLOCKS)
+    with jax.named_scope("LMHead"):  # reshaped, not cut: XLA would copy each part of the head first
+        parts = jnp.einsum(
+            "...kd,kdo->k...o",
+            hidden.reshape(*hidden.shape[:-1], blocks, width // blocks),
+            head.reshape(blocks, width // blocks, -1),
+            preferred_element_type=jnp.dtype(jnp.float32),
         )
         return functools.reduce(jnp.add, parts)
 

@@ -1,10 +1,14 @@
 """The small parts that layers share: norms, attention's masks and softmax, SwiGLU of one and of many."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
+from cmx_jax.mesh.rounds import stable_order
 from cmx_jax.model.weights import FFN, Experts
 
 
@@ -73,22 +77,20 @@ def swiglu(x: Float[Array, "*B D"], w: FFN) -> Float[Array, "*B D"]:
     return jnp.einsum("...f,fd->...d", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], w.down)
 
 
-def _tile_rows(rows: int, groups: int) -> int:
+def _tile_rows(mean: int) -> int:
     """Rows of one tile: near the mean group when a large batch fills groups, small in decode."""
-    mean = max(rows // max(groups, 1), 1)
-    return min(max(8, 1 << (mean.bit_length() - 1)), 64)
+    return min(max(8, 1 << (max(mean, 1).bit_length() - 1)), 64)
 
 
 TILES_AT_ONCE = 8
 
 
-def _grouped_swiglu(x: Array, group: Array, layer: Array, gate_up: Array, down: Array) -> Array:
+def _grouped_swiglu(x: Array, group: Array, layer: Array, gate_up: Array, down: Array, tile: int) -> Array:
     """See `grouped_swiglu`. Rows are put in order of their group, then cut into tiles of one group
     each; a loop runs over the tiles that exist, `TILES_AT_ONCE` at a time."""
     rows, groups = x.shape[0], gate_up.shape[0]
-    tile = _tile_rows(rows, groups)
     key = jnp.where(group < 0, groups, group)
-    order = jnp.argsort(key, stable=True).astype(jnp.int32)
+    order = stable_order(key, groups + 1)
     counts = jnp.bincount(key, length=groups + 1)[:groups].astype(jnp.int32)
     start = jnp.cumsum(counts) - counts
     tiles_end = jnp.cumsum(-(-counts // tile))
@@ -96,7 +98,8 @@ def _grouped_swiglu(x: Array, group: Array, layer: Array, gate_up: Array, down: 
 
     def body(step: Array, y: Array) -> Array:
         tiles = step * TILES_AT_ONCE + jnp.arange(TILES_AT_ONCE, dtype=jnp.int32)
-        g = jnp.minimum(jnp.searchsorted(tiles_end, tiles, side="right"), groups - 1)
+        g = jnp.searchsorted(tiles_end, tiles, side="right", method="compare_all")
+        g = jnp.minimum(g, groups - 1)
         first = (tiles - tiles_start[g]) * tile
         at = first[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
         live = at < counts[g][:, None]  # in tiles behind the last one, no row is
@@ -109,36 +112,49 @@ def _grouped_swiglu(x: Array, group: Array, layer: Array, gate_up: Array, down: 
     return jax.lax.fori_loop(0, steps, body, jnp.zeros_like(x))
 
 
-@custom_vmap
-def _grouped(x: Array, group: Array, layer: Array, gate_up: Array, down: Array) -> Array:
-    return _grouped_swiglu(x, group, layer, gate_up, down)
+@functools.cache
+def _grouped(tile: int) -> Callable[..., Array]:
+    """`_grouped_swiglu` in tiles of so many rows, for lanes too.
 
+    Lanes fold into groups: many ranks' experts are more experts, so that the loop still runs over
+    the tiles that exist instead of every lane paying for the longest.
+    """
 
-@_grouped.def_vmap
-def _grouped_lanes(size, in_batched, x, group, layer, gate_up, down):  # type: ignore[no-untyped-def]
-    """Lanes fold into groups: many ranks' experts are more experts, so that the loop still runs over
-    the tiles that exist instead of every lane paying for the longest."""
-    x_b, group_b, layer_b, gate_b, _ = in_batched
-    if layer_b:
-        raise NotImplementedError("all lanes run the same layer")
-    x = x if x_b else jnp.broadcast_to(x, (size, *x.shape))
-    group = group if group_b else jnp.broadcast_to(group, (size, *group.shape))
-    per_lane = gate_up.shape[1] if gate_b else gate_up.shape[0]
-    if gate_b:  # each lane has its own experts
-        offset = jnp.arange(size, dtype=group.dtype)[:, None] * per_lane
-        group = jnp.where(group < 0, -1, group + offset)
-        gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
-        down = down.reshape(-1, *down.shape[2:])
-    flat = _grouped(x.reshape(-1, x.shape[-1]), group.reshape(-1), layer, gate_up, down)
-    return flat.reshape(x.shape), True
+    @custom_vmap
+    def run(x: Array, group: Array, layer: Array, gate_up: Array, down: Array) -> Array:
+        return _grouped_swiglu(x, group, layer, gate_up, down, tile)
+
+    @run.def_vmap
+    def lanes(size, in_batched, x, group, layer, gate_up, down):  # type: ignore[no-untyped-def]
+        x_b, group_b, layer_b, gate_b, _ = in_batched
+        if layer_b:
+            raise NotImplementedError("all lanes run the same layer")
+        x = x if x_b else jnp.broadcast_to(x, (size, *x.shape))
+        group = group if group_b else jnp.broadcast_to(group, (size, *group.shape))
+        per_lane = gate_up.shape[1] if gate_b else gate_up.shape[0]
+        if gate_b:  # each lane has its own experts
+            offset = jnp.arange(size, dtype=group.dtype)[:, None] * per_lane
+            group = jnp.where(group < 0, -1, group + offset)
+            gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
+            down = down.reshape(-1, *down.shape[2:])
+        flat = run(x.reshape(-1, x.shape[-1]), group.reshape(-1), layer, gate_up, down)
+        return flat.reshape(x.shape), True
+
+    return run
 
 
 def grouped_swiglu(
-    x: Float[Array, "N D"], group: Int[Array, " N"], w: Experts, layer: Int[Array, ""]
+    x: Float[Array, "N D"],
+    group: Int[Array, " N"],
+    w: Experts,
+    layer: Int[Array, ""],
+    expected: int | None = None,
 ) -> Float[Array, "N D"]:
     """SwiGLU of each row under the expert of its group (a local slot) in one layer.
 
     Rows of group -1 are empty: they cost nothing, may hold anything and give zeros. Rows are compacted
-    by expert first, so that the work is that of the rows that are there.
+    by expert first, so that the work is that of the rows that are there. `expected`: how many those are
+    likely to be, all unless it is said; tiles are cut for as many.
     """
-    return _grouped(x, group, layer, w.gate_up, w.down)
+    mean = (x.shape[0] if expected is None else expected) // max(w.gate_up.shape[0], 1)
+    return _grouped(_tile_rows(mean))(x, group, layer, w.gate_up, w.down)

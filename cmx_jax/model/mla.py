@@ -90,5 +90,6 @@ def absorbed(
         query = jnp.concatenate([lifted, q.rope], axis=-1)
         scores = jnp.einsum("bthc,bsc->bhts", query, latents)
         p = probabilities(scores, mask, c.softmax_scale).astype(latents.dtype)
-        out = jnp.einsum("bhts,bsc->bthc", p, latents[..., : _config(c).kv_lora_rank])
+        # cut behind the sum, not before: XLA would copy every cached latent
+        out = jnp.einsum("bhts,bsc->bthc", p, latents)[..., : _config(c).kv_lora_rank]
         return jnp.einsum("bthc,hvc->bthv", out, w.v_b)
