@@ -113,7 +113,9 @@ def build_step(ranks: int, exchange: str, wire: str | None, sequences: int, step
         one.cache, output = one.steps.decode(one.weights, one.cache, *args, **flags)
         jax.block_until_ready(output)
 
-    jaxpr = jax.make_jaxpr(lambda w, cache: one.steps.decode(w, cache, *args, **flags))(one.weights, one.cache)
+    jaxpr = jax.make_jaxpr(lambda w, cache: one.steps.decode(w, cache, *args, **flags))(
+        one.weights, one.cache
+    )
     stats = outputs[1].stats
     rounds = [] if stats is None else np.asarray(stats.exchange.rounds)[:, 0].tolist()
     return Step(call, engine.step, jaxpr, rounds, runner, layout.data_spec)

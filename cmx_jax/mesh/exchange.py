@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.message import MAX_SLOTS_PER_RANK, WIRES, message_bytes, pack, unpack
+from cmx_jax.mesh.message import MAX_SLOTS_PER_RANK, WIRES, Wire, message_bytes, pack
 from cmx_jax.mesh.ragged import packed
 from cmx_jax.mesh.rounds import (
     Axis,
@@ -119,13 +119,12 @@ def gathered(
     with jax.named_scope("Dispatch"):
         mail = pack(x, jnp.zeros(tokens, jnp.int32), jnp.any(sent, axis=1), wire)
         mail, slots, weights = (gather(a, axis) for a in (mail, slots, jnp.where(sent, weights, 0.0)))
-        received, _ = unpack(mail, width, wire, x.dtype)
     mine = (slots >= first) & (slots < first + slots_per_rank)
     most = min(top_k, slots_per_rank)  # the slots of a token are all different
     order = jnp.argsort(~mine, axis=1, stable=True)[:, :most]
     local = jnp.take_along_axis(jnp.where(mine, slots - first, -1), order, axis=1)
     used = jnp.take_along_axis(jnp.where(mine, weights, 0.0), order, axis=1)
-    answers = experts(jnp.repeat(received, most, axis=0), local.reshape(-1))
+    answers = experts(jnp.repeat(mail, most, axis=0), local.reshape(-1), Wire(width, wire, x.dtype))
     answers = jnp.where(local.reshape(-1, 1) < 0, 0.0, answers.astype(jnp.float32)).reshape(
         *local.shape, width
     )

@@ -4,6 +4,9 @@ The token's `D` numbers on the wire type, and behind them where it goes (and its
 collective carries everything.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -35,13 +38,25 @@ def pack(
     return jnp.concatenate([token, digits.astype(wire)], axis=-1)
 
 
-def unpack(
-    row: Shaped[Array, "N M"], width: int, wire: str, dtype: jnp.dtype
-) -> tuple[Float[Array, "N D"], Int[Array, " N"]]:
-    """Tokens in `dtype`, and their local slots (-1: empty row)."""
-    digits = row[:, -2:].astype(jnp.int32)
-    slot = digits[:, 0] * 128 + digits[:, 1] - 1
-    if wire == "int8":
-        scale = jax.lax.bitcast_convert_type(row[:, width : width + 4], jnp.float32)
-        return dequantize(row[:, :width], scale, dtype), slot
-    return row[:, :width].astype(dtype), slot
+@dataclass(frozen=True)
+class Wire:
+    """How received rows are read: of tokens `width` wide, on a wire type, to be had as `dtype`.
+
+    Reading is left to whoever needs a row: most rows of a mailbox are empty.
+    """
+
+    width: int
+    kind: str
+    dtype: Any
+
+    def slots(self, rows: Shaped[Array, "N M"]) -> Int[Array, " N"]:
+        """The local slot of each row; -1: an empty one."""
+        digits = rows[:, -2:].astype(jnp.int32)
+        return digits[:, 0] * 128 + digits[:, 1] - 1
+
+    def tokens(self, rows: Shaped[Array, "*N M"]) -> Float[Array, "*N D"]:
+        """The token of each row."""
+        if self.kind != "int8":
+            return rows[..., : self.width].astype(self.dtype)
+        scale = jax.lax.bitcast_convert_type(rows[..., self.width : self.width + 4], jnp.float32)
+        return dequantize(rows[..., : self.width], scale, self.dtype)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
-from cmx_jax.mesh.message import pack, unpack
+from cmx_jax.mesh.message import Wire, pack
 
 Axis = str | tuple[str, ...]
-ExpertFn = Callable[[Float[Array, "N D"], Int[Array, " N"]], Float[Array, "N D"]]
-"""Received rows and the local expert slot of each (-1: empty row) to the rows' results."""
+ExpertFn = Callable[[Shaped[Array, "N M"], Int[Array, " N"], Wire], Float[Array, "N D"]]
+"""Received rows, the local expert slot of each (-1: empty row), and how rows are read, to the results."""
 
 
 class Route(NamedTuple):
@@ -132,8 +132,9 @@ def drained(
     ranks = jax.lax.axis_size(axis)
     (tokens, top_k), width = slots.shape, x.shape[-1]
     messages, flat_slots = tokens * top_k, slots.reshape(-1)
+    copies = jnp.broadcast_to(x[:, None], (tokens, top_k, width)).reshape(messages, width)
     queues = _queue(flat_slots, slots_per_rank, ranks)
-    back = x.dtype if wire == "float32" else jnp.dtype(jnp.bfloat16)
+    read, back = Wire(width, wire, x.dtype), x.dtype if wire == "float32" else jnp.dtype(jnp.bfloat16)
 
     def one_round(turn: Int[Array, ""] | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         results, count = carry
@@ -142,15 +143,14 @@ def drained(
             row = queues.turn - turn * rows
             here = (row >= 0) & (row < rows) & (queues.rank < ranks)
             place = jnp.where(here, route.start[queues.rank] + row, route.size)
-            box = jnp.full((route.size,), messages).at[place].set(jnp.arange(messages), mode="drop")
-            valid = box < messages
-            source = jnp.where(valid, box, 0)
-            mail = pack(x[source // top_k], flat_slots[source] % slots_per_rank, valid, wire)
-            received, local = unpack(route.out(mail), width, wire, x.dtype)
-        answers = experts(received, local).astype(back)
+            packed = pack(copies, flat_slots % slots_per_rank, here, wire)
+            mail = jnp.zeros((route.size, packed.shape[1]), packed.dtype)
+            received = route.out(mail.at[place].set(packed, mode="drop", unique_indices=True))
+            local = read.slots(received)
+        answers = experts(received, local, read).astype(back)
         with jax.named_scope("Combine"):
-            answers = route.back(answers)
-        results = results.at[box].set(answers.astype(x.dtype), mode="drop")
+            answers = route.back(answers)[jnp.where(here, place, 0)].astype(x.dtype)
+        results = jnp.where(here[:, None], answers, results)
         return results, count + jnp.sum(local >= 0).astype(jnp.int32)
 
     start = jnp.zeros((messages, width), x.dtype), jnp.zeros((), jnp.int32)

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from cmx_jax.mesh.message import Wire
 from cmx_jax.mesh.rounds import stable_order
 from cmx_jax.model.weights import FFN, Experts
 
@@ -85,9 +87,20 @@ def _tile_rows(mean: int) -> int:
 TILES_AT_ONCE = 8
 
 
-def _grouped_swiglu(x: Array, group: Array, layer: Array, gate_up: Array, down: Array, tile: int) -> Array:
+class _Tiles(NamedTuple):
+    """Rows of a tile, tiles that are worked at once, how a row is read."""
+
+    rows: int
+    at_once: int
+    wire: Wire | None
+
+
+def _grouped_swiglu(
+    x: Array, group: Array, layer: Array, gate_up: Array, down: Array, tiling: _Tiles
+) -> Array:
     """See `grouped_swiglu`. Rows are put in order of their group, then cut into tiles of one group
-    each; a loop runs over the tiles that exist, `TILES_AT_ONCE` at a time."""
+    each; a loop runs over the tiles that exist, some at a time."""
+    tile, at_once, wire = tiling
     rows, groups = x.shape[0], gate_up.shape[0]
     key = jnp.where(group < 0, groups, group)
     order = stable_order(key, groups + 1)
@@ -97,24 +110,26 @@ def _grouped_swiglu(x: Array, group: Array, layer: Array, gate_up: Array, down: 
     tiles_start = tiles_end - (-(-counts // tile))
 
     def body(step: Array, y: Array) -> Array:
-        tiles = step * TILES_AT_ONCE + jnp.arange(TILES_AT_ONCE, dtype=jnp.int32)
+        tiles = step * at_once + jnp.arange(at_once, dtype=jnp.int32)
         g = jnp.searchsorted(tiles_end, tiles, side="right", method="compare_all")
         g = jnp.minimum(g, groups - 1)
         first = (tiles - tiles_start[g]) * tile
         at = first[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
         live = at < counts[g][:, None]  # in tiles behind the last one, no row is
         source = order[jnp.where(live, start[g][:, None] + at, 0)]
-        h = jnp.einsum("ntd,ndgf->ntgf", x[source], gate_up[g, layer])
+        tokens = x[source] if wire is None else wire.tokens(x[source])
+        h = jnp.einsum("ntd,ndgf->ntgf", tokens, gate_up[g, layer])
         out = jnp.einsum("ntf,nfd->ntd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], down[g, layer])
         return y.at[jnp.where(live, source, rows)].set(out, mode="drop")
 
-    steps = -(-tiles_end[-1] // TILES_AT_ONCE)
-    return jax.lax.fori_loop(0, steps, body, jnp.zeros_like(x))
+    steps = -(-tiles_end[-1] // at_once)
+    y = jnp.zeros((rows, down.shape[-1]), x.dtype if wire is None else wire.dtype)
+    return jax.lax.fori_loop(0, steps, body, y)
 
 
 @functools.cache
-def _grouped(tile: int) -> Callable[..., Array]:
-    """`_grouped_swiglu` in tiles of so many rows, for lanes too.
+def _grouped(tiling: _Tiles) -> Callable[..., Array]:
+    """`_grouped_swiglu`, for lanes too.
 
     Lanes fold into groups: many ranks' experts are more experts, so that the loop still runs over
     the tiles that exist instead of every lane paying for the longest.
@@ -122,7 +137,7 @@ def _grouped(tile: int) -> Callable[..., Array]:
 
     @custom_vmap
     def run(x: Array, group: Array, layer: Array, gate_up: Array, down: Array) -> Array:
-        return _grouped_swiglu(x, group, layer, gate_up, down, tile)
+        return _grouped_swiglu(x, group, layer, gate_up, down, tiling)
 
     @run.def_vmap
     def lanes(size, in_batched, x, group, layer, gate_up, down):  # type: ignore[no-untyped-def]
@@ -137,24 +152,35 @@ def _grouped(tile: int) -> Callable[..., Array]:
             group = jnp.where(group < 0, -1, group + offset)
             gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
             down = down.reshape(-1, *down.shape[2:])
-        flat = run(x.reshape(-1, x.shape[-1]), group.reshape(-1), layer, gate_up, down)
-        return flat.reshape(x.shape), True
+        folded = _grouped(tiling._replace(at_once=TILES_AT_ONCE))
+        flat = folded(x.reshape(-1, x.shape[-1]), group.reshape(-1), layer, gate_up, down)
+        return flat.reshape(*x.shape[:-1], flat.shape[-1]), True
 
     return run
 
 
 def grouped_swiglu(
-    x: Float[Array, "N D"],
+    x: Shaped[Array, "N M"],
     group: Int[Array, " N"],
     w: Experts,
     layer: Int[Array, ""],
     expected: int | None = None,
+    wire: Wire | None = None,
 ) -> Float[Array, "N D"]:
     """SwiGLU of each row under the expert of its group (a local slot) in one layer.
 
     Rows of group -1 are empty: they cost nothing, may hold anything and give zeros. Rows are compacted
-    by expert first, so that the work is that of the rows that are there. `expected`: how many those are
-    likely to be, all unless it is said; tiles are cut for as many.
+    by expert first, so that the work is that of the rows that are there.
+
+    Args:
+      x: tokens, or received rows that `wire` reads.
+      group: of each row.
+      w: the experts.
+      layer: which of their layers.
+      expected: how many rows are likely to be there, for which tiles are cut; None: all.
+      wire: how rows are read; None: they are tokens.
     """
-    mean = (x.shape[0] if expected is None else expected) // max(w.gate_up.shape[0], 1)
-    return _grouped(_tile_rows(mean))(x, group, layer, w.gate_up, w.down)
+    groups, expected = max(w.gate_up.shape[0], 1), x.shape[0] if expected is None else expected
+    rows = _tile_rows(expected // groups)
+    at_once = min(TILES_AT_ONCE, groups + expected // rows)
+    return _grouped(_Tiles(rows, at_once, wire))(x, group, layer, w.gate_up, w.down)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cmx_jax.mesh.exchange import ExchangeStats, exchange
 from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.message import Wire
 from cmx_jax.mesh.placement import choose
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.layers import grouped_swiglu, swiglu
@@ -50,10 +51,10 @@ def exchanged(layout: Layout, rows: int) -> RunExperts:
     def run(
         x: Array, chosen: Array, weights: Array, w: MoE, experts: Experts, layer: Array
     ) -> tuple[Array, ExchangeStats]:
-        def ffn(rows_: Array, local: Array) -> Array:
+        def ffn(received: Array, local: Array, wire: Wire) -> Array:
             with jax.named_scope("MLP"):
                 # mailboxes are mostly empty: a rank gets about as many rows as it sends
-                return grouped_swiglu(rows_, local, experts, layer, expected=slots.size)
+                return grouped_swiglu(received, local, experts, layer, slots.size, wire)
 
         slots = choose(chosen, w.slots, w.first_slot, layout.experts, layout.replicated)
         return send(x, slots, weights, ffn)

@@ -22,6 +22,6 @@ def quantize_rows(
     return q.astype(jnp.int8), scale
 
 
-def dequantize(q: Int8[Array, "N D"], scale: Float[Array, " N"], dtype: jnp.dtype) -> Float[Array, "N D"]:
+def dequantize(q: Int8[Array, "*N D"], scale: Float[Array, " *N"], dtype: jnp.dtype) -> Float[Array, "*N D"]:
     """`q * scale` in `dtype`, multiplied in float32."""
-    return (q.astype(jnp.float32) * scale[:, None]).astype(dtype)
+    return (q.astype(jnp.float32) * scale[..., None]).astype(dtype)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import make_runner
 from cmx_jax.mesh.exchange import Axis, exchange, worst_case_rows
+from cmx_jax.mesh.message import Wire
 
 TOKENS, TOP_K = 3, 2  # of each rank
 WORST = 0  # rows: as many as a peer can ever need
@@ -38,8 +39,9 @@ def program(
         first = jax.lax.axis_index(over) * slots_per_rank
         worst = worst_case_rows(*slots.shape, slots_per_rank)
 
-        def experts(received: jax.Array, local: jax.Array) -> jax.Array:
-            stamped = received * (first + local + 1).astype(received.dtype)[:, None]
+        def experts(received: jax.Array, local: jax.Array, read: Wire) -> jax.Array:
+            tokens = read.tokens(received)
+            stamped = tokens * (first + local + 1).astype(tokens.dtype)[:, None]
             return jnp.where(local[:, None] < 0, jnp.nan, stamped)
 
         send = functools.partial(exchange(method), axis=over, slots_per_rank=slots_per_rank, wire=wire)

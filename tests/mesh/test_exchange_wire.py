@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import Abstract, Lanes, Runner, make_runner
 from cmx_jax.mesh.exchange import WIRES, exchange, message_bytes, worst_case_rows
+from cmx_jax.mesh.message import Wire
 
 RANKS, TOKENS, TOP_K, WIDTH = 8, 3, 2, 16
 RESULT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}
@@ -24,9 +25,10 @@ def one_round(wire: str, slots_per_rank: int, runner: Runner) -> Callable[..., t
     def rank(x: jax.Array, slots: jax.Array) -> tuple[jax.Array, ...]:
         arrived: list[jax.Array] = []
 
-        def experts(received: jax.Array, local: jax.Array) -> jax.Array:
-            arrived.extend((received[None], local[None]))
-            return received
+        def experts(received: jax.Array, local: jax.Array, read: Wire) -> jax.Array:
+            tokens = read.tokens(received)
+            arrived.extend((tokens[None], local[None]))
+            return tokens
 
         weights, rows = jnp.ones(slots.shape), worst_case_rows(*slots.shape, slots_per_rank)
         send = functools.partial(exchange("flat"), axis="ep", slots_per_rank=slots_per_rank, wire=wire)
