@@ -11,6 +11,7 @@ from cmx_jax.serving.request import SamplingParams
 
 GOLDENS = Path(__file__).parent / "goldens"
 BASE = GOLDENS / "base"
+MTP_GOLDENS = Path(__file__).parent / "goldens_mtp"
 
 
 def instance(

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import gather
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model import cache as paged
 from cmx_jax.model.attention import Attend, Where, local, staged
 from cmx_jax.model.batch import PrefillBatch, StepOutput, by_rank, joined, run_experts, split
 from cmx_jax.model.cache import PagedCache
-from cmx_jax.model.config import MLAConfig, ModelConfig
+from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden, with_mtp
 from cmx_jax.model.sampling import greedy, next_tokens
 from cmx_jax.model.weights import Weights
@@ -67,11 +66,6 @@ def _attend(
     span = part.page_table.shape[1] * cache.width if cached else whole.positions.shape[1]
     if not layout.sequence:
         return local(whole, span, c, held if cached else None)
-    if not isinstance(c.attention, MLAConfig) or c.num_attention_heads % layout.sequence_ranks:
-        raise CmxError(
-            f"{c.num_attention_heads} heads cannot be shared by {layout.sequence_ranks} ranks, expected "
-            "latent attention and a multiple"
-        )
     return staged(part.positions, whole, span, c, layout.sequence, held if cached else None)
 
 

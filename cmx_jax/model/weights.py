@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import GQAConfig, MLAConfig, ModelConfig
 
@@ -327,7 +328,16 @@ def leaf_dtype(leaf: Leaf, dtype: Any) -> Any:
 
 
 def laid_out(c: ModelConfig, layout: Layout, make: Callable[[Leaf], Any], mtp: bool) -> Weights:
-    """A `weight_tree` in the layout's slots."""
+    """A `weight_tree` in the layout's slots.
+
+    Raises:
+      CmxError: ranks are to share sequences, but cannot share the heads.
+    """
+    shared, heads = layout.sequence_ranks, c.num_attention_heads
+    if layout.sequence and (heads % shared or not isinstance(c.attention, MLAConfig)):
+        raise CmxError(
+            f"{heads} heads cannot be shared by {shared} ranks, expected latent attention and a divisor of {heads}"
+        )
     return weight_tree(c, layout.slots, make, mtp, layout.shared_slots > 0)
 
 

@@ -121,7 +121,9 @@ class Engine:
             self.transfers.popleft()
             moving.setdefault(source.name, (source, []))[1].append(request)
         for source, requests in moving.values():
-            self.decode.put_pages(requests, source.take_pages(requests))
+            receivers = [self.decode.places[request].rank for request in requests]
+            pages = source.take_pages(requests, receivers, self.decode.layout.data_ranks)
+            self.decode.put_pages(requests, pages)
             for request in requests:
                 source.release(request)
                 request.to(State.DECODE)

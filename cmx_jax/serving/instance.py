@@ -21,6 +21,7 @@ from cmx_jax.serving.packing import bucket, pack, sampling, schedule
 from cmx_jax.serving.pages import PagePool, pages_for
 from cmx_jax.serving.request import Request
 from cmx_jax.serving.traffic import Traffic
+from cmx_jax.serving.transfer import prefill_tp_rank
 
 # A program is compiled for each length, so lengths are few: these many pages, doubled as often as needed.
 PREFILL_PAGES = 2
@@ -198,7 +199,7 @@ class Instance:
 
     def rebalance(self) -> Move:
         """EPLB: places the experts anew for the load measured since the last time, between two steps."""
-        c, load = self.config, self.traffic.load_of(self.placement)
+        c, load = self.config, self.traffic.load_of(self.placement, self.config.n_routed_experts)
         after = balanced(load, c, self.layout)
         report = describe(load, self.placement, after, c, self.layout)
         self.weights = rehoused(self.weights, self.placement, after, c, self.layout, self.runner)
@@ -213,12 +214,35 @@ class Instance:
             table[row, : len(held)] = held
         return table
 
-    def take_pages(self, requests: list[Request]) -> list[np.ndarray]:
-        """The filled pages of each request, `[pages, L, W, C + R]`, copied to the host."""
+    def take_pages(self, requests: list[Request], receivers: list[int], ranks: int) -> list[np.ndarray]:
+        """The filled pages of each request, `[pages, L, W, C]`, copied to the host.
+
+        Args:
+          requests: placed here.
+          receivers: the decode rank that each goes to. Of ranks that share sequences, and so hold the same
+            pages, the one that `transfer.prefill_tp_rank` names sends.
+          ranks: of the decode instance.
+        """
         counts = [pages_for(len(r.prompt), self.capacity.page_width) for r in requests]
         ids, slots = self._page_ids(requests, counts)
-        pages = np.asarray(self.steps.take_pages(self.cache, self.runner.put(ids, self._data)))
-        return [pages[slot] for slot in slots]
+        pages = self.steps.take_pages(self.cache, self.runner.put(ids, self._data))
+        copies: dict[int, list[Any]] = {}  # by the first row that a rank holds
+        for shard in pages.addressable_shards:
+            copies.setdefault(shard.index[0].start or 0, []).append(shard.data)
+        taken = []
+        for slot, receiver in zip(slots, receivers, strict=True):
+            start = max(at for at in copies if at <= slot[0])
+            sender = prefill_tp_rank(
+                receiver,
+                0,
+                prefill_tp_size=self.layout.sequence_ranks,
+                decode_tp_size=1,
+                decode_dp_size=ranks,
+            )
+            self.traffic.sent[sender] = self.traffic.sent.get(sender, 0) + 1
+            held = copies[start]
+            taken.append(np.asarray(held[sender % len(held)])[[row - start for row in slot]])
+        return taken
 
     def put_pages(self, requests: list[Request], pages: list[np.ndarray]) -> None:
         """Puts pages copied from another instance into the first pages of each placed request."""

@@ -21,6 +21,7 @@ class Traffic:
       imbalance: of each layer the messages of the busiest rank over the mean, summed.
       load: how often each expert was chosen, `[L, E]` of each stack, since experts were last placed.
       proposed, accepted: drafts by position.
+      sent: prompts whose pages each of the ranks that share sequences has sent on.
     """
 
     steps: int = 0
@@ -32,6 +33,7 @@ class Traffic:
     load: dict[str, np.ndarray] = field(default_factory=dict)
     proposed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     accepted: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    sent: dict[int, int] = field(default_factory=dict)
 
     def add(self, stats: MoEStats | None, moe_layers: int) -> None:
         """Counts a step; the stats of `moe_layers` layers stand before those of the MTP layer's runs."""
@@ -55,9 +57,8 @@ class Traffic:
     def _count(self, stack: str, load: np.ndarray) -> None:
         self.load[stack] = self.load.get(stack, 0) + load
 
-    def load_of(self, placement: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def load_of(self, placement: dict[str, np.ndarray], experts: int) -> dict[str, np.ndarray]:
         """The load of all layers of a placement; ones where nothing was measured."""
-        experts = max((of.shape[1] for of in self.load.values()), default=1)
         found = {}
         for stack, table in placement.items():
             found[stack] = np.ones((len(table), experts))

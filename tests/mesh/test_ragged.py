@@ -153,7 +153,7 @@ def lowered(axes: tuple[tuple[str, int], ...], over: tuple[str, ...], wire: str)
 
     def rank(x: jax.Array, slots: jax.Array, weights: jax.Array) -> jax.Array:
         send = functools.partial(exchange("ragged"), axis=over, slots_per_rank=2, rows=12, wire=wire)
-        return send(x, slots, weights, lambda received, local: received)[0]
+        return send(x, slots, weights, lambda received, local, wire: wire.tokens(received))[0]
 
     tokens = 96 * runner.mesh.size
     shapes = (((tokens, 7168), jnp.bfloat16), ((tokens, 8), jnp.int32), ((tokens, 8), jnp.float32))

@@ -1,0 +1,186 @@
+"""Layouts of large-scale expert parallelism serve transformers' tokens: replicas, shared slots, microbatches,
+drafts, shared sequences, chunks, and experts that move while requests run."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from support import BASE, MTP_GOLDENS, serve
+
+import cmx_jax
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.layout import expert_parallel
+from cmx_jax.mesh.runners import make_runner
+from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.model import Model
+from cmx_jax.serving.request import SamplingParams
+
+TOKENS = 24
+
+
+def start(
+    case: str, ranks: int, runner: str = "lanes", first_device: int = 0, drafts: int = 0, **fields: Any
+) -> Instance:
+    """An instance whose pages hold NaN; fields of `Capacity` and of `Layout`."""
+    model = Model.read(MTP_GOLDENS / case)
+    room = {"sequences": 2, "pages": 24} | {
+        name: fields.pop(name) for name in ("sequences", "pages", "max_num_batched_tokens") if name in fields
+    }
+    layout = expert_parallel(ranks, model.config.n_routed_experts, **fields)
+    runner_ = make_runner(runner, layout.axes, first_device)
+    one = model.instance("instance", layout, runner_, Capacity(page_width=8, **room), drafts)
+    one.cache = one.cache.replace(pages=one.cache.pages * np.float32("nan"))
+    return one
+
+
+def prompts(case: str) -> tuple[list[list[int]], list[int]]:
+    """The golden's prompt among prefixes of it, and what transformers says behind the whole."""
+    golden = np.load(MTP_GOLDENS / case / "golden.npz")
+    prompt = golden["prompt"].tolist()
+    return [prompt, prompt[:5], prompt, prompt[:17], prompt[:1]], golden["generated"][:TOKENS].tolist()
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[str, int], list[int]]:
+    return {}
+
+
+def check(engine: Engine, case: str, alone: dict[tuple[str, int], list[int]]) -> None:
+    """The whole prompt gives transformers' tokens, a prefix those that every other layout gives it."""
+    given, expected = prompts(case)
+    found = serve(engine, given, TOKENS)
+    assert found[0] == found[2] == expected
+    for prompt, tokens in zip(given, found, strict=True):
+        assert alone.setdefault((case, len(prompt)), tokens) == tokens
+    assert not any(i.places or i.load or i.prefilling for i in (*engine.prefill, engine.decode))
+
+
+REPLICAS = {"redundant_slots": 4, "shared_slots": 4}
+
+
+@pytest.mark.parametrize(
+    ("case", "runner", "ranks", "drafts", "fields"),
+    [
+        ("yarn", "lanes", 4, 0, {}),
+        ("yarn", "devices", 4, 1, {"microbatches": 2, "redundant_slots": 8, "exchange": "hierarchical"}),
+        ("yarn", "lanes", 8, 1, REPLICAS | {"microbatches": 2, "mailbox_rows": 0}),
+        ("no_q_lora", "devices", 8, 0, REPLICAS | {"exchange": "allgather"}),
+        ("no_q_lora", "lanes", 4, 2, REPLICAS | {"mailbox_rows": 1}),
+        ("one_group", "lanes", 2, 3, {"microbatches": 2, "redundant_slots": 2, "exchange": "allgather"}),
+    ],
+)
+def test_every_layout_gives_transformers_tokens(case, runner, ranks, drafts, fields, alone) -> None:
+    one = start(case, ranks, runner, drafts=drafts, **fields)
+    check(Engine([one], one), case, alone)
+    assert one.traffic.proposed.size == drafts
+
+
+@pytest.mark.parametrize(
+    ("case", "runner", "drafts", "fields"),
+    [
+        ("yarn", "devices", 1, {}),
+        ("yarn", "lanes", 1, {"max_num_batched_tokens": 8, "microbatches": 2}),
+        ("no_q_lora", "devices", 0, {"max_num_batched_tokens": 16, "redundant_slots": 2}),
+    ],
+)
+def test_ranks_that_share_sequences_prefill_for_others(case, runner, drafts, fields, alone) -> None:
+    """SP-TP-SP over three ranks, one head each; prompts packed, and in chunks where the row is short."""
+    prefill = start(case, 3, runner, share_sequences=True, drafts=drafts, **fields)
+    decode = start(case, 4, runner, 3, drafts=drafts, sequences=4, pages=48)
+    check(Engine([prefill], decode), case, alone)
+    assert set(prefill.traffic.sent) == {0, 1}  # groups of two decode ranks ask one prefill rank each
+    if "max_num_batched_tokens" in fields:
+        assert prefill.traffic.steps >= 3
+
+
+@pytest.mark.parametrize("budget", [8, 11, 24])
+def test_chunks_of_any_length_on_ranks_of_their_own(budget: int, alone) -> None:
+    """Also a model with grouped-query attention would do; here latents expand over cached rows."""
+    one = start("yarn", 2, drafts=1, sequences=3, pages=40, max_num_batched_tokens=budget)
+    check(Engine([one], one), "yarn", alone)
+
+
+def test_experts_move_between_steps_without_a_wrong_token_or_a_new_program(alone) -> None:
+    one = start("yarn", 4, "devices", drafts=1, redundant_slots=8)
+    check(Engine([one], one), "yarn", alone)
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.weights)
+    engine = Engine([one], one, eplb_interval=5)
+    try:
+        check(engine, "yarn", alone)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not compiled
+    assert jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.weights) == shapes
+    assert len(engine.moves) >= 2
+    assert engine.moves[0].moved > 0
+    for move in engine.moves:
+        assert move.before <= move.after + 1e-9 <= 1 + 1e-9
+        assert move.slots == 24 * 2  # of a MoE layer and the MTP layer
+
+
+def test_slots_that_stay_empty_cannot_be_rebalanced() -> None:
+    one = start("yarn", 3)
+    with pytest.raises(CmxError, match="16 experts, 0 redundant and 0 shared slots are 16, expected to fill"):
+        one.rebalance()
+
+
+def test_a_seed_gives_the_same_text_with_drafts_and_without() -> None:
+    given, _ = prompts("yarn")
+    draw = {"temperature": 0.7, "top_p": 0.9, "seed": 11}
+    texts = []
+    for drafts in (0, 1, 3):
+        one = start("yarn", 2, drafts=drafts, sequences=3, pages=36)
+        texts.append(serve(Engine([one], one), given, TOKENS, **draw))
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_verified_tokens_have_the_model_s_distribution() -> None:
+    """Many seeds of one prompt: the token behind the first, for which there was a draft, has the model's
+    probabilities (chi-square), and as many drafts are accepted as the model gives them."""
+    llm_prompt = prompts("yarn")[0][0]
+    one = start("yarn", 1, drafts=1, sequences=512, pages=2048)
+    engine = Engine([one], one)
+    requests = [
+        engine.submit(llm_prompt, SamplingParams(max_tokens=3, temperature=1.3, seed=seed, ignore_eos=True))
+        for seed in range(512)
+    ]
+    engine.run()
+    first = [r.tokens[0] for r in requests]
+    common = max(set(first), key=first.count)
+    of = [r for r in requests if r.tokens[0] == common]
+    llm = cmx_jax.from_pretrained(MTP_GOLDENS / "yarn", ranks=1)
+    scores = llm.logits(np.array([[*llm_prompt, common]]))[0, -1] / 1.3
+    p = np.exp(scores - scores.max())
+    p /= p.sum()
+    seen = np.bincount([r.tokens[1] for r in of], minlength=len(p))
+    kept = p * len(of) >= 5
+    observed, wanted = (np.append(a[kept], a[~kept].sum()) for a in (seen, p * len(of)))
+    chi_square, freedom = float(((observed - wanted) ** 2 / wanted).sum()), len(wanted) - 1
+    assert len(of) > 60
+    assert freedom >= 2
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(CmxError, match="2 sequences a rank do not divide into 3 microbatches"):
+        start("yarn", 2, microbatches=3)
+    with pytest.raises(CmxError, match="num_speculative_tokens is -1, expected zero or more"):
+        start("yarn", 2, drafts=-1)
+    with pytest.raises(CmxError, match="3 heads cannot be shared by 4 ranks"):
+        start("yarn", 4, share_sequences=True)
+    one = start("yarn", 3, share_sequences=True)
+    with pytest.raises(CmxError, match="can prefill only"):
+        serve(Engine([one], one), [[1, 2, 3]], 3)
+
+
+def test_the_model_has_no_mtp_layer() -> None:
+    model = Model.read(BASE)
+    layout = expert_parallel(2, model.config.n_routed_experts)
+    with pytest.raises(CmxError, match="num_speculative_tokens is 1, expected 0: the model has no MTP layer"):
+        model.instance("x", layout, make_runner("lanes", layout.axes), Capacity(), 1)
