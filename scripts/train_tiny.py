@@ -2,9 +2,15 @@
 
     python scripts/train_tiny.py --out cmx_jax/model/checkpoints/tiny --work /tmp/tiny
 
-It runs on whatever JAX has (two CPU cores do), from one seed, and resumes from the last Orbax checkpoint
-in `--work` when started again. At the end it writes the Hugging Face directory and `training.json`: held-out
-loss, load of the experts, acceptance of the MTP layer's drafts.
+It runs on whatever JAX has (two CPU cores do), from one seed, in two stages, each of which writes the Hugging
+Face directory and `training.json` (held-out loss, load of the experts, acceptance of the MTP layer's drafts):
+
+* `--stage main` trains all layers, the MTP layer by the text; it resumes from the last Orbax checkpoint in
+  `--work` when started again.
+* `--stage mtp` trains the MTP layer of the model in `--out` once more and nothing else, by what the model
+  itself would say: that is what a draft is held against. The text is the corpus and what the model writes.
+
+Without `--stage` it does both.
 """
 
 import argparse
@@ -21,14 +27,16 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tiny_corpus
+from tokenizers import Tokenizer
 
 from cmx_jax.mesh.exchange import ExchangeStats
-from cmx_jax.model.checkpoint import write_weights
+from cmx_jax.model.checkpoint import read_weights, write_weights
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import decoder, logits, mtp_hidden
 from cmx_jax.model.families import parse_config
 from cmx_jax.model.mla import expanded
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
+from cmx_jax.serving.llm import LLM, from_pretrained
 
 CONFIG = {  # as a config.json says it
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -71,6 +79,7 @@ CONFIG = {  # as a config.json says it
     "vocab_size": 2048,
 }
 MTP_LOSS = 0.3
+PROMPT = 16  # tokens that the model continues with text of its own
 
 
 def init(c: ModelConfig, seed: int) -> Weights:
@@ -150,26 +159,46 @@ def capacity_experts(capacity: float) -> Any:
     return run
 
 
+def attention(c: ModelConfig, tokens: Any) -> tuple[Any, Any, Any]:
+    """How whole sequences `[B, T]` attend: positions, active tokens (all), attention to what lies before."""
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+
+    def attend(cache: Any, index: Any, kind: Any, q: Any, latents: Any, w: Any) -> tuple[Any, Any]:
+        return expanded(q, latents, mask, w, c), cache
+
+    return positions, jnp.ones((batch, length), bool), attend
+
+
+def main_states(weights: Weights, c: ModelConfig, tokens: Any, capacity: float) -> tuple[Any, Any]:
+    """The model's hidden states behind the final norm `[B, T, D]`, its expert loads `[L - 1, E]`."""
+    positions, active, attend = attention(c, tokens)
+    run = capacity_experts(capacity)
+    hidden, _, stats = decoder(weights, c, tokens, positions, active, None, attend, run)
+    return hidden, stats.load
+
+
+def draft_states(
+    weights: Weights, c: ModelConfig, tokens: Any, hidden: Any, capacity: float
+) -> tuple[Any, Any]:
+    """The MTP layer's hidden states `[B, T, D]` from the model's, its expert loads `[1, E]`."""
+    positions, active, attend = attention(c, tokens)
+    drafted, _, stats = mtp_hidden(
+        weights, weights.mtp, c, 0, hidden, jnp.roll(tokens, -1, axis=1), positions, active,
+        lambda q, kv, a: attend(None, 0, None, q, kv, a), capacity_experts(capacity),
+    )  # fmt: skip
+    return drafted, stats.load[None]
+
+
 def forward(weights: Weights, c: ModelConfig, tokens: Any, capacity: float) -> tuple[Any, Any, Any]:
     """Logits of the model and of its MTP layer `[B, T, O]`, expert loads `[L, E]`.
 
     tokens: int [B, T].
     """
-    batch, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    active = jnp.ones((batch, length), bool)
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
-    run = capacity_experts(capacity)
-
-    def attend(cache: Any, index: Any, kind: Any, q: Any, latents: Any, w: Any) -> tuple[Any, Any]:
-        return expanded(q, latents, mask, w, c), cache
-
-    hidden, _, stats = decoder(weights, c, tokens, positions, active, None, attend, run)
-    drafted, _, extra = mtp_hidden(
-        weights, weights.mtp, c, 0, hidden, jnp.roll(tokens, -1, axis=1), positions, active,
-        lambda q, kv, a: attend(None, 0, None, q, kv, a), run,
-    )  # fmt: skip
-    return logits(hidden, weights), logits(drafted, weights), jnp.concatenate([stats.load, extra.load[None]])
+    hidden, load = main_states(weights, c, tokens, capacity)
+    drafted, extra = draft_states(weights, c, tokens, hidden, capacity)
+    return logits(hidden, weights), logits(drafted, weights), jnp.concatenate([load, extra])
 
 
 def losses(main: Any, draft: Any, tokens: Any) -> tuple[Any, Any]:
@@ -178,9 +207,43 @@ def losses(main: Any, draft: Any, tokens: Any) -> tuple[Any, Any]:
     return entropy(main[:, :-1], tokens[:, 1:]), entropy(draft[:, :-2], tokens[:, 2:])
 
 
+def training_loss(weights: Weights, c: ModelConfig, tokens: Any, capacity: float) -> tuple[Any, Any]:
+    """What the model is trained on, `tokens` [B, T]; with both losses and the loads."""
+    main, draft, load = forward(weights, c, tokens, capacity)
+    loss, mtp_loss = (jnp.mean(x) for x in losses(main, draft, tokens))
+    return loss + MTP_LOSS * mtp_loss, (loss, mtp_loss, load)
+
+
+def accepts(main: Any, draft: Any) -> Any:
+    """Whether each draft is what the model itself says behind the true token: bool [B, T-1] of [B, T, O]."""
+    return jnp.argmax(draft[:, :-1], -1) == jnp.argmax(main[:, 1:], -1)
+
+
+def distillation_loss(
+    weights: Weights, c: ModelConfig, batch: tuple[Any, Any], capacity: float
+) -> tuple[Any, Any]:
+    """How far the drafts' distributions lie from the model's own (Kullback-Leibler, nats), not from the text:
+    a draft is accepted where the two agree. With the share accepted and the load.
+
+    batch: tokens [B, T] and the model's hidden states [B, T, D].
+    """
+    tokens, hidden = batch
+    drafted, load = draft_states(weights, c, tokens, hidden, capacity)
+    main, draft = logits(hidden, weights), logits(drafted, weights)
+    targets, found = jax.nn.log_softmax(main[:, 1:]), jax.nn.log_softmax(draft[:, :-1])
+    loss = jnp.mean(optax.losses.kl_divergence_with_log_targets(found, targets))
+    return loss, (loss, jnp.mean(accepts(main, draft)), load)
+
+
 def trainable(c: ModelConfig) -> Weights:
     """True where gradients apply; placement and correction bias are set otherwise."""
     return weight_tree(c, c.n_routed_experts, lambda leaf: leaf.kind not in ("slots", "router_bias"))
+
+
+def of_mtp(c: ModelConfig) -> Weights:
+    """`trainable` of the MTP layer alone."""
+    outside = weight_tree(c, c.n_routed_experts, lambda leaf: leaf.stack == "mtp")
+    return jax.tree.map(lambda a, b: a and b, outside, trainable(c))
 
 
 def decayed(c: ModelConfig) -> Weights:
@@ -199,46 +262,48 @@ def merge(a: Weights, b: Weights) -> Weights:
 
 
 def balance(weights: Weights, load: Any, speed: Any) -> Weights:
-    """Moves each correction bias one step towards even load (DeepSeek-V3's auxiliary-loss-free balancing)."""
+    """Moves each correction bias one step towards even load (DeepSeek-V3's auxiliary-loss-free balancing).
+
+    load: of all MoE layers, the MTP layer behind them [L, E], or of the MTP layer alone [1, E].
+    """
     mean = jnp.mean(load.astype(jnp.float32), axis=-1, keepdims=True)
     step = speed * jnp.sign(mean - load.astype(jnp.float32))
     ffn, extra = weights.moe.ffn, weights.mtp.layer.ffn
-    moe = weights.moe.replace(ffn=ffn.replace(router_bias=ffn.router_bias + step[:-1]))
     layer = weights.mtp.layer.replace(ffn=extra.replace(router_bias=extra.router_bias + step[-1:]))
-    return weights.replace(moe=moe, mtp=weights.mtp.replace(layer=layer))
+    weights = weights.replace(mtp=weights.mtp.replace(layer=layer))
+    if len(load) == 1:
+        return weights
+    return weights.replace(moe=weights.moe.replace(ffn=ffn.replace(router_bias=ffn.router_bias + step[:-1])))
 
 
-def optimizer(c: ModelConfig, args: argparse.Namespace) -> optax.GradientTransformation:
-    """AdamW, warm-up then cosine, clipped at global norm 1."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, args.steps // 20, args.steps, args.rate / 20)
-    mask = pick(trainable(c), decayed(c), True)
-    adamw = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=args.decay, mask=mask)
+def optimizer(
+    c: ModelConfig, mask: Weights, rate: float, steps: int, decay: float
+) -> optax.GradientTransformation:
+    """AdamW of the leaves in `mask`, warm-up then cosine, clipped at global norm 1."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps, rate / 20)
+    adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=decay, mask=pick(mask, decayed(c), True))
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
-def bias_speed(step: int, steps: int) -> np.float32:
+def bias_speed(step: int, steps: int, first: float = 0.02) -> np.float32:
     """DeepSeek-V3's 0.001, reached from 0.02: a short training cannot wait for slow biases."""
-    return np.float32(max(0.001, 0.02 * (1 - 2 * step / steps)))
+    return np.float32(max(0.001, first * (1 - 2 * step / steps)))
 
 
-def make_step(c: ModelConfig, opt: optax.GradientTransformation, capacity: float) -> Any:
-    """One jitted training step: `(weights, opt state, tokens, bias speed) -> (weights, state, metrics)`."""
-    mask = trainable(c)
+def make_step(opt: optax.GradientTransformation, mask: Weights, objective: Any) -> Any:
+    """One jitted training step: `(weights, opt state, batch, bias speed) -> (weights, state, metrics)`.
+
+    mask: the leaves to be trained.
+    objective: `(weights, batch) -> (loss, metrics)`, the load last among them.
+    """
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(weights: Weights, state: Any, tokens: Any, speed: Any) -> tuple[Weights, Any, Any]:
-        frozen = pick(mask, weights, False)
-
-        def objective(free: Weights) -> tuple[Any, Any]:
-            main, draft, load = forward(merge(free, frozen), c, tokens, capacity)
-            loss, mtp_loss = (jnp.mean(x) for x in losses(main, draft, tokens))
-            return loss + MTP_LOSS * mtp_loss, (loss, mtp_loss, load)
-
-        free = pick(mask, weights, True)
-        grads, (loss, mtp_loss, load) = jax.grad(objective, has_aux=True)(free)
+    def step(weights: Weights, state: Any, batch: Any, speed: Any) -> tuple[Weights, Any, Any]:
+        free, frozen = pick(mask, weights, True), pick(mask, weights, False)
+        grads, metrics = jax.grad(lambda w: objective(merge(w, frozen), batch), has_aux=True)(free)
         updates, state = opt.update(grads, state, free)
         weights = merge(optax.apply_updates(free, updates), frozen)
-        return balance(weights, load, speed), state, (loss, mtp_loss, load)
+        return balance(weights, metrics[-1], speed), state, metrics
 
     return step
 
@@ -265,9 +330,7 @@ def evaluate(weights: Weights, c: ModelConfig, stream: np.ndarray, length: int) 
     @jax.jit
     def run(weights: Weights, tokens: Any) -> tuple[Any, ...]:
         main, draft, load = forward(weights, c, tokens, 8.0)
-        # a draft is accepted where it is what the model itself says behind the true token
-        accepted = jnp.argmax(draft[:, :-1], -1) == jnp.argmax(main[:, 1:], -1)
-        return *losses(main, draft, tokens), accepted, load
+        return *losses(main, draft, tokens), accepts(main, draft), load
 
     rows = stream[: len(stream) // (4 * length) * 4 * length].reshape(-1, 4, length)
     for tokens in rows:
@@ -291,10 +354,10 @@ def evaluate(weights: Weights, c: ModelConfig, stream: np.ndarray, length: int) 
 def train(args: argparse.Namespace, c: ModelConfig, streams: tuple[np.ndarray, np.ndarray]) -> Weights:
     """Trains up to `--steps`, saving and resuming; returns the weights."""
     weights = jax.tree.map(jnp.asarray, init(c, args.seed))
-    opt = optimizer(c, args)
+    opt = optimizer(c, trainable(c), args.rate, args.steps, args.decay)
     state = opt.init(pick(trainable(c), weights, True))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
-    step_fn = make_step(c, opt, args.capacity)
+    step_fn = make_step(opt, trainable(c), lambda w, tokens: training_loss(w, c, tokens, args.capacity))
     began, tokens_done = time.time(), 0
     with ocp.CheckpointManager(args.work.absolute() / "checkpoints", options=options) as manager:
         first = 0
@@ -327,38 +390,90 @@ def train(args: argparse.Namespace, c: ModelConfig, streams: tuple[np.ndarray, n
     return weights
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
-    parser.add_argument(
-        "--corpus", type=Path, help="documents as JSON, by tiny_corpus.py (default: this Python's)"
+def own_text(
+    model: LLM, stream: np.ndarray, count: int, length: int, temperature: float, seed: int
+) -> np.ndarray:
+    """The model's continuations of random places in a token stream: int [count, length], prompts included."""
+    starts = np.random.default_rng(seed).integers(0, len(stream) - PROMPT, count)
+    completions = model.generate(
+        [stream[s : s + PROMPT] for s in starts],
+        max_new_tokens=length - PROMPT,
+        temperature=temperature,
+        ignore_eos=True,
+        seed=seed,
     )
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--decay", type=float, default=0.1)
-    parser.add_argument("--capacity", type=float, default=1.5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--log-every", type=int, default=20)
-    parser.add_argument("--eval-every", type=int, default=250)
-    parser.add_argument("--until", type=int, help="stop (resumably) behind so many steps")
-    args = parser.parse_args()
+    return np.asarray([x.prompt_tokens + x.tokens for x in completions], np.int32)
 
-    c = parse_config(CONFIG)
-    texts = json.loads(args.corpus.read_text()) if args.corpus else tiny_corpus.documents()
+
+def own_texts(args: argparse.Namespace, model: LLM, stream: np.ndarray) -> np.ndarray:
+    """Sampled text in parts of 256 rows, half of it bolder: int [N, length].
+
+    Kept in `--work`, as the checkpoints are: a folder is for one model.
+    """
+    parts = []
+    for i in range(args.own_parts):
+        path = args.work / f"own_text_{i}.npy"
+        if not path.exists():
+            args.work.mkdir(parents=True, exist_ok=True)
+            np.save(path, own_text(model, stream, 256, args.length, (0.7, 1.0)[i % 2], seed=i))
+            print(f"wrote {path}", flush=True)
+        parts.append(np.load(path))
+    return np.concatenate([np.zeros((0, args.length), np.int32), *parts])
+
+
+def own_acceptance(weights: Weights, c: ModelConfig, rows: np.ndarray) -> float:
+    """Share of accepted drafts in what the model wrote behind the prompts of `rows` [N, T]."""
+    main, draft, _ = forward(weights, c, jnp.asarray(rows), 8.0)
+    return float(jnp.mean(accepts(main, draft)[:, PROMPT - 2 :]))  # the draft at i is of token i + 2
+
+
+def states_of(weights: Weights, c: ModelConfig, rows: np.ndarray, batch: int) -> np.ndarray:
+    """The model's hidden states on `rows` [N, T]: float32 [N, T, D]."""
+    run = jax.jit(lambda w, tokens: main_states(w, c, tokens, 8.0)[0])
+    return np.concatenate([run(weights, rows[i : i + batch]) for i in range(0, len(rows), batch)])
+
+
+def distil(args: argparse.Namespace, c: ModelConfig, weights: Weights, rows: np.ndarray) -> Weights:
+    """Trains the MTP layer alone, on `rows` [N, T]; returns the weights, all others as they were.
+
+    The model's hidden states are computed once, since it does not change.
+    """
+    mask = of_mtp(c)
+    opt = optimizer(c, mask, args.mtp_rate, args.mtp_steps, args.decay)
+    state = opt.init(pick(mask, weights, True))
+    step_fn = make_step(opt, mask, lambda w, batch: distillation_loss(w, c, batch, args.capacity))
+    hidden, began, epoch = states_of(weights, c, rows, args.batch), time.time(), len(rows) // args.batch
+    for step in range(args.mtp_steps):
+        order = np.random.default_rng((args.seed, step // epoch)).permutation(len(rows))
+        chosen = order[step % epoch * args.batch :][: args.batch]
+        weights, state, (loss, accepted, load) = step_fn(
+            weights, state, (rows[chosen], hidden[chosen]), bias_speed(step, args.mtp_steps, first=0.004)
+        )
+        if step % args.log_every == 0 or step == args.mtp_steps - 1:
+            busy, done = np.asarray(load), (step + 1) * rows[chosen].size
+            print(
+                f"mtp step {step} loss {float(loss):.3f} accepted {float(accepted):.3f} "
+                f"load {busy.max() / busy.mean():.2f} {done / (time.time() - began):.0f} tokens/s",
+                flush=True,
+            )
+    return weights
+
+
+def rounded(weights: Weights) -> Weights:
+    """As they are shipped: what is measured is what is shipped."""
+    return jax.tree.map(
+        lambda w: w if w.dtype == jnp.int32 else w.astype(ml_dtypes.bfloat16).astype(jnp.float32), weights
+    )
+
+
+def main_stage(args: argparse.Namespace, c: ModelConfig, texts: list[str]) -> None:
+    """Trains all layers and writes `--out`, with its report."""
     training, held_out = tiny_corpus.split(texts)
     tokenizer = tiny_corpus.train_tokenizer(training, c.vocab_size)
     streams = encode(training, tokenizer), encode(held_out, tokenizer)
     print(f"{len(streams[0])} training tokens, {len(streams[1])} held out", flush=True)
     began = time.time()
-    weights = train(args, c, streams)
-
-    shipped = jax.tree.map(  # what is measured is what is shipped
-        lambda w: w if w.dtype == jnp.int32 else w.astype(ml_dtypes.bfloat16).astype(jnp.float32), weights
-    )
+    shipped = rounded(train(args, c, streams))
     report = evaluate(shipped, c, streams[1], args.length) | {
         "training_tokens": len(streams[0]),
         "training_loss": evaluate(shipped, c, streams[0][: 64 * args.length + 1], args.length)[
@@ -376,6 +491,73 @@ def main() -> None:
     tokenizer.save(str(args.out / "tokenizer.json"))
     (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
+
+
+def mtp_stage(args: argparse.Namespace, c: ModelConfig, texts: list[str]) -> None:
+    """Trains the MTP layer of the model in `--out`, on its training text and on text of its own."""
+    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    training, held_out = (encode(part, tokenizer) for part in tiny_corpus.split(texts))
+    weights = jax.tree.map(jnp.asarray, read_weights(args.out, c, np.float32))
+    began, length = time.time(), args.length
+    model = from_pretrained(args.out, ranks=1, max_num_seqs=64, max_model_len=length)
+    sampled = own_texts(args, model, training)
+    greedy = own_text(model, held_out, 128, PROMPT + 64, 0.0, args.seed)
+    rows = np.concatenate([training[: len(training) // length * length].reshape(-1, length), sampled])
+    before = evaluate(weights, c, held_out, length)["mtp_acceptance"], own_acceptance(weights, c, greedy)
+    shipped = rounded(distil(args, c, weights, rows))
+    report = json.loads((args.out / "training.json").read_text()) | evaluate(shipped, c, held_out, length)
+    report["mtp"] = {
+        "trained_by": "distillation of the frozen model: its predictions, on its training and its own text",
+        "acceptance_held_out_before": before[0],
+        "acceptance_held_out": report["mtp_acceptance"],
+        "acceptance_own_text_before": before[1],
+        "acceptance_own_text": own_acceptance(shipped, c, greedy),
+        "own_text": "greedy continuations of held-out prompts",
+        "own_text_tokens": 64 * len(greedy),
+        "training_tokens_corpus": int(rows.size - sampled.size),
+        "training_tokens_sampled": int(sampled.size),
+        "tokens": args.mtp_steps * args.batch * length,
+        "seconds_of_last_run": round(time.time() - began),
+        "steps": args.mtp_steps,
+        "rate": args.mtp_rate,
+    }
+    write_weights(args.out, c, shipped)
+    (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument(
+        "--corpus", type=Path, help="documents as JSON, by tiny_corpus.py (default: this Python's)"
+    )
+    parser.add_argument(
+        "--stage", choices=("all", "main", "mtp"), default="all", help="mtp: of the model that is in --out"
+    )
+    parser.add_argument("--mtp-steps", type=int, default=600)
+    parser.add_argument("--mtp-rate", type=float, default=2e-3)
+    parser.add_argument("--own-parts", type=int, default=8, help="parts (of 256 rows) of sampled text")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--decay", type=float, default=0.1)
+    parser.add_argument("--capacity", type=float, default=1.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--log-every", type=int, default=20)
+    parser.add_argument("--eval-every", type=int, default=250)
+    parser.add_argument("--until", type=int, help="stop (resumably) behind so many steps")
+    args = parser.parse_args()
+
+    c = parse_config(CONFIG)
+    texts = json.loads(args.corpus.read_text()) if args.corpus else tiny_corpus.documents()
+    if args.stage in ("all", "main"):
+        main_stage(args, c, texts)
+    if args.stage in ("all", "mtp"):
+        mtp_stage(args, c, texts)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,20 @@ def test_a_resumed_training_equals_one_that_never_stopped(script, config, tmp_pa
     assert not np.array_equal(whole.head, script.init(config, 0).head)
 
 
+def test_distilling_trains_the_mtp_layer_alone(script, config, weights) -> None:
+    """Towards the model's own predictions, with its hidden states computed beforehand."""
+    rows = np.random.default_rng(6).integers(0, config.vocab_size, (8, 16)).astype(np.int32)
+    args = argparse.Namespace(
+        mtp_steps=12, mtp_rate=1e-2, batch=8, seed=0, decay=0.1, capacity=16.0, log_every=12
+    )
+    batch = rows, script.states_of(weights, config, rows, 8)
+    loss = jax.jit(lambda w: script.distillation_loss(w, config, jax.tree.map(jnp.asarray, batch), 16.0)[0])
+    given = jax.tree.map(np.array, weights)
+    found = script.distil(args, config, jax.tree.map(jnp.asarray, given), rows)
+    jax.tree.map(np.testing.assert_array_equal, found.replace(mtp=None), given.replace(mtp=None))
+    assert loss(found) < 0.8 * loss(weights)
+
+
 def test_documents_are_split_by_their_text_and_round_trip(script) -> None:
     corpus = sys.modules["tiny_corpus"]
     texts = [f"module.function{i}\n\nReturn the number {i}, or naïve ünïcode." for i in range(400)]
