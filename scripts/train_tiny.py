@@ -30,11 +30,11 @@ import tiny_corpus
 from tokenizers import Tokenizer
 
 from cmx_jax.mesh.exchange import ExchangeStats
+from cmx_jax.model.attention import Where, local
 from cmx_jax.model.checkpoint import read_weights, write_weights
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.decoder import decoder, logits, mtp_hidden
+from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden
 from cmx_jax.model.families import parse_config
-from cmx_jax.model.mla import expanded
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
 from cmx_jax.serving.llm import LLM, from_pretrained
 
@@ -88,7 +88,7 @@ def init(c: ModelConfig, seed: int) -> Weights:
 
     def make(leaf: Leaf) -> np.ndarray:
         if leaf.kind == "slots":
-            return np.broadcast_to(np.arange(c.n_routed_experts, dtype=np.int32), leaf.shape).copy()
+            return np.broadcast_to(np.arange(leaf.shape[-1], dtype=np.int32), leaf.shape).copy()
         if leaf.kind in ("norm", "router_bias", "bias"):
             fill = 1.0 if leaf.kind == "norm" else 0.0
             return np.full(leaf.shape, fill, leaf_dtype(leaf, np.float32))
@@ -135,7 +135,8 @@ def capacity_experts(capacity: float) -> Any:
     What overflows is dropped, as usual in training; with the load balanced there is little.
     """
 
-    def run(x: Any, slots: Any, weights: Any, experts: Any, layer: Any) -> Any:
+    def run(x: Any, slots: Any, weights: Any, w: Any, experts: Any, layer: Any) -> Any:
+        del w  # expert e lies in slot e
         (tokens, top_k), count = slots.shape, experts.down.shape[0]
         room = max(8, int(capacity * tokens * top_k / count))
         flat = slots.reshape(-1)
@@ -154,41 +155,31 @@ def capacity_experts(capacity: float) -> Any:
         back = permuted(y.reshape(nowhere, -1), place, message[:, None])
         out = jnp.einsum("tk,tkd->td", weights, back.reshape(tokens, top_k, -1))
         zero = jnp.zeros((), jnp.int32)
-        return out, ExchangeStats(rounds=zero, sent=zero)
+        return out, ExchangeStats(zero, zero, zero)
 
     return run
 
 
-def attention(c: ModelConfig, tokens: Any) -> tuple[Any, Any, Any]:
-    """How whole sequences `[B, T]` attend: positions, active tokens (all), attention to what lies before."""
+def whole(c: ModelConfig, tokens: Any) -> Stream:
+    """Whole sequences `[B, T]`, each token attending to what lies before it."""
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
-
-    def attend(cache: Any, index: Any, kind: Any, q: Any, latents: Any, w: Any) -> tuple[Any, Any]:
-        return expanded(q, latents, mask, w, c), cache
-
-    return positions, jnp.ones((batch, length), bool), attend
+    return Stream(tokens, jnp.ones((batch, length), bool), local(Where(positions), length, c))
 
 
 def main_states(weights: Weights, c: ModelConfig, tokens: Any, capacity: float) -> tuple[Any, Any]:
     """The model's hidden states behind the final norm `[B, T, D]`, its expert loads `[L - 1, E]`."""
-    positions, active, attend = attention(c, tokens)
-    run = capacity_experts(capacity)
-    hidden, _, stats = decoder(weights, c, tokens, positions, active, None, attend, run)
-    return hidden, stats.load
+    [done] = decoder(weights, c, [whole(c, tokens)], capacity_experts(capacity))
+    return done.hidden, done.stats.load
 
 
 def draft_states(
     weights: Weights, c: ModelConfig, tokens: Any, hidden: Any, capacity: float
 ) -> tuple[Any, Any]:
     """The MTP layer's hidden states `[B, T, D]` from the model's, its expert loads `[1, E]`."""
-    positions, active, attend = attention(c, tokens)
-    drafted, _, stats = mtp_hidden(
-        weights, weights.mtp, c, 0, hidden, jnp.roll(tokens, -1, axis=1), positions, active,
-        lambda q, kv, a: attend(None, 0, None, q, kv, a), capacity_experts(capacity),
-    )  # fmt: skip
-    return drafted, stats.load[None]
+    stream = whole(c, jnp.roll(tokens, -1, axis=1))
+    done = mtp_hidden(weights, c, hidden, stream, capacity_experts(capacity))
+    return done.hidden, done.stats.load
 
 
 def forward(weights: Weights, c: ModelConfig, tokens: Any, capacity: float) -> tuple[Any, Any, Any]:

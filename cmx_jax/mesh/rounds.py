@@ -74,6 +74,16 @@ class _Queues(NamedTuple):
     lengths: Int[Array, " G"]
 
 
+FEW = 1 << 14  # comparisons that cost less than the operations of a sort or a histogram, on CPU
+
+
+def occurrences(keys: Int[Array, " N"], bins: int) -> Int[Array, " B"]:
+    """How often each key in `[0, bins)` is there."""
+    if keys.shape[0] * bins <= FEW:
+        return jnp.sum(keys[:, None] == jnp.arange(bins, dtype=keys.dtype)[None], axis=0, dtype=jnp.int32)
+    return jnp.bincount(keys, length=bins).astype(jnp.int32)
+
+
 def stable_order(keys: Int[Array, " N"], bins: int) -> Int[Array, " N"]:
     """The stable argsort of keys in `[0, bins)`. Where key and place fit one number, that alone is sorted:
     XLA:CPU calls a comparison of its own making for every pair of a sort with two operands."""
@@ -86,10 +96,13 @@ def stable_order(keys: Int[Array, " N"], bins: int) -> Int[Array, " N"]:
 
 def turns(keys: Int[Array, " M"], bins: int) -> tuple[Int[Array, " M"], Int[Array, " B"]]:
     """How many equal keys stand before each, and how often each key in `[0, bins)` is there."""
+    counts, place = occurrences(keys, bins), jnp.arange(keys.shape[0], dtype=jnp.int32)
+    if keys.shape[0] ** 2 <= FEW:
+        before = (keys[:, None] == keys[None]) & (place[None] < place[:, None])
+        return jnp.sum(before, axis=1, dtype=jnp.int32), counts
     order = stable_order(keys, bins)
-    counts = jnp.bincount(keys, length=bins)
     start = jnp.cumsum(counts) - counts
-    place = jnp.zeros_like(keys).at[order].set(jnp.arange(keys.shape[0], dtype=keys.dtype))
+    place = jnp.zeros_like(place).at[order].set(place)
     return place - start[keys], counts
 
 

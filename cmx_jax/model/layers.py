@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from cmx_jax.mesh.message import Wire
-from cmx_jax.mesh.rounds import stable_order
+from cmx_jax.mesh.rounds import occurrences, stable_order
 from cmx_jax.model.weights import FFN, Experts
 
 
@@ -104,7 +104,7 @@ def _grouped_swiglu(
     rows, groups = x.shape[0], gate_up.shape[0]
     key = jnp.where(group < 0, groups, group)
     order = stable_order(key, groups + 1)
-    counts = jnp.bincount(key, length=groups + 1)[:groups].astype(jnp.int32)
+    counts = occurrences(key, groups + 1)[:groups]
     start = jnp.cumsum(counts) - counts
     tiles_end = jnp.cumsum(-(-counts // tile))
     tiles_start = tiles_end - (-(-counts // tile))

@@ -13,6 +13,7 @@ from cmx_jax.mesh.exchange import ExchangeStats, exchange
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.message import Wire
 from cmx_jax.mesh.placement import choose
+from cmx_jax.mesh.rounds import occurrences
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.layers import grouped_swiglu, swiglu
 from cmx_jax.model.router import route
@@ -79,7 +80,7 @@ def moe(
         routing = route(x, w.router, w.router_bias, c)
         chosen = jnp.where(active[:, None], routing.experts, -1)
         counted = jnp.where(chosen < 0, c.n_routed_experts, chosen)
-        load = jnp.bincount(counted.reshape(-1), length=c.n_routed_experts + 1)[:-1].astype(jnp.int32)
+        load = occurrences(counted.reshape(-1), c.n_routed_experts + 1)[:-1]
         chosen, weights = _with_shared(chosen, routing.weights, w, c)
     y, stats = _run(x, chosen, weights, w, experts, layer, c, run)
     if w.shared is not None:

@@ -336,7 +336,8 @@ def laid_out(c: ModelConfig, layout: Layout, make: Callable[[Leaf], Any], mtp: b
     shared, heads = layout.sequence_ranks, c.num_attention_heads
     if layout.sequence and (heads % shared or not isinstance(c.attention, MLAConfig)):
         raise CmxError(
-            f"{heads} heads cannot be shared by {shared} ranks, expected latent attention and a divisor of {heads}"
+            f"{heads} heads cannot be shared by {shared} ranks, expected latent attention and a divisor "
+            f"of {heads}"
         )
     return weight_tree(c, layout.slots, make, mtp, layout.shared_slots > 0)
 
