@@ -22,6 +22,9 @@ class Engine:
     Attributes:
       eplb_interval: decode steps after which the decode instance's experts are rebalanced; 0: never.
       moves: what that did.
+
+    Raises:
+      CmxError: `eplb_interval` is negative, or the layout's slots cannot be rebalanced.
     """
 
     prefill: list[Instance]
@@ -31,6 +34,12 @@ class Engine:
     eplb_interval: int = 0
     moves: list[Move] = field(default_factory=list)
     _steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.eplb_interval < 0:
+            raise CmxError(f"eplb_interval is {self.eplb_interval}, expected zero (never) or more")
+        if self.eplb_interval:
+            self.decode.balanced()  # refuses a layout whose slots cannot be rebalanced
 
     def submit(self, prompt: list[int], params: SamplingParams) -> Request:
         """Queues a prompt of token ids.

@@ -69,6 +69,7 @@ class LLM:
         self.instance = model.instance(
             runner, layout, make_runner(runner, layout.axes), capacity, num_speculative_tokens
         )
+        Engine([self.instance], self.instance, eplb_interval=eplb_interval)  # refuses what cannot be
 
     def logits(self, tokens: ArrayLike) -> Float[np.ndarray, "B T O"]:
         """Float32 logits of every position: row `t` predicts token `t + 1`.
@@ -195,11 +196,8 @@ def from_pretrained(
     length = min(context, 4096) if max_model_len is None else max_model_len
     if not 1 <= length <= context:
         raise CmxError(f"max_model_len is {length}, expected 1 to the model's context of {context}")
-    if max_num_batched_tokens < 1 or eplb_interval < 0:
-        raise CmxError(
-            f"max_num_batched_tokens is {max_num_batched_tokens} and eplb_interval {eplb_interval}, expected "
-            "at least 1 and 0"
-        )
+    if max_num_batched_tokens < 1:
+        raise CmxError(f"max_num_batched_tokens is {max_num_batched_tokens}, expected at least 1")
     layout = expert_parallel(
         ranks,
         model.config.n_routed_experts,

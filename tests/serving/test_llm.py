@@ -28,29 +28,34 @@ def expected(encoded: list[list[int]]) -> list[list[int]]:
     return [list(greedy(TINY, prompt, TOKENS)) for prompt in encoded]
 
 
+REPLICAS = {"redundant_slots": 32, "shared_slots": 32, "eplb_interval": 4}
+
+
 @pytest.mark.parametrize(
-    ("runner", "ranks", "exchange"),
+    ("runner", "ranks", "exchange", "fields"),
     [
-        *(
-            ("lanes", 8, "flat"),
-            ("lanes", 320, "hierarchical"),
-            ("lanes", 384, "flat"),
-            ("lanes", 16, "allgather"),
-        ),
-        *(("devices", 8, "hierarchical"), ("devices", 16, "flat"), ("devices", 160, "flat")),
+        ("lanes", 8, "flat", {}),
+        ("lanes", 320, "hierarchical", REPLICAS | {"num_speculative_tokens": 1}),
+        ("lanes", 384, "flat", {"microbatches": 2}),
+        ("lanes", 768, "flat", {}),
+        ("lanes", 16, "allgather", {"num_speculative_tokens": 2}),
+        ("devices", 8, "hierarchical", {"max_num_batched_tokens": 16}),
+        ("devices", 16, "flat", REPLICAS | {"microbatches": 2, "num_speculative_tokens": 1}),
+        ("devices", 160, "hierarchical", REPLICAS | {"num_speculative_tokens": 1}),
     ],
 )
-def test_every_runner_and_width_equals_the_dense_reference(
-    runner, ranks, exchange, encoded, expected
+def test_every_runner_width_and_layout_equals_the_dense_reference(
+    runner, ranks, exchange, fields, encoded, expected
 ) -> None:
     llm = cmx_jax.from_pretrained(
-        "tiny", runner=runner, ranks=ranks, exchange=exchange, max_num_seqs=8, max_model_len=64
+        "tiny", runner=runner, ranks=ranks, exchange=exchange, max_num_seqs=8, max_model_len=64, **fields
     )
     tokens = np.asarray(encoded[0] + expected[0], np.int32)[None]
     np.testing.assert_allclose(llm.logits(tokens)[0], logits(TINY, tokens[0]), atol=1e-5, rtol=0)
     completions = llm.generate(PROMPTS, max_new_tokens=TOKENS, ignore_eos=True)
     assert [c.tokens for c in completions] == expected
     assert [c.prompt_tokens for c in completions] == encoded
+    assert bool(llm.moves) == ("eplb_interval" in fields)
 
 
 @pytest.mark.parametrize(("wire", "dtype"), [("int8", "float32"), ("bfloat16", "bfloat16")])
@@ -86,6 +91,16 @@ def test_the_mtp_layer_that_ships_is_loaded() -> None:
         ({"ranks": 12, "exchange": "hierarchical"}, "12 ranks, expected whole nodes of 8"),
         ({"max_model_len": 513}, "max_model_len is 513, expected 1 to the model's context of 512"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
+        ({"eplb_interval": -1}, "eplb_interval is -1, expected zero"),
+        (
+            {"eplb_interval": 1, "ranks": 3},
+            "256 experts, 0 redundant and 0 shared slots are 256, expected to fill",
+        ),
+        ({"microbatches": 0}, "microbatches is 0, expected 1 or more"),
+        ({"redundant_slots": 1}, "257 expert slots do not divide over 8 ranks"),
+        ({"shared_slots": -8}, "shared_slots is -8, expected 0 or more"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens is -1, expected zero or more"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(arguments, message) -> None:
