@@ -38,7 +38,11 @@ def test_demo_serves_on_384_devices_what_the_dense_reference_says() -> None:
         assert r["tpot_s"] > 0
     decode, layers, top_k = result["exchange"]["decode-0"], 3, 8
     busy = sum(r["output_tokens"] - 1 for r in result["requests"])
-    messages = busy * layers * top_k / decode["steps"] / 160
+    drafts = decode["drafts_proposed"][0]  # one with each token that went in
+    accepted = round(decode["acceptance"][0] * drafts)
+    assert busy <= drafts + accepted <= busy + len(PROMPTS)  # the last draft may be behind the end
+    assert accepted > 0
+    messages = top_k * (layers * 2 * drafts + drafts + accepted) / decode["steps"] / 160
     assert decode["combine_bytes"] == pytest.approx(messages * 160 * 4)
     assert decode["dispatch_bytes"] == pytest.approx(messages * (160 + 2) * 4)
 
@@ -72,6 +76,11 @@ def test_seeds_repeat_and_differ() -> None:
         (("generate", str(GOLDENS), "--prompt", "x"), "no config.json there"),
         (("generate", str(GOLDENS / "base"), "--prompt", "x"), "has no tokenizer.json"),
         (("generate", "tiny"), "arguments are required: --prompt"),
+        (
+            ("demo", "--eplb-interval", "4"),
+            "0 redundant and 0 shared slots are 256, expected to fill the 320",
+        ),
+        (("demo", "--shared-slots", "32"), "288 expert slots do not divide over 160 ranks"),
         (("demo", "--prefill-instances", "7"), "7 prefill instances asked for, expected 1 to 6"),
         (("sing",), "invalid choice: 'sing'"),
     ],
