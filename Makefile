@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/cmx demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -89,7 +89,9 @@ class Step:
     spec: P
 
 
-def build_step(ranks: int, exchange: str, wire: str | None, sequences: int, steps: int) -> Step:
+def build_step(
+    ranks: int, exchange: str, wire: str | None, sequences: int, steps: int, drafts: int = 0
+) -> Step:
     """The demo's decode instance on `ranks` devices with `sequences` running sequences a rank.
 
     This is all that knows how the model is called.
@@ -100,11 +102,11 @@ def build_step(ranks: int, exchange: str, wire: str | None, sequences: int, step
     )
     runner = make_runner("devices", layout.axes)
     capacity = Capacity(sequences=sequences, pages=16 * sequences)
-    one = model.instance("bench", layout, runner, capacity)
+    one = model.instance("bench", layout, runner, capacity, drafts)
     engine = Engine([one], one)
     prompt = model.encode("The json module")
     for _ in range(ranks * sequences):
-        engine.submit(prompt, SamplingParams(max_tokens=steps + 8, ignore_eos=True))
+        engine.submit(prompt, SamplingParams(max_tokens=(steps + 8) * (1 + drafts), ignore_eos=True))
     while engine.waiting:
         engine.step()
     (args, flags), outputs = _last_call(one, engine)
@@ -291,14 +293,18 @@ def by_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
     return {name: float(np.median(t[2:])) * 1e3 for name, t in times.items()}
 
 
-def measure(ranks: int, exchange: str, wire: str | None, sequences: int, repeats: int) -> dict[str, Any]:
+def measure(
+    ranks: int, exchange: str, wire: str | None, sequences: int, repeats: int, drafts: int = 0
+) -> dict[str, Any]:
     """The document that `--json` prints."""
-    step = build_step(ranks, exchange, wire, sequences, repeats + 8)
+    step = build_step(ranks, exchange, wire, sequences, repeats + 8, drafts)
     floor_call, table = build_floor(step, ranks)
     times = by_turns({"floor": floor_call, "step": step.call, "served": step.serve}, repeats)
     return {
         "ranks": ranks,
         "exchange": exchange,
+        "sequences": sequences,
+        "num_speculative_tokens": drafts,
         "rounds": step.rounds,
         **{f"{name}_ms": t for name, t in times.items()},
         "ratio": times["step"] / times["floor"],
@@ -316,15 +322,17 @@ def main() -> None:
     parser.add_argument("--exchange", choices=sorted(EXCHANGES), default="hierarchical")
     parser.add_argument("--wire", choices=WIRES)
     parser.add_argument("--sequences", type=int, default=1, help="running sequences a rank")
+    parser.add_argument("--num-speculative-tokens", type=int, default=0, help="MTP drafts")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     enable_compilation_cache()
-    result = measure(args.ranks, args.exchange, args.wire, args.sequences, args.repeats)
+    drafts = args.num_speculative_tokens
+    result = measure(args.ranks, args.exchange, args.wire, args.sequences, args.repeats, drafts)
     if args.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"{args.ranks} devices, {args.exchange}, {args.sequences} sequence(s) a rank")
+    print(f"{args.ranks} devices, {args.exchange}, {args.sequences} sequence(s) a rank, {drafts} draft(s)")
     for row in result["collectives"]:
         print("  {count:>3} x {op} over {axes}: {dtype}{shape}".format(**row))
     print("floor  {floor_ms:7.1f} ms: these collectives alone".format(**result))
