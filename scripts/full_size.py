@@ -34,7 +34,8 @@ from cmx_jax.model.abstract import PAGE_WIDTH, trace_step
 from cmx_jax.model.cache import abstract_cache
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import preset
-from cmx_jax.model.weights import Leaf, laid_out, leaf_dtype, leaf_spec
+from cmx_jax.model.sharding import laid_out, leaf_spec
+from cmx_jax.model.weights import Leaf, leaf_dtype
 
 RANKS = {"decode": 160, "prefill": 32}
 GB, MIB = 1e9, 2.0**20

@@ -14,8 +14,8 @@ from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import abstract_cache
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.sampling import Sampling
+from cmx_jax.model.sharding import abstract_weights
 from cmx_jax.model.steps import decode_step, prefill_step, step_specs
-from cmx_jax.model.weights import abstract_weights
 
 PAGE_WIDTH = 128
 

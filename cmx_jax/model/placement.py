@@ -11,7 +11,8 @@ from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.placement import SlotTable, even, moved, place, replicas, slot_table
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.weights import Leaf, Weights, laid_out, leaf_spec, split_experts
+from cmx_jax.model.sharding import laid_out, leaf_spec
+from cmx_jax.model.weights import Leaf, Weights, split_experts
 
 Placement = dict[str, np.ndarray]
 """Of each stack with MoE layers (`moe`, `mtp`) the expert of each slot, int32 [L, X]."""

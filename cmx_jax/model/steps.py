@@ -19,7 +19,8 @@ from cmx_jax.model.batch import DecodeBatch, PrefillBatch, StepOutput
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decode import decode_step
 from cmx_jax.model.prefill import prefill_step, score_step
-from cmx_jax.model.weights import Weights, weight_specs
+from cmx_jax.model.sharding import weight_specs
+from cmx_jax.model.weights import Weights
 
 __all__ = [
     "DecodeBatch",

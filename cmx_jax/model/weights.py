@@ -9,13 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import PartitionSpec as P
 
-from cmx_jax.errors import CmxError
-from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import GQAConfig, MLAConfig, ModelConfig
 
 Tensor = Any  # a jax.Array, np.ndarray, PartitionSpec or ShapeDtypeStruct
@@ -325,41 +321,3 @@ def leaf_dtype(leaf: Leaf, dtype: Any) -> Any:
     if leaf.kind == "slots":
         return jnp.dtype(jnp.int32)
     return jnp.dtype(jnp.float32) if leaf.kind in ("router", "router_bias") else jnp.dtype(dtype)
-
-
-def laid_out(c: ModelConfig, layout: Layout, make: Callable[[Leaf], Any], mtp: bool) -> Weights:
-    """A `weight_tree` in the layout's slots.
-
-    Raises:
-      CmxError: ranks are to share sequences, but cannot share the heads.
-    """
-    shared, heads = layout.sequence_ranks, c.num_attention_heads
-    if layout.sequence and (heads % shared or not isinstance(c.attention, MLAConfig)):
-        raise CmxError(
-            f"{heads} heads cannot be shared by {shared} ranks, expected latent attention and a divisor "
-            f"of {heads}"
-        )
-    return weight_tree(c, layout.slots, make, mtp, layout.shared_slots > 0)
-
-
-def abstract_weights(c: ModelConfig, layout: Layout, dtype: Any, mtp: bool = True) -> Weights:
-    """Shapes and dtypes without arrays."""
-    return laid_out(c, layout, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(leaf, dtype)), mtp)
-
-
-HEADS = {"attn.q_b": 2, "attn.k_b": 1, "attn.v_b": 1}
-"""The axis of heads of what ranks share when they share sequences (section 4.3.1)."""
-
-
-def leaf_spec(leaf: Leaf, layout: Layout) -> P:
-    """Experts over their axes, MLA's heads over `sequence`, everything else replicated (section 2)."""
-    if leaf.experts:
-        return P(layout.experts)
-    if layout.sequence and leaf.path in HEADS:
-        return P(*[None] * HEADS[leaf.path], layout.sequence)
-    return P()
-
-
-def weight_specs(c: ModelConfig, layout: Layout, mtp: bool = True) -> Weights:
-    """`leaf_spec` of every leaf."""
-    return laid_out(c, layout, lambda leaf: leaf_spec(leaf, layout), mtp)

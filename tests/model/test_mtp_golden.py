@@ -17,7 +17,8 @@ from cmx_jax.model.batch import run_experts
 from cmx_jax.model.checkpoint import read_weights
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden
-from cmx_jax.model.weights import Weights, weight_specs
+from cmx_jax.model.sharding import weight_specs
+from cmx_jax.model.weights import Weights
 from cmx_jax.serving.engine import Engine
 from cmx_jax.serving.model import Model
 from cmx_jax.serving.request import SamplingParams

@@ -14,7 +14,8 @@ from cmx_jax.model.checkpoint.manifest import read_manifest
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.placement import Placement, initial, tables
-from cmx_jax.model.weights import Leaf, Weights, laid_out, leaf_dtype, leaf_spec
+from cmx_jax.model.sharding import laid_out, leaf_spec
+from cmx_jax.model.weights import Leaf, Weights, leaf_dtype
 
 
 @runtime_checkable
