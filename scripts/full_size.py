@@ -17,6 +17,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -51,6 +52,7 @@ PAPER = {  # bytes a die with weights in INT8 (sections 4.2.1 and 9); of decode 
     },
     "prefill": {"experts": 25.5 * GB},
 }
+TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": "true"}  # by default nothing runs beside an all-to-all
 NOTE = """\
 Weights are BF16 here: twice the paper's INT8, but for embedding and head. INT8 weights come later.
 The paper's are of DeepSeek-R1 on a die of 64 GB: of 320 in decode, with one expert, 96 tokens a step and 48
@@ -120,6 +122,41 @@ def by_layout(
     return found
 
 
+COLLECTIVES = r"(?:all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)"
+WORK = ("fusion", "while", "convolution", "dot", "custom-call", "sort")
+OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][a-z-]*)\((.*)")
+
+
+def overlap(scheduled: str) -> dict[str, int]:
+    """What a compiled program does while messages travel: its collectives that are started and awaited,
+    how many of these have work in between, and how many have work of another stream (microbatch).
+
+    Args:
+      scheduled: the program's text, in which operations stand in the order in which they run.
+    """
+    under_way: dict[str, tuple[set[str], set[str], set[str]]] = {}
+    found = []
+    for line in scheduled.splitlines():
+        if not (match := OPERATION.match(line)):
+            continue
+        name, operation, rest = match.groups()
+        streams = set(re.findall(r"/(Stream\d+)/", rest))
+        if re.fullmatch(f"{COLLECTIVES}-start", operation):
+            under_way[name] = streams, set(), set()
+            found.append(under_way[name])
+        elif re.fullmatch(f"{COLLECTIVES}-done", operation):
+            del under_way[re.match(r"[^%]*%([\w.-]+)", rest).group(1)]
+        elif operation in WORK:
+            for _, work, of in under_way.values():
+                work.add(name)
+                of |= streams
+    return {
+        "async_collectives": len(found),
+        "with_work_between": sum(bool(work) for _, work, _ in found),
+        "with_work_of_another_stream": sum(bool(own and of - own) for own, _, of in found),
+    }
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     c, prefill = preset(args.model), args.step == "prefill"
     ranks = args.ranks or RANKS[args.step]
@@ -155,7 +192,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     lowered = step.lower()
     times.append(time.perf_counter())
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options={} if args.target == "cpu" else TPU_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
         raise CmxError(f"{args.target} does not compile it: {str(error).splitlines()[0]}") from None
     times.append(time.perf_counter())
@@ -176,6 +213,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "temporaries": memory.temp_size_in_bytes,
             "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         },
+        "overlap": overlap(compiled.as_text()),
         "paper_a_die": PAPER[args.step],
         "note": f"{NOTE}\n{CPU_NOTE}" if args.target == "cpu" else NOTE,
     }
@@ -185,6 +223,10 @@ def report(r: dict[str, Any]) -> None:
     print("{model} {step} for {target}: {ranks} ranks, {sequences} x {context} tokens each".format(**r))
     print("exchange {exchange}, wire {wire}".format(**r))
     print("trace {trace:.1f} s, lower {lower:.1f} s, compile {compile:.1f} s".format(**r["seconds"]))
+    print(
+        "{async_collectives} asynchronous collectives, {with_work_between} with work in between, "
+        "{with_work_of_another_stream} with work of another stream".format(**r["overlap"])
+    )
     print(f"\n{'GB of one rank':34}{'here':>8}{'paper, a die':>15}")
     rows = {**r["by_layout"], **{f"{name} (compiler)": size for name, size in r["by_compiler"].items()}}
     for name, size in rows.items():

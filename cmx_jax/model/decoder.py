@@ -11,6 +11,7 @@ under way.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,16 +79,23 @@ def layer(
       run: how experts are run.
     """
     between = []
-    for x, stream in zip(xs, streams, strict=True):
-        h = norm(x, w.attn_norm, c)
-        out, rows = stream.attend(number, kind, h, w.attn)
-        attended = x + norm(out, w.attn_out_norm, c)
-        between.append((h if c.block == "parallel" else norm(attended, w.ffn_norm, c), attended, rows))
+    for i, (x, stream) in enumerate(zip(xs, streams, strict=True)):
+        with _named(i, streams):
+            h = norm(x, w.attn_norm, c)
+            out, rows = stream.attend(number, kind, h, w.attn)
+            attended = x + norm(out, w.attn_out_norm, c)
+            between.append((h if c.block == "parallel" else norm(attended, w.ffn_norm, c), attended, rows))
     done = []
-    for (h, attended, rows), stream in zip(between, streams, strict=True):
-        y, stats = _ffn(h, stream.active, w, experts, index, c, run)
-        done.append(Decoded(attended + norm(y, w.ffn_out_norm, c), rows, stats))
+    for i, ((h, attended, rows), stream) in enumerate(zip(between, streams, strict=True)):
+        with _named(i, streams):
+            y, stats = _ffn(h, stream.active, w, experts, index, c, run)
+            done.append(Decoded(attended + norm(y, w.ffn_out_norm, c), rows, stats))
     return done
+
+
+def _named(i: int, streams: Sequence[Stream]) -> AbstractContextManager[Any]:
+    """Where there are several streams, what is done for each says so in profiles and compiled programs."""
+    return jax.named_scope(f"Stream{i}") if len(streams) > 1 else nullcontext()
 
 
 def _ffn(

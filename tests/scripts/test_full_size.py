@@ -37,6 +37,35 @@ def test_a_die_holds_what_the_paper_says(script: ModuleType) -> None:
     assert steps["dispatch buffer"] == 320 * 96 * (7168 + 6)
 
 
+SCHEDULE = """\
+HloModule jit_decode_step, is_scheduled=true
+
+%body (arg: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %all-to-all-start.1 = ((s8[8,4]{1,0:T(8,128)(4,1)}), s8[8,4], u32[]{:S(2)}) all-to-all-start(%copy.7), \
+metadata={op_name="jit(f)/while/body/Stream0/Dispatch/all_to_all" stack_frame_id=1}
+  %copy.8 = s8[8,4]{1,0} copy(%copy.7), metadata={op_name="jit(f)/while/body/Stream1/Dispatch/gather"}
+  %fusion.2 = f32[8]{0} fusion(%copy.9), kind=kLoop, metadata={op_name="jit(f)/while/body/Stream1/Gate/add"}
+  %all-to-all-done.1 = s8[8,4]{1,0} all-to-all-done(%all-to-all-start.1), metadata={op_name="x/Stream0/y"}
+  %all-gather-start = (s8[4], s8[8,4]) all-gather-start(%copy.9), metadata={op_name="jit(f)/Stream1/z"}
+  %while.3 = (s32[], bf16[8,4]{1,0}) while(%tuple), metadata={op_name="jit(f)/Stream1/MLP/while"}
+  %all-to-all-start.4 = (s8[8,4], s8[8,4]) all-to-all-start(%copy.8), metadata={op_name="jit(f)/Stream1/z"}
+  %all-gather-done = s8[8,4]{1,0} all-gather-done(%all-gather-start)
+  ROOT %all-to-all-done.4 = s8[8,4]{1,0} all-to-all-done(%all-to-all-start.4)
+}
+"""
+
+
+def test_work_beside_collectives_is_counted(script: ModuleType) -> None:
+    """One beside work of the other stream, one beside work of its own, one beside nothing but a copy."""
+    expected = {"async_collectives": 3, "with_work_between": 2, "with_work_of_another_stream": 1}
+    assert script.overlap(SCHEDULE) == expected
+
+
+def test_nothing_is_beside_synchronous_collectives(script: ModuleType) -> None:
+    text = SCHEDULE.replace("-start", "").replace("-done", "")
+    assert not any(script.overlap(text).values())
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is here")
 def test_without_the_compiler_it_says_how_to_install_it(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
