@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/cmx demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh import Devices, Layout, expert_parallel, request_devices
+from cmx_jax.mesh import Layout, expert_parallel, request_devices
 from cmx_jax.mesh.exchange import EXCHANGES, WIRES, message_bytes
 from cmx_jax.model.abstract import PAGE_WIDTH, trace_step
 from cmx_jax.model.cache import abstract_cache
@@ -185,7 +185,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         context=args.context,
         length=args.context,
         drafts=args.num_speculative_tokens,
-        runner=Devices(mesh),
+        mesh=mesh,
         in_order=True,
     )
     times.append(time.perf_counter())

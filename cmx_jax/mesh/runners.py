@@ -266,20 +266,18 @@ class Abstract:
         return _sharded(self.mesh, fn, in_specs, out_specs, donate_argnums)
 
     def put(self, tree: Any, specs: Any) -> Any:
-        return shaped(self, tree, specs)
+        return shaped(self.mesh, tree, specs)
 
     def make(self, shape: tuple[int, ...], dtype: Any, spec: P, part: Part | None = None) -> Any:
         del part  # nothing is read
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
 
-def shaped(runner: Runner, tree: Any, specs: Any) -> Any:
-    """Shapes for tracing, placed where `runner.put` would place arrays of them."""
-    mesh = getattr(runner, "mesh", None)
+def shaped(mesh: Mesh | AbstractMesh, tree: Any, specs: Any) -> Any:
+    """Shapes for tracing, placed on a mesh."""
 
     def place(spec: P, leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = None if mesh is None else NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return _each(place, specs, tree)
 

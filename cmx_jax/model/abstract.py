@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as MemoryLayout
+from jax.sharding import Mesh
 
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.runners import Abstract, Runner, shaped
+from cmx_jax.mesh.runners import Abstract, shaped
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import abstract_cache
 from cmx_jax.model.config import ModelConfig
@@ -42,7 +43,7 @@ def trace_step(
     length: int = 0,
     drafts: int = 0,
     dtype: str = "bfloat16",
-    runner: Runner | None = None,
+    mesh: Mesh | None = None,
     in_order: bool = False,
 ) -> Any:
     """A greedy step of an instance, as `jax.stages.Traced`.
@@ -56,11 +57,11 @@ def trace_step(
       length: tokens of a prompt (prefill).
       drafts: MTP drafts that are verified (decode), or whether the MTP layer runs (prefill).
       dtype: of weights and cache.
-      runner: where it would run; None is nowhere.
+      mesh: devices to compile it for, of a topology that nobody needs to have; None is nowhere.
       in_order: keep the cache in memory in the order of its axes. The TPU compiler would choose another order
         for an argument, and copy the whole cache from and to it in every step.
     """
-    runner = Abstract(layout.axes) if runner is None else runner
+    runner = Abstract(layout.axes)
     specs, pages = step_specs(c, layout, drafts > 0), -(-context // PAGE_WIDTH)
     rows = sequences * layout.data_ranks
 
@@ -77,7 +78,10 @@ def trace_step(
     weights = abstract_weights(c, layout, dtype, drafts > 0)
     cache = abstract_cache(c, rows * pages, PAGE_WIDTH, dtype, drafts > 0)
     given = (specs.weights, specs.data, ins)
-    placed = [shaped(runner, tree, spec) for tree, spec in zip((weights, cache, batch), given, strict=True)]
+    placed = [
+        shaped(mesh or runner.mesh, tree, spec)
+        for tree, spec in zip((weights, cache, batch), given, strict=True)
+    ]
     program = runner.jit(fn, given, (specs.data, outs), (1,))
     if in_order:
         pinned = Format(MemoryLayout((0, 1, 2, 3)), placed[1].pages.sharding)
