@@ -84,7 +84,9 @@ def _tile_rows(mean: int) -> int:
     return min(max(8, 1 << (max(mean, 1).bit_length() - 1)), 64)
 
 
-TILES_AT_ONCE = 8
+def _tiles_at_once(rows: int) -> int:
+    """Few where tiles are large: each brings a copy of its expert, which many rows alone are worth."""
+    return max(1, 64 // rows)
 
 
 class _Tiles(NamedTuple):
@@ -118,8 +120,10 @@ def _grouped_swiglu(
         live = at < counts[g][:, None]  # in tiles behind the last one, no row is
         source = order[jnp.where(live, start[g][:, None] + at, 0)]
         tokens = x[source] if wire is None else wire.tokens(x[source])
-        h = jnp.einsum("ntd,ndgf->ntgf", tokens, gate_up[g, layer])
-        out = jnp.einsum("ntf,nfd->ntd", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], down[g, layer])
+        # gate and up as one matrix: with an axis of two behind the width, the TPU compiler copies all experts
+        h = jnp.einsum("ntd,ndh->nth", tokens, gate_up[g, layer].reshape(at_once, gate_up.shape[2], -1))
+        gate, up = jnp.split(h, 2, axis=-1)
+        out = jnp.einsum("ntf,nfd->ntd", jax.nn.silu(gate) * up, down[g, layer])
         return y.at[jnp.where(live, source, rows)].set(out, mode="drop")
 
     steps = -(-tiles_end[-1] // at_once)
@@ -152,7 +156,7 @@ def _grouped(tiling: _Tiles) -> Callable[..., Array]:
             group = jnp.where(group < 0, -1, group + offset)
             gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
             down = down.reshape(-1, *down.shape[2:])
-        folded = _grouped(tiling._replace(at_once=TILES_AT_ONCE))
+        folded = _grouped(tiling._replace(at_once=_tiles_at_once(tiling.rows)))
         flat = folded(x.reshape(-1, x.shape[-1]), group.reshape(-1), layer, gate_up, down)
         return flat.reshape(*x.shape[:-1], flat.shape[-1]), True
 
@@ -182,5 +186,5 @@ def grouped_swiglu(
     """
     groups, expected = max(w.gate_up.shape[0], 1), x.shape[0] if expected is None else expected
     rows = _tile_rows(expected // groups)
-    at_once = min(TILES_AT_ONCE, groups + expected // rows)
+    at_once = min(_tiles_at_once(rows), groups + expected // rows)
     return _grouped(_Tiles(rows, at_once, wire))(x, group, layer, w.gate_up, w.down)
