@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--exchange", default=exchange, help=f"{methods} (default {exchange})")
         for flag, default, meaning in (
             ("--num-speculative-tokens", 0, "MTP drafts verified in each decode step"),
-            ("--microbatches", 1, "streams of a decode step"),
+            ("--microbatches", 1, "streams of a step"),
             ("--redundant-slots", 0, "further replicas of busy experts"),
             ("--shared-slots", 0, "slots for copies of the shared expert"),
             ("--eplb-interval", 0, "decode steps between rebalancings of the experts, 0: never"),

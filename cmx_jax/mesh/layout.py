@@ -11,6 +11,8 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import MAX_SLOTS_PER_RANK, WIRES, exchange, usual_rows, worst_case_rows
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 
+MAX_MICROBATCHES = 64  # each is compiled by itself
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -27,7 +29,8 @@ class Layout:
       sequence: axes over which ranks share each sequence, by tokens and then by heads (section 4.3.1).
       microbatches: streams in which a step's rows go through the layers (sections 4.2.3, 4.3.2).
       exchange: how tokens reach their experts, a name in `cmx_jax.mesh.exchange.EXCHANGES`.
-      wire: type of dispatched tokens; results return in the model's type (bfloat16 behind `int8`).
+      wire: type of dispatched tokens; results return in bfloat16, but behind `float32` in the model's
+        type.
       mailbox_rows: rows a peer's mailbox has; None sizes it for twice the mean load, 0 for the worst case.
     """
 
@@ -63,6 +66,10 @@ class Layout:
         for field, least in (("redundant_slots", 0), ("shared_slots", 0), ("microbatches", 1)):
             if getattr(self, field) < least:
                 raise CmxError(f"layout: {field} is {getattr(self, field)}, expected {least} or more")
+        if self.microbatches > MAX_MICROBATCHES:
+            raise CmxError(
+                f"layout: microbatches is {self.microbatches}, expected at most {MAX_MICROBATCHES}"
+            )
         ranks = self.expert_ranks
         if self.slots < 1 or self.slots % ranks:
             raise CmxError(

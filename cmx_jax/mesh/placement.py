@@ -51,7 +51,8 @@ def place(
             f"{experts + layout.redundant_slots + shared}, expected to fill the {layout.slots} slots"
         )
     if not shared:
-        nodes = -(-layout.expert_ranks // CLOUDMATRIX384.npus_per_node)
+        nodes, rest = divmod(layout.expert_ranks, CLOUDMATRIX384.npus_per_node)
+        nodes = 1 if rest else nodes  # without whole nodes experts may lie anywhere
         return rebalance_experts(load, routed, groups, nodes, layout.expert_ranks).phy2log.astype(np.int32)
     if not shared_experts or shared % shared_experts:
         raise CmxError(

@@ -227,27 +227,24 @@ def mtp_hidden(
     hidden: Float[Array, "B T D"],
     stream: Stream,
     run: RunExperts,
-    module: int = 0,
 ) -> Decoded:
-    """One MTP module: from the hidden state at `i` and token `i + 1` to the state that predicts `i + 2`
+    """The first MTP module: from the hidden state at `i` and token `i + 1` to the state that predicts `i + 2`
     (DeepSeek-V3 report, formulas 21 to 23).
 
     Args:
       weights: with MTP layers.
       hidden: after the final norm, or the result of the module for the position before.
       stream: the token *behind* each position, and how the module attends.
-      module: which of them.
     """
     with jax.named_scope("MTP"):
         mtp = weights.mtp
         assert mtp is not None
         stack, experts = split_experts(mtp.layer)
-        w = jax.tree.map(lambda a: a[module], mtp.replace(layer=stack))
+        w = jax.tree.map(lambda a: a[0], mtp.replace(layer=stack))
         embedding = norm(weights.embed[stream.tokens], w.enorm, c)
         joined = jnp.concatenate([embedding, norm(hidden, w.hnorm, c)], axis=-1)
         x = jnp.einsum("bte,ed->btd", joined, w.eh_proj)
-        number = jnp.asarray(c.num_hidden_layers + module, jnp.int32)
-        index = jnp.asarray(module, jnp.int32)
+        number, index = jnp.asarray(c.num_hidden_layers, jnp.int32), jnp.zeros((), jnp.int32)
         [done] = layer([x], [stream], w.layer, MTP_KIND, experts, number, index, c, run)
         one_layer = jax.tree.map(lambda a: a[None], done._replace(hidden=None))
         return one_layer._replace(hidden=norm(done.hidden, w.norm, c))

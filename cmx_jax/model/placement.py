@@ -23,13 +23,13 @@ def placed_experts(c: ModelConfig, layout: Layout) -> int:
     return c.n_routed_experts + (c.n_shared_experts if layout.shared_slots else 0)
 
 
-def initial(c: ModelConfig, layout: Layout) -> Placement:
-    """Where experts lie while no load is known.
+def initial(c: ModelConfig, layout: Layout, mtp: bool) -> Placement:
+    """Where experts lie while no load is known. `mtp`: whether the weights have MTP layers.
 
     Raises:
       CmxError: they do not fit the layout's slots.
     """
-    layers = {"moe": c.num_moe_layers, "mtp": c.num_nextn_predict_layers if c.n_routed_experts else 0}
+    layers = {"moe": c.num_moe_layers, "mtp": c.num_nextn_predict_layers if mtp else 0}
     if not layout.replicated:
         return {stack: even(n, c.n_routed_experts, layout) for stack, n in layers.items() if n}
     return balanced({stack: np.ones((n, c.n_routed_experts)) for stack, n in layers.items() if n}, c, layout)
@@ -101,7 +101,7 @@ def rehoused(
     """The same weights with their experts in other slots: each rank's experts are put together from those of
     the ranks that held them. Shapes, types and shardings stay, so no program is compiled anew.
 
-    One field is rebuilt at a time: the old and the new experts of one field are in memory together.
+    The old experts stay until the new ones are there: both are in memory then.
     """
     slots = tables(c, layout, after)
     stacks = {"moe": weights.moe, "mtp": None if weights.mtp is None else weights.mtp.layer}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import gather
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model import cache as paged
@@ -95,13 +96,16 @@ def _following(part: PrefillBatch, tokens: Int[Array, "B N"], layout: Layout) ->
     """The token behind each: the next of the prompt, and behind its last the one that was sampled."""
     index, here = _index(part, layout)
     index = jnp.where(here, index, part.tokens.shape[1])
-    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(part.following, index, tokens)
+    sampled = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(part.following, index, tokens)
+    return jnp.where(part.following < 0, sampled, part.following)  # a chunk may end before its prompt does
 
 
 def score_step(
     weights: Weights, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], *, c: ModelConfig, layout: Layout
 ) -> Float[Array, "B T O"]:
     """Float32 logits of every position; no cache."""
+    if layout.sequence:
+        raise CmxError("a layout whose ranks share sequences can prefill only, expected sequence=()")
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     where = Where(jnp.where(positions < lengths[:, None], positions, -1))
     stream = Stream(tokens, where.positions >= 0, local(where, tokens.shape[1], c))

@@ -72,7 +72,7 @@ def step_specs(c: ModelConfig, layout: Layout, mtp: bool) -> StepSpecs:
     data, tokens = layout.data_spec, layout.token_spec
     axes = tuple(name for name, _ in layout.axes)
     batch = PrefillBatch(tokens, tokens, tokens, tokens, data, data, data, data)
-    stats, drafts = P(None, axes) if c.num_moe_layers else None, data if mtp else None
+    stats, drafts = P(None, axes) if c.num_moe_layers or mtp else None, data if mtp else None
     decoded = StepOutput(data, data, drafts, stats)
     return StepSpecs(weight_specs(c, layout, mtp), data, batch, decoded.replace(accepted=None), decoded)
 

@@ -97,7 +97,7 @@ def run(
 ) -> dict[str, Any]:
     """Serves the prompts and reports: pools, each request, the exchanges' bytes by rank and step.
 
-    Every program runs once before the clock starts, so that times are of serving, not of compiling.
+    The programs of short sequences run once before the clock starts, so that times are of serving.
     """
     enable_compilation_cache()
     progress("reading the model")
@@ -124,6 +124,7 @@ def run(
         progress(stage)
         for instance in (*engine.prefill, engine.decode):
             instance.traffic = Traffic()
+        engine.moves.clear()
         requests = [engine.submit(model.encode(p), stage_params) for p in prompts]
         while engine.busy:
             engine.step()

@@ -24,7 +24,8 @@ class Engine:
       moves: what that did.
 
     Raises:
-      CmxError: `eplb_interval` is negative, or the layout's slots cannot be rebalanced.
+      CmxError: `eplb_interval` is negative, or the layout's slots cannot be rebalanced, or instances do not
+        have the same pages.
     """
 
     prefill: list[Instance]
@@ -38,6 +39,12 @@ class Engine:
     def __post_init__(self) -> None:
         if self.eplb_interval < 0:
             raise CmxError(f"eplb_interval is {self.eplb_interval}, expected zero (never) or more")
+        for instance in self.prefill:
+            if instance.page != self.decode.page:
+                raise CmxError(
+                    f"{instance.name} has pages of {instance.page}, expected {self.decode.name}'s "
+                    f"{self.decode.page}: give both the same page width, dtype and num_speculative_tokens"
+                )
         if self.eplb_interval:
             self.decode.balanced()  # refuses a layout whose slots cannot be rebalanced
 
@@ -68,6 +75,13 @@ class Engine:
                 )
         self.waiting.append(request)
         return request
+
+    def reset(self) -> None:
+        """Forgets all requests, as after a step that was broken off."""
+        self.waiting.clear()
+        self.transfers.clear()
+        for instance in {id(i): i for i in (*self.prefill, self.decode)}.values():
+            instance.reset()
 
     @property
     def busy(self) -> bool:

@@ -83,7 +83,7 @@ class Instance:
         self._specs = step_specs(c, self.layout, mtp)
         self._data = self._specs.data
         self.weights = self.runner.put(self.weights, self._specs.weights)
-        self.placement = initial(c, self.layout)
+        self.placement = initial(c, self.layout, mtp)
         self.traffic = Traffic()
         self.reset()
 
@@ -98,6 +98,11 @@ class Instance:
         self.rows: list[Request | None] = [None] * (ranks * self.capacity.sequences)
         self.places: dict[Request, Place] = {}
         self.prefilling: list[Request] = []
+
+    @property
+    def page(self) -> tuple[Any, ...]:
+        """Shape `[L, W, C]` and type of a page."""
+        return *self.cache.pages.shape[1:], str(self.cache.pages.dtype)
 
     @property
     def load(self) -> int:
@@ -178,7 +183,7 @@ class Instance:
             known = [request.tokens[-1], *request.drafts]
             tokens[row, : len(known)] = known
             positions[row] = len(request.prompt) + len(request.tokens) - 1
-        longest = bucket(int(positions.max()) + 1 + drafts, DECODE_PAGES * width)
+        longest = bucket(int(positions.max()) + 1 + 2 * drafts, DECODE_PAGES * width)
         table = self._page_table(size, rows, requests, longest // width)
         batch = DecodeBatch(tokens, positions, table, sampling(size, rows, requests))
         output = self._run(self.steps.decode, batch, self._data, requests)

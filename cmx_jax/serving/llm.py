@@ -42,7 +42,7 @@ class LLM:
     Attributes:
       model: config, weights and tokenizer as read.
       instance: the ranks it runs on; `instance.traffic` counts what the exchanges and drafts did.
-      moves: what each rebalancing of the experts did.
+      engine: the serving loop over it.
     """
 
     def __init__(
@@ -64,12 +64,16 @@ class LLM:
             page_width=width,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        self.model, self.eplb_interval = model, eplb_interval
-        self.moves: list[Move] = []
+        self.model = model
         self.instance = model.instance(
             runner, layout, make_runner(runner, layout.axes), capacity, num_speculative_tokens
         )
-        Engine([self.instance], self.instance, eplb_interval=eplb_interval)  # refuses what cannot be
+        self.engine = Engine([self.instance], self.instance, eplb_interval=eplb_interval)
+
+    @property
+    def moves(self) -> list[Move]:
+        """What each rebalancing of the experts did."""
+        return self.engine.moves
 
     def logits(self, tokens: ArrayLike) -> Float[np.ndarray, "B T O"]:
         """Float32 logits of every position: row `t` predicts token `t + 1`.
@@ -125,14 +129,12 @@ class LLM:
             seed=seed,
             ignore_eos=ignore_eos,
         )
-        engine = Engine([self.instance], self.instance, eplb_interval=self.eplb_interval)
         given = [prompts] if isinstance(prompts, str) else prompts
-        requests = [engine.submit(self.model.encode(prompt), params) for prompt in given]
+        requests = [self.engine.submit(self.model.encode(prompt), params) for prompt in given]
         try:
-            engine.run()
-            self.moves += engine.moves
+            self.engine.run()
         except BaseException:  # an interrupt, say: the next call must not find half-served requests
-            self.instance.reset()
+            self.engine.reset()
             raise
         return [completion(request, self.model) for request in requests]
 
@@ -175,12 +177,13 @@ def from_pretrained(
       ranks: expert-parallel ranks.
       dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
       wire: type of dispatched tokens, `float32`, `bfloat16` or `int8`; None takes `dtype`.
-      exchange: how they travel: `flat`, `hierarchical` (by node, then NPU), or `allgather` (everywhere).
+      exchange: how they travel: `flat`, `hierarchical` (by node, then NPU), `allgather` (everywhere), or, on
+        accelerators, `ragged` (messages only).
       max_num_seqs: sequences decoded at once, over all ranks; further ones wait.
       max_model_len: longest sequence to make room for; None takes the model's context, at most 4,096.
       max_num_batched_tokens: of a prefill step's row; longer prompts are prefilled in chunks.
       num_speculative_tokens: drafts of the MTP layer that each decode step verifies; the text stays the same.
-      microbatches: streams in which a decode step's rows go through the layers.
+      microbatches: streams in which a step's rows go through the layers.
       redundant_slots: further replicas of busy experts, over all ranks.
       shared_slots: slots for copies of the shared expert; with 0 every rank has it.
       eplb_interval: decode steps after which experts are placed anew by their load; 0: never.

@@ -20,6 +20,7 @@ from cmx_jax.serving.instance import Capacity, Instance
 
 SHIPPED = ("tiny",)
 DTYPES = ("float32", "bfloat16")
+MAX_DRAFTS = 16  # the MTP layer is compiled once for each
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -122,8 +123,11 @@ class Model:
             layer to draft with.
         """
         drafts = num_speculative_tokens
-        if drafts < 0 or (drafts and not self.checkpoint.mtp):
-            expected = "zero or more" if drafts < 0 else "0: the model has no MTP layer stored"
+        if not 0 <= drafts <= MAX_DRAFTS or (drafts and not self.checkpoint.mtp):
+            stored = self.checkpoint.mtp or drafts < 0
+            expected = (
+                f"zero or more, at most {MAX_DRAFTS}" if stored else "0: the model has no MTP layer stored"
+            )
             raise CmxError(f"num_speculative_tokens is {drafts}, expected {expected}")
         weights = load_weights(self.checkpoint, layout, runner, jnp.dtype(self.dtype), drafts > 0)
         return Instance(name, self.config, layout, runner, weights, capacity, self.dtype, drafts)

@@ -31,13 +31,13 @@ def schedule(
       requests: what is to be prefilled, and the rank where it lies.
       ranks: of the instance.
       rows: of each rank.
-      budget: tokens of a row; a chunk that does not end its prompt ends with a page.
+      budget: tokens of a row, rounded to pages; a chunk that does not end its prompt ends with a page.
       width: tokens of a page.
 
     Returns:
       `ranks * rows` lists.
     """
-    budget = max(budget, width)
+    budget = max(budget // width, 1) * width
     pieces: list[list[Piece]] = [[] for _ in range(ranks * rows)]
     left = [budget] * len(pieces)
     for request, rank in requests:

@@ -3,7 +3,8 @@
     WAITING    in the queue: it has neither pages nor a rank
     PREFILL    it has pages on a rank of a prefill instance; its prompt runs there, in chunks if it is long
     TRANSFER   its first token is known; its pages wait for room on a decode rank
-    DECODE     it has a row and pages on a decode rank; every step gives it one token
+    DECODE     it has a row and pages on a decode rank; every step gives it one token, and one for each
+             draft that was right
     FINISHED   it reached its length or an end token; it holds nothing
 
 On an instance that does both, PREFILL goes to DECODE directly: the pages stay where they are.

@@ -80,8 +80,9 @@ class Traffic:
         """For JSON: of a mean step the bytes that one rank dispatched and combined, of a mean layer the
         rounds and the busiest rank's share.
 
-        Payload: real messages of `dispatch` and `combine` bytes. The mailboxes around them move more: see
-        `Layout.mailbox_rows`.
+        Payload: real messages of `dispatch` and `combine` bytes, also where `allgather` moves every token
+        everywhere. The mailboxes around them move more: see `Layout.mailbox_rows`. Rounds are summed over
+        microbatches.
         """
         per_rank, layers = self.messages / max(self.steps, 1) / ranks, max(self.layers, 1)
         found: dict[str, Any] = {
@@ -92,6 +93,8 @@ class Traffic:
             "busiest_rank_over_mean": self.imbalance / layers,
             "steps": self.steps,
         }
+        if len(self.sent) > 1:
+            found["prompts_sent_by_rank"] = dict(sorted(self.sent.items()))
         if self.proposed.size:
             found["drafts_proposed"] = self.proposed.tolist()
             found["acceptance"] = (self.accepted / np.maximum(self.proposed, 1)).round(4).tolist()

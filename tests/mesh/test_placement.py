@@ -37,6 +37,13 @@ def test_the_decode_instance_has_256_routed_32_redundant_and_32_shared_slots(ran
     assert by_rank.max() == 1  # no rank has two copies of the same
 
 
+@pytest.mark.parametrize("ranks", [3, 9, 12, 30])
+def test_ranks_that_are_no_whole_nodes_are_balanced_as_one(ranks: int) -> None:
+    layout = expert_parallel(ranks, EXPERTS, redundant_slots=-EXPERTS % ranks)
+    table = place(zipf(), layout, top_k=TOP_K, groups=8)
+    assert (replicas(table, EXPERTS) >= 1).all()
+
+
 def test_the_prefill_instance_has_ten_experts_a_die() -> None:
     """1 shared (on every rank, outside the slots), 8 routed, 1 redundant; DeepSeek's own placement."""
     layout = expert_parallel(32, EXPERTS, redundant_slots=32)

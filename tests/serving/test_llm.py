@@ -98,6 +98,11 @@ def test_the_mtp_layer_that_ships_is_loaded() -> None:
             "256 experts, 0 redundant and 0 shared slots are 256, expected to fill",
         ),
         ({"microbatches": 0}, "microbatches is 0, expected 1 or more"),
+        ({"microbatches": 10**6}, "microbatches is 1000000, expected at most 64"),
+        (
+            {"num_speculative_tokens": 10**5},
+            "num_speculative_tokens is 100000, expected zero or more, at most",
+        ),
         ({"redundant_slots": 1}, "257 expert slots do not divide over 8 ranks"),
         ({"shared_slots": -8}, "shared_slots is -8, expected 0 or more"),
         ({"num_speculative_tokens": -1}, "num_speculative_tokens is -1, expected zero or more"),

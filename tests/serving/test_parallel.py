@@ -102,6 +102,28 @@ def test_chunks_of_any_length_on_ranks_of_their_own(budget: int, alone) -> None:
     check(Engine([one], one), "yarn", alone)
 
 
+def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
+    """Of all layers, the MTP layer's too, whose rows need the token behind each chunk."""
+    prompt, rows = prompts("yarn")[0][0], []
+    for budget in (2048, 8, 16):
+        one = start("yarn", 1, drafts=1, max_num_batched_tokens=budget)
+        engine = Engine([one], one)
+        request = engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
+        engine._admit()
+        while one.prefilling:
+            one.prefill()
+        [pages] = one.take_pages([request], [0], 1)
+        rows.append((pages.swapaxes(1, 2).reshape(-1, *pages.shape[1::2])[: len(prompt)], request.drafts))
+    for chunked, drafts in rows[1:]:
+        np.testing.assert_allclose(chunked, rows[0][0], atol=2e-5, rtol=0)
+        assert drafts == rows[0][1]
+
+
+def test_instances_with_other_pages_are_refused() -> None:
+    with pytest.raises(CmxError, match="give both the same page width, dtype and num_speculative_tokens"):
+        Engine([start("yarn", 2, drafts=1)], start("yarn", 2))
+
+
 def test_experts_move_between_steps_without_a_wrong_token_or_a_new_program(alone) -> None:
     one = start("yarn", 4, "devices", drafts=1, redundant_slots=8)
     check(Engine([one], one), "yarn", alone)
@@ -170,7 +192,7 @@ def test_verified_tokens_have_the_model_s_distribution() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(CmxError, match="2 sequences a rank do not divide into 3 microbatches"):
         start("yarn", 2, microbatches=3)
-    with pytest.raises(CmxError, match="num_speculative_tokens is -1, expected zero or more"):
+    with pytest.raises(CmxError, match="num_speculative_tokens is -1, expected zero or more, at most 16"):
         start("yarn", 2, drafts=-1)
     with pytest.raises(CmxError, match="3 heads cannot be shared by 4 ranks"):
         start("yarn", 4, share_sequences=True)

@@ -13,7 +13,7 @@ from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.manifest import read_manifest
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.placement import Placement, initial, tables
+from cmx_jax.model.placement import initial, tables
 from cmx_jax.model.sharding import laid_out, leaf_spec
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype
 
@@ -132,19 +132,19 @@ def read_weights(directory: str | Path, c: ModelConfig, dtype: Any) -> Weights:
     """
     checkpoint = open_checkpoint(directory, c)
     layout = expert_parallel(1, c.n_routed_experts)
-    return _filled(checkpoint, layout, initial(c, layout), dtype, checkpoint.mtp)
+    return _filled(checkpoint, layout, dtype, checkpoint.mtp)
 
 
 def _filled(
     checkpoint: Checkpoint,
     layout: Layout,
-    placement: Placement,
     dtype: Any,
     mtp: bool,
     make: Callable[[Leaf, Any, Part], Any] | None = None,
 ) -> Weights:
     """Weights of which `make(leaf, dtype, part)` makes each from its parts; None takes the NumPy arrays."""
     c = checkpoint.config
+    placement = initial(c, layout, mtp)
     slots = tables(c, layout, placement)
 
     def field(leaf: Leaf) -> Any:
@@ -175,10 +175,9 @@ def load_weights(
     Raises:
       CmxError: a number is not finite, or the experts do not fit the slots.
     """
-    c = checkpoint.config
 
     def make(leaf: Leaf, kind: Any, part: Part) -> Any:
         return runner.make(leaf.shape, kind, leaf_spec(leaf, layout), part)
 
     mtp = checkpoint.mtp if mtp is None else mtp
-    return _filled(checkpoint, layout, initial(c, layout), dtype, mtp, make)
+    return _filled(checkpoint, layout, dtype, mtp, make)
