@@ -164,7 +164,7 @@ def test_a_seed_gives_the_same_text_with_drafts_and_without() -> None:
 
 def test_verified_tokens_have_the_model_s_distribution() -> None:
     """Many seeds of one prompt: the token behind the first, for which there was a draft, has the model's
-    probabilities (chi-square), and as many drafts are accepted as the model gives them."""
+    probabilities (chi-square)."""
     llm_prompt = prompts("yarn")[0][0]
     one = start("yarn", 1, drafts=1, sequences=512, pages=2048)
     engine = Engine([one], one)
