@@ -35,7 +35,7 @@ from cmx_jax.model.abstract import PAGE_WIDTH, trace_step
 from cmx_jax.model.cache import abstract_cache
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import preset
-from cmx_jax.model.sharding import laid_out, leaf_spec
+from cmx_jax.model.sharding import laid_out, leaf_spec, shared_in_slots
 from cmx_jax.model.weights import Leaf, leaf_dtype
 
 RANKS = {"decode": 160, "prefill": 32}
@@ -114,7 +114,7 @@ def by_layout(
     page = abstract_cache(c, 1, PAGE_WIDTH, jnp.bfloat16, drafts > 0).pages
     found["cache"] = batch * -(-length // PAGE_WIDTH) * math.prod(page.shape) * page.dtype.itemsize
     tokens = batch * length // layout.sequence_ranks if prefill else batch * (1 + drafts)
-    copies = c.num_experts_per_tok + (c.n_shared_experts if layout.shared_slots else 0)
+    copies = c.num_experts_per_tok + shared_in_slots(c, layout)
     rows = layout.expert_ranks * layout.rows(tokens // layout.microbatches, copies)
     if layout.exchange != "allgather":
         found["dispatch buffer"] = rows * message_bytes(c.hidden_size, layout.wire)

@@ -30,6 +30,7 @@ import tiny_corpus
 from tokenizers import Tokenizer
 
 from cmx_jax.mesh.exchange import ExchangeStats
+from cmx_jax.mesh.rounds import turns
 from cmx_jax.model.attention import Where, local
 from cmx_jax.model.checkpoint import read_weights, write_weights
 from cmx_jax.model.config import ModelConfig
@@ -141,10 +142,7 @@ def capacity_experts(capacity: float) -> Any:
         room = max(8, int(capacity * tokens * top_k / count))
         flat = slots.reshape(-1)
         messages, nowhere = flat.shape[0], count * room
-        order = jnp.argsort(flat, stable=True)
-        counts = jnp.bincount(flat, length=count)
-        turn = jnp.zeros_like(flat).at[order].set(jnp.arange(messages, dtype=flat.dtype))
-        turn = turn - (jnp.cumsum(counts) - counts)[flat].astype(flat.dtype)
+        turn, _ = turns(flat, count)
         place = jnp.where(turn < room, flat * room + turn, nowhere)
         message = jnp.full(nowhere, messages, flat.dtype)
         message = message.at[place].set(jnp.arange(messages, dtype=flat.dtype), mode="drop")

@@ -28,6 +28,29 @@ class SlotTable(NamedTuple):
     first: np.ndarray
 
 
+def check_slots(layout: Layout, experts: int, shared_experts: int) -> None:
+    """Refuses a layout whose slots experts do not fill.
+
+    Args:
+      layout: its slots.
+      experts: routed ones.
+      shared_experts: that its shared slots hold.
+
+    Raises:
+      CmxError: they do not.
+    """
+    filled, shared = experts + layout.redundant_slots + layout.shared_slots, layout.shared_slots
+    if filled != layout.slots:
+        raise CmxError(
+            f"layout: {experts} experts, {layout.redundant_slots} redundant and {shared} shared slots are "
+            f"{filled}, expected to fill the {layout.slots} slots"
+        )
+    if shared and (not shared_experts or shared % shared_experts):
+        raise CmxError(
+            f"layout: {shared} shared slots, expected a multiple of {shared_experts} shared experts"
+        )
+
+
 def place(
     load: np.ndarray, layout: Layout, *, top_k: int, groups: int = 1, shared_experts: int = 0
 ) -> np.ndarray:
@@ -44,20 +67,12 @@ def place(
       CmxError: slots that the experts do not fit.
     """
     layers, experts = load.shape
+    check_slots(layout, experts, shared_experts)
     routed, shared = layout.slots - layout.shared_slots, layout.shared_slots
-    if experts + layout.redundant_slots != routed:
-        raise CmxError(
-            f"layout: {experts} experts, {layout.redundant_slots} redundant and {shared} shared slots are "
-            f"{experts + layout.redundant_slots + shared}, expected to fill the {layout.slots} slots"
-        )
     if not shared:
         nodes, rest = divmod(layout.expert_ranks, CLOUDMATRIX384.npus_per_node)
         nodes = 1 if rest else nodes  # without whole nodes experts may lie anywhere
         return rebalance_experts(load, routed, groups, nodes, layout.expert_ranks).phy2log.astype(np.int32)
-    if not shared_experts or shared % shared_experts:
-        raise CmxError(
-            f"layout: {shared} shared slots, expected a multiple of {shared_experts} shared experts"
-        )
     load = load.astype(np.float32)
     expert, _, count = replicate(load, routed)
     share = np.take_along_axis(load / count.astype(np.float32), expert, axis=1)

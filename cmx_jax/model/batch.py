@@ -10,6 +10,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.moe import MoEStats, RunExperts, exchanged
+from cmx_jax.model.sharding import shared_in_slots
 
 
 @struct.dataclass
@@ -85,5 +86,4 @@ def by_rank(stats: list[MoEStats | None]) -> MoEStats | None:
 
 def run_experts(c: ModelConfig, layout: Layout, tokens: int) -> RunExperts:
     """How `tokens` tokens of a rank reach their experts under a layout."""
-    copies = c.num_experts_per_tok + (c.n_shared_experts if layout.shared_slots else 0)
-    return exchanged(layout, layout.rows(tokens, copies))
+    return exchanged(layout, layout.rows(tokens, c.num_experts_per_tok + shared_in_slots(c, layout)))

@@ -11,7 +11,7 @@ from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.placement import SlotTable, even, moved, place, replicas, slot_table
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.sharding import laid_out, leaf_spec
+from cmx_jax.model.sharding import laid_out, leaf_spec, shared_in_slots
 from cmx_jax.model.weights import Leaf, Weights, split_experts
 
 Placement = dict[str, np.ndarray]
@@ -20,7 +20,7 @@ Placement = dict[str, np.ndarray]
 
 def placed_experts(c: ModelConfig, layout: Layout) -> int:
     """Experts that have slots: the routed ones, and under `shared_slots` the shared ones."""
-    return c.n_routed_experts + (c.n_shared_experts if layout.shared_slots else 0)
+    return c.n_routed_experts + shared_in_slots(c, layout)
 
 
 def initial(c: ModelConfig, layout: Layout, mtp: bool) -> Placement:
@@ -41,7 +41,7 @@ def balanced(load: dict[str, np.ndarray], c: ModelConfig, layout: Layout) -> Pla
     Raises:
       CmxError: the experts do not fill the layout's slots.
     """
-    shared = c.n_shared_experts if layout.shared_slots else 0
+    shared = shared_in_slots(c, layout)
     return {
         stack: place(of, layout, top_k=c.num_experts_per_tok, groups=c.n_group, shared_experts=shared)
         for stack, of in load.items()
@@ -52,6 +52,12 @@ def tables(c: ModelConfig, layout: Layout, placement: Placement) -> dict[str, Sl
     """What the router reads of each stack's placement."""
     count = placed_experts(c, layout)
     return {stack: slot_table(expert_of_slot, count) for stack, expert_of_slot in placement.items()}
+
+
+def table_of(leaf: Leaf, found: dict[str, SlotTable]) -> np.ndarray:
+    """What a leaf of kind `slots` holds."""
+    table = found[leaf.stack]
+    return table.slots if leaf.path.endswith(".slots") else table.first
 
 
 def balance(load: dict[str, np.ndarray], placement: Placement, c: ModelConfig, layout: Layout) -> float:
@@ -109,9 +115,7 @@ def rehoused(
 
     def make(leaf: Leaf) -> Any:
         if leaf.kind == "slots":
-            table = slots[leaf.stack]
-            value = table.slots if leaf.path.endswith(".slots") else table.first
-            return runner.put(value, leaf_spec(leaf, layout))
+            return runner.put(table_of(leaf, slots), leaf_spec(leaf, layout))
         if leaf.experts:
             array = getattr(old[leaf.stack], leaf.path.rsplit(".", 1)[1])
             return _regathered(array, leaf, before[leaf.stack], after[leaf.stack], layout, runner)

@@ -12,6 +12,11 @@ from cmx_jax.model.config import MLAConfig, ModelConfig
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
 
 
+def shared_in_slots(c: ModelConfig, layout: Layout) -> int:
+    """Shared experts that lie in slots: all of them, or with no slots of their own none."""
+    return c.n_shared_experts if layout.shared_slots else 0
+
+
 def laid_out(c: ModelConfig, layout: Layout, make: Callable[[Leaf], Any], mtp: bool) -> Weights:
     """A `weight_tree` in the layout's slots.
 

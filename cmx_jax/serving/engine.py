@@ -9,7 +9,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.placement import check_slots
 from cmx_jax.model.placement import Move
+from cmx_jax.model.sharding import shared_in_slots
 from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.request import Request, SamplingParams, State
@@ -46,7 +48,8 @@ class Engine:
                     f"{self.decode.page}: give both the same page width, dtype and num_speculative_tokens"
                 )
         if self.eplb_interval:
-            self.decode.balanced()  # refuses a layout whose slots cannot be rebalanced
+            c, layout = self.decode.config, self.decode.layout
+            check_slots(layout, c.n_routed_experts, shared_in_slots(c, layout))
 
     def submit(self, prompt: list[int], params: SamplingParams) -> Request:
         """Queues a prompt of token ids.

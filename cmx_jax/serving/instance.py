@@ -14,7 +14,7 @@ from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.cache import NO_PAGE, PagedCache, abstract_cache
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.placement import Move, Placement, balanced, describe, initial, rehoused
+from cmx_jax.model.placement import Move, balanced, describe, initial, rehoused
 from cmx_jax.model.steps import DecodeBatch, StepOutput, compile_steps, step_specs
 from cmx_jax.model.weights import Weights
 from cmx_jax.serving.packing import bucket, pack, sampling, schedule
@@ -202,19 +202,14 @@ class Instance:
         self.traffic.add(output.stats, self.config.num_moe_layers)
         return output
 
-    def balanced(self) -> Placement:
-        """EPLB's placement for the load measured since experts were last placed.
+    def rebalance(self) -> Move:
+        """EPLB: places the experts anew for the load measured since the last time, between two steps.
 
         Raises:
           CmxError: the experts do not fill the layout's slots.
         """
-        load = self.traffic.load_of(self.placement, self.config.n_routed_experts)
-        return balanced(load, self.config, self.layout)
-
-    def rebalance(self) -> Move:
-        """Moves the experts to where `balanced` says, between two steps."""
         c, load = self.config, self.traffic.load_of(self.placement, self.config.n_routed_experts)
-        after = self.balanced()
+        after = balanced(load, c, self.layout)
         report = describe(load, self.placement, after, c, self.layout)
         self.weights = rehoused(self.weights, self.placement, after, c, self.layout, self.runner)
         self.placement = after

@@ -13,7 +13,7 @@ from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.manifest import read_manifest
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.placement import initial, tables
+from cmx_jax.model.placement import initial, table_of, tables
 from cmx_jax.model.sharding import laid_out, leaf_spec
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype
 
@@ -152,8 +152,7 @@ def _filled(
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             if leaf.kind == "slots":
-                table = slots[leaf.stack]
-                return (table.slots if leaf.path.endswith(".slots") else table.first)[index]
+                return table_of(leaf, slots)[index]
             return read_field(checkpoint, leaf, index, placement.get(leaf.stack, _NONE), kind)
 
         return part(tuple(slice(None) for _ in leaf.shape)) if make is None else make(leaf, kind, part)
