@@ -1,13 +1,15 @@
 """Every way to spread the model that ships, held against a dense NumPy model, side by side.
 
     python scripts/compare_exchanges.py                     # a covering choice for devices 16
-    python scripts/compare_exchanges.py --all --on devices:16 devices:160 lanes:320 lanes:384 lanes:768
+    python scripts/compare_exchanges.py --all --tokens-only \
+        --on devices:16 devices:160 lanes:320 lanes:384 lanes:768
 
 A way is an exchange, the type on the wire, a placement (experts once each; or 32 copies of the shared
 expert and redundant replicas, rebalanced while serving), microbatches, MTP drafts or none. The covering
 choice has every pair of values of any two of them. For each: whether the greedy tokens are the reference's
 (float32 wires must give them), how often the next token agrees when the text is given, the largest
-difference of a logit, rounds, bytes, acceptance, and the time of a step.
+difference of a logit, rounds, bytes, acceptance, and the time of a step. `--tokens-only` leaves out what
+takes programs and runs of its own: agreement, logits and times.
 """
 
 import argparse
@@ -78,7 +80,7 @@ def reference(tokens: int) -> tuple[list[list[int]], list[list[int]], np.ndarray
     return prompts, texts, logits(locate("tiny"), np.asarray(prompts[0] + texts[0]))
 
 
-def measure(way: dict[str, Any], kind: str, ranks: int, known: Any) -> dict[str, Any]:
+def measure(way: dict[str, Any], kind: str, ranks: int, known: Any, tokens_only: bool) -> dict[str, Any]:
     """One way on one machine."""
     prompts, texts, scores = known
     rows = max(len(prompts), way["microbatches"])
@@ -97,22 +99,36 @@ def measure(way: dict[str, Any], kind: str, ranks: int, known: Any) -> dict[str,
     began = time.perf_counter()
     found = [c.tokens for c in llm.generate(prompts, max_new_tokens=len(texts[0]), ignore_eos=True)]
     first = time.perf_counter() - began
-    given = llm.logits(np.asarray([prompts[0] + texts[0]], np.int32))[0]
     seen = llm.instance.exchange_bytes()
-    return {
+    row = {
         "on": f"{kind}:{ranks}",
         **way,
         "tokens_equal": found == texts,
-        "agreement": float((given.argmax(-1) == scores.argmax(-1)).mean()),
-        "logit_error": float(np.abs(given - scores).max()),
         "rounds_most": seen["rounds_most"],
         "dispatch_bytes": seen["dispatch_bytes"],
         "acceptance": seen.get("acceptance"),
         "moved": sum(move.moved for move in llm.moves),
         "balance": [round(move.after, 3) for move in llm.moves],
         "first_s": round(first, 1),
+    }
+    if tokens_only:
+        return row
+    given = llm.logits(np.asarray([prompts[0] + texts[0]], np.int32))[0]
+    return row | {
+        "agreement": float((given.argmax(-1) == scores.argmax(-1)).mean()),
+        "logit_error": float(np.abs(given - scores).max()),
         "step_ms": round(1e3 * again(llm, prompts), 1),
     }
+
+
+def line(row: dict[str, Any]) -> str:
+    """One way as one line."""
+    way = "{on:<12} {exchange:<13} {wire:<9} {placement:<9} mb {microbatches} mtp {drafts}: "
+    did = "{tokens_equal!s:<5} rounds {rounds_most} {dispatch_bytes:>7.0f} B first {first_s:>5} s"
+    text = (way + did).format(**row)
+    if "agreement" in row:
+        text += ", agree {agreement:.3f} error {logit_error:.1e} {step_ms:>6.1f} ms a step".format(**row)
+    return text
 
 
 def wires(text: str, tokens: int = 256) -> list[dict[str, Any]]:
@@ -150,21 +166,16 @@ def main() -> int:
     parser.add_argument("--on", nargs="+", default=["devices:16"], help="devices:N or lanes:N")
     parser.add_argument("--all", action="store_true", help="all combinations instead of a covering choice")
     parser.add_argument("--tokens", type=int, default=16, help="greedy tokens of each of four prompts")
+    parser.add_argument("--tokens-only", action="store_true", help="no logits, no times")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     machines = [(kind, int(ranks)) for kind, _, ranks in (on.partition(":") for on in args.on)]
     request_devices(max([ranks for kind, ranks in machines if kind == "devices"], default=1))
     known, rows = reference(args.tokens), []
     for (kind, ranks), way in itertools.product(machines, ways(args.all)):
-        row = measure(way, kind, ranks, known)
+        row = measure(way, kind, ranks, known, args.tokens_only)
         rows.append(row)
-        print(
-            "{on:<12} {exchange:<13} {wire:<9} {placement:<9} mb {microbatches} mtp {drafts}: "
-            "{tokens_equal!s:<5} agree {agreement:.3f} error {logit_error:.1e} rounds {rounds_most} "
-            "{dispatch_bytes:>7.0f} B {step_ms:>6.1f} ms (first {first_s} s)".format(**row),
-            file=sys.stderr if args.json else sys.stdout,
-            flush=True,
-        )
+        print(line(row), file=sys.stderr if args.json else sys.stdout, flush=True)
     by_wire = wires(" ".join(pydoc_data.topics.topics[name] for name in ("with", "import", "lambda")))
     wrong = [row for row in rows if row["wire"] == "float32" and not row["tokens_equal"]]
     if args.json:
@@ -173,11 +184,11 @@ def main() -> int:
         for wire in CHOICES["wire"]:
             of = [row for row in rows if row["wire"] == wire]
             equal = sum(row["tokens_equal"] for row in of)
-            print(
-                f"{wire}: {equal} of {len(of)} give the reference's tokens; next-token agreement "
-                f"{np.mean([row['agreement'] for row in of]):.4f}, largest error of a logit "
-                f"{max(row['logit_error'] for row in of):.2g}"
-            )
+            print(f"{wire}: {equal} of {len(of)} give the reference's tokens")
+            if not args.tokens_only:
+                agreement = np.mean([row["agreement"] for row in of])
+                error = max(row["logit_error"] for row in of)
+                print(f"  next-token agreement {agreement:.4f}, largest error of a logit {error:.2g}")
         for row in by_wire:
             print(
                 "{wire} on {tokens} tokens of given text: next-token agreement {agreement:.4f}, divergence "
