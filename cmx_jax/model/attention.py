@@ -18,6 +18,7 @@ from cmx_jax.model import gqa, mla
 from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
 from cmx_jax.model.layers import biased, visible
 from cmx_jax.model.weights import GQA, MLA
+from cmx_jax.quant import einsum
 
 Attend = Callable[
     [Int[Array, ""], LayerKind, Float[Array, "B T D"], MLA | GQA],
@@ -124,4 +125,4 @@ def staged(
 def project_out(out: Float[Array, "B T H V"], w: MLA | GQA) -> Float[Array, "B T D"]:
     """O_proj."""
     with jax.named_scope("O_proj"):
-        return biased(jnp.einsum("bthv,hvd->btd", out, w.o), w.o_bias)
+        return biased(einsum("bthv,hvd->btd", out, w.o), w.o_bias)

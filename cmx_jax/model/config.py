@@ -105,6 +105,9 @@ class ModelConfig:
       norm: RMSNorm or LayerNorm without bias.
       scoring: of the router; with `router_bias` a correction is added that only chooses.
       weigh_input: a router's weight scales what its expert is given instead of the result.
+      int8: the fields (stack and path, see `cmx_jax.model.weights`) that are INT8; not part of a config.json,
+        but of how a model is loaded.
+      int8_scales: type of their scales.
     """
 
     family: str
@@ -134,6 +137,8 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     num_nextn_predict_layers: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    int8: frozenset[tuple[str, str]] = frozenset()
+    int8_scales: str = "bfloat16"
 
     def __post_init__(self) -> None:
         _check(self)

@@ -24,6 +24,7 @@ from cmx_jax.model.config import LayerKind, ModelConfig, segments
 from cmx_jax.model.layers import layer_norm, rms_norm, swiglu
 from cmx_jax.model.moe import MoEStats, RunExperts, moe
 from cmx_jax.model.weights import FFN, Experts, Layer, Weights, split_experts
+from cmx_jax.quant import einsum
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def mtp_hidden(
         w = jax.tree.map(lambda a: a[0], mtp.replace(layer=stack))
         embedding = norm(weights.embed[stream.tokens], w.enorm, c)
         joined = jnp.concatenate([embedding, norm(hidden, w.hnorm, c)], axis=-1)
-        x = jnp.einsum("bte,ed->btd", joined, w.eh_proj)
+        x = einsum("bte,ed->btd", joined, w.eh_proj)
         number, index = jnp.asarray(c.num_hidden_layers, jnp.int32), jnp.zeros((), jnp.int32)
         [done] = layer([x], [stream], w.layer, MTP_KIND, experts, number, index, c, run)
         one_layer = jax.tree.map(lambda a: a[None], done._replace(hidden=None))

@@ -11,6 +11,7 @@ from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
 from cmx_jax.model.layers import biased, probabilities, rms_norm, seen_rows
 from cmx_jax.model.rope import rotate
 from cmx_jax.model.weights import GQA
+from cmx_jax.quant import einsum
 
 
 def prolog(
@@ -19,9 +20,9 @@ def prolog(
     """Queries, and the rows `[keys; values]` to be cached."""
     a = _config(c)
     with jax.named_scope("QKV"):
-        q = biased(jnp.einsum("btd,dhn->bthn", x, w.q), w.q_bias)
-        k = biased(jnp.einsum("btd,dyn->btyn", x, w.k), w.k_bias)
-        v = biased(jnp.einsum("btd,dyn->btyn", x, w.v), w.v_bias)
+        q = biased(einsum("btd,dhn->bthn", x, w.q), w.q_bias)
+        k = biased(einsum("btd,dyn->btyn", x, w.k), w.k_bias)
+        v = biased(einsum("btd,dyn->btyn", x, w.v), w.v_bias)
         if a.qk_norm == "weighted":
             q, k = rms_norm(q, w.q_norm, c.rms_norm_eps), rms_norm(k, w.k_norm, c.rms_norm_eps)
         if kind.rope:

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from cmx_jax.mesh.message import Wire
 from cmx_jax.mesh.rounds import occurrences, stable_order
-from cmx_jax.model.weights import FFN, Experts
+from cmx_jax.model.weights import FFN, Experts, Tensor
+from cmx_jax.quant import einsum
 
 
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
@@ -75,8 +76,8 @@ def seen_rows(rows: Float[Array, "B S C"], mask: Bool[Array, "B T S"]) -> Float[
 
 def swiglu(x: Float[Array, "*B D"], w: FFN) -> Float[Array, "*B D"]:
     """`(silu(x @ gate) * (x @ up)) @ down`."""
-    h = jnp.einsum("...d,dgf->...gf", x, w.gate_up)
-    return jnp.einsum("...f,fd->...d", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], w.down)
+    h = einsum("...d,dgf->...gf", x, w.gate_up)
+    return einsum("...f,fd->...d", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], w.down)
 
 
 def _tile_rows(mean: int) -> int:
@@ -98,7 +99,7 @@ class _Tiles(NamedTuple):
 
 
 def _grouped_swiglu(
-    x: Array, group: Array, layer: Array, gate_up: Array, down: Array, tiling: _Tiles
+    x: Array, group: Array, layer: Array, gate_up: Tensor, down: Tensor, tiling: _Tiles
 ) -> Array:
     """See `grouped_swiglu`. Rows are put in order of their group, then cut into tiles of one group
     each; a loop runs over the tiles that exist, some at a time."""
@@ -115,15 +116,15 @@ def _grouped_swiglu(
         tiles = step * at_once + jnp.arange(at_once, dtype=jnp.int32)
         g = jnp.searchsorted(tiles_end, tiles, side="right", method="compare_all")
         g = jnp.minimum(g, groups - 1)
-        first = (tiles - tiles_start[g]) * tile
-        at = first[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
+        at = ((tiles - tiles_start[g]) * tile)[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
         live = at < counts[g][:, None]  # in tiles behind the last one, no row is
         source = order[jnp.where(live, start[g][:, None] + at, 0)]
         tokens = x[source] if wire is None else wire.tokens(x[source])
         # gate and up as one matrix: with an axis of two behind the width, the TPU compiler copies all experts
-        h = jnp.einsum("ntd,ndh->nth", tokens, gate_up[g, layer].reshape(at_once, gate_up.shape[2], -1))
-        gate, up = jnp.split(h, 2, axis=-1)
-        out = jnp.einsum("ntf,nfd->ntd", jax.nn.silu(gate) * up, down[g, layer])
+        first = jax.tree.map(lambda a: a[g, layer].reshape(at_once, a.shape[2], -1), gate_up)
+        gate, up = jnp.split(einsum("ntd,ndh->nth", tokens, first, live), 2, axis=-1)
+        second = jax.tree.map(lambda a: a[g, layer], down)
+        out = einsum("ntf,nfd->ntd", jax.nn.silu(gate) * up, second, live)
         return y.at[jnp.where(live, source, rows)].set(out, mode="drop")
 
     steps = -(-tiles_end[-1] // at_once)
@@ -140,7 +141,7 @@ def _grouped(tiling: _Tiles) -> Callable[..., Array]:
     """
 
     @custom_vmap
-    def run(x: Array, group: Array, layer: Array, gate_up: Array, down: Array) -> Array:
+    def run(x: Array, group: Array, layer: Array, gate_up: Tensor, down: Tensor) -> Array:
         return _grouped_swiglu(x, group, layer, gate_up, down, tiling)
 
     @run.def_vmap
@@ -150,12 +151,12 @@ def _grouped(tiling: _Tiles) -> Callable[..., Array]:
             raise NotImplementedError("all lanes run the same layer")
         x = x if x_b else jnp.broadcast_to(x, (size, *x.shape))
         group = group if group_b else jnp.broadcast_to(group, (size, *group.shape))
-        per_lane = gate_up.shape[1] if gate_b else gate_up.shape[0]
-        if gate_b:  # each lane has its own experts
+        own = all(jax.tree.leaves(gate_b))
+        per_lane = gate_up.shape[1] if own else gate_up.shape[0]
+        if own:  # each lane has its own experts
             offset = jnp.arange(size, dtype=group.dtype)[:, None] * per_lane
             group = jnp.where(group < 0, -1, group + offset)
-            gate_up = gate_up.reshape(-1, *gate_up.shape[2:])
-            down = down.reshape(-1, *down.shape[2:])
+            gate_up, down = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (gate_up, down))
         folded = _grouped(tiling._replace(at_once=_tiles_at_once(tiling.rows)))
         flat = folded(x.reshape(-1, x.shape[-1]), group.reshape(-1), layer, gate_up, down)
         return flat.reshape(*x.shape[:-1], flat.shape[-1]), True

@@ -15,6 +15,7 @@ from cmx_jax.model.config import LayerKind, MLAConfig, ModelConfig
 from cmx_jax.model.layers import biased, probabilities, rms_norm, seen_rows
 from cmx_jax.model.rope import rotate
 from cmx_jax.model.weights import MLA
+from cmx_jax.quant import einsum
 
 
 class Query(NamedTuple):
@@ -31,9 +32,9 @@ def down(
     with jax.named_scope("MLAProlog"):
         q = x
         if w.q_a is not None:
-            q = biased(jnp.einsum("btd,dq->btq", x, w.q_a), w.q_a_bias)
+            q = biased(einsum("btd,dq->btq", x, w.q_a), w.q_a_bias)
             q = rms_norm(q, w.q_norm, a.latent_norm_eps)
-        kv = biased(jnp.einsum("btd,dc->btc", x, w.kv_a), w.kv_a_bias)
+        kv = biased(einsum("btd,dc->btc", x, w.kv_a), w.kv_a_bias)
         latent, key = jnp.split(kv, [a.kv_lora_rank], axis=-1)
         latent = rms_norm(latent, w.kv_norm, a.latent_norm_eps)
         key = rotate(key[:, :, None], positions, c.rope)[:, :, 0]
@@ -43,7 +44,7 @@ def down(
 def up(q: Float[Array, "B T Q"], positions: Int[Array, "B T"], w: MLA, c: ModelConfig) -> Query:
     """The wide half: the query of each head that `w` holds."""
     with jax.named_scope("MLAProlog"):
-        heads = jnp.einsum("btq,qhn->bthn", q, w.q_b)
+        heads = einsum("btq,qhn->bthn", q, w.q_b)
         nope, rope = jnp.split(heads, [_config(c).qk_nope_head_dim], axis=-1)
         return Query(nope, rotate(rope, positions, c.rope))
 

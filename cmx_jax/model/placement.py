@@ -118,6 +118,8 @@ def rehoused(
             return runner.put(table_of(leaf, slots), leaf_spec(leaf, layout))
         if leaf.experts:
             array = getattr(old[leaf.stack], leaf.path.rsplit(".", 1)[1])
+            if leaf.kind in ("int8", "scale"):
+                array = array.q if leaf.kind == "int8" else array.scale
             return _regathered(array, leaf, before[leaf.stack], after[leaf.stack], layout, runner)
         return None
 

@@ -6,15 +6,16 @@ random arrays, arrays read from a file. So a field is described once, here.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import struct
 
 from cmx_jax.model.config import GQAConfig, MLAConfig, ModelConfig
+from cmx_jax.quant import QTensor
 
-Tensor = Any  # a jax.Array, np.ndarray, PartitionSpec or ShapeDtypeStruct
+Tensor = Any  # a jax.Array, np.ndarray, PartitionSpec or ShapeDtypeStruct, or a QTensor of two of them
 
 
 @struct.dataclass
@@ -123,13 +124,18 @@ Stack = Literal["", "dense", "moe", "mtp"]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of one stack: `path` inside the stack, `shape` with its layer axis."""
+    """One tensor of one stack: `path` inside the stack, `shape` with its layer axis.
+
+    A field in INT8 is two leaves of one path, of kind `int8` and `scale`.
+    """
 
     stack: Stack
     path: str
     shape: tuple[int, ...]
-    kind: Literal["matrix", "norm", "router", "router_bias", "bias", "slots"] = "matrix"
+    kind: Literal["matrix", "norm", "router", "router_bias", "bias", "slots", "int8", "scale"] = "matrix"
     experts: bool = False  # slots in front, sharded over expert ranks
+    inputs: tuple[int, ...] = (0,)  # axes of a piece along which an output channel of a matrix lies
+    scales: str = "bfloat16"  # type of a scale
 
     @property
     def layers(self) -> int:
@@ -141,18 +147,28 @@ class Leaf:
         """Of one layer, of one expert where there are experts."""
         return self.shape[2:] if self.experts else self.shape[1:] if self.stack else self.shape
 
+    def scale(self) -> "Leaf":
+        """The scales of this one."""
+        lead = len(self.shape) - len(self.piece_shape)
+        inputs = {lead + axis for axis in self.inputs}
+        shape = tuple(1 if axis in inputs else n for axis, n in enumerate(self.shape))
+        return replace(self, shape=shape, kind="scale")
+
 
 class _Builder:
     """Makes the leaves of one stack, so that the shape table below stays a table."""
 
-    def __init__(self, stack: Stack, layers: int, make: Callable[[Leaf], Any]):
-        self.stack, self.make = stack, make
+    def __init__(self, stack: Stack, layers: int, c: ModelConfig, make: Callable[[Leaf], Any]):
+        self.stack, self.make, self.c = stack, make, c
         self.lead = (layers,) if stack else ()
 
     def __call__(self, path: str, *shape: int, **kind: Any) -> Any:
-        if kind.get("experts"):
-            return self.make(Leaf(self.stack, path, shape[:1] + self.lead + shape[1:], **kind))
-        return self.make(Leaf(self.stack, path, self.lead + shape, **kind))
+        shape = shape[:1] + self.lead + shape[1:] if kind.get("experts") else self.lead + shape
+        leaf = Leaf(self.stack, path, shape, **kind)
+        if (self.stack, path) not in self.c.int8:
+            return self.make(leaf)
+        leaf = replace(leaf, kind="int8", scales=self.c.int8_scales)
+        return QTensor(self.make(leaf), self.make(leaf.scale()))
 
 
 def _attention(c: ModelConfig, t: _Builder) -> MLA | GQA:
@@ -169,9 +185,9 @@ def _mla(c: ModelConfig, a: MLAConfig, t: _Builder) -> MLA:
         kv_a=t("attn.kv_a", width, a.row_dim),
         kv_a_bias=t("attn.kv_a_bias", a.row_dim, kind="bias") if bias else None,
         kv_norm=t("attn.kv_norm", a.kv_lora_rank, kind="norm"),
-        k_b=t("attn.k_b", heads, a.qk_nope_head_dim, a.kv_lora_rank),
-        v_b=t("attn.v_b", heads, a.v_head_dim, a.kv_lora_rank),
-        o=t("attn.o", heads, a.v_head_dim, width),
+        k_b=t("attn.k_b", heads, a.qk_nope_head_dim, a.kv_lora_rank, inputs=(2,)),
+        v_b=t("attn.v_b", heads, a.v_head_dim, a.kv_lora_rank, inputs=(2,)),
+        o=t("attn.o", heads, a.v_head_dim, width, inputs=(0, 1)),
         o_bias=t("attn.o_bias", width, kind="bias") if bias else None,
     )
 
@@ -183,7 +199,7 @@ def _gqa(c: ModelConfig, a: GQAConfig, t: _Builder) -> GQA:
         q=t("attn.q", width, heads, dim),
         k=t("attn.k", width, groups, dim),
         v=t("attn.v", width, groups, dim),
-        o=t("attn.o", heads, dim, width),
+        o=t("attn.o", heads, dim, width, inputs=(0, 1)),
         q_norm=t("attn.q_norm", dim, kind="norm") if normed else None,
         k_norm=t("attn.k_norm", dim, kind="norm") if normed else None,
         q_bias=t("attn.q_bias", heads, dim, kind="bias") if bias else None,
@@ -245,10 +261,10 @@ def weight_tree(
       shared_in_slots: whether the shared expert lies in slots too.
     """
     width = c.hidden_size
-    top = _Builder("", 0, make)
-    dense = _Builder("dense", c.num_dense_layers, make)
-    moe = _Builder("moe", c.num_moe_layers, make)
-    extra = _Builder("mtp", c.num_nextn_predict_layers, make)
+    top = _Builder("", 0, c, make)
+    dense = _Builder("dense", c.num_dense_layers, c, make)
+    moe = _Builder("moe", c.num_moe_layers, c, make)
+    extra = _Builder("mtp", c.num_nextn_predict_layers, c, make)
     return Weights(
         embed=top("embed", c.vocab_size, width),
         dense=_layer(c, dense, _ffn(dense, "ffn", width, c.intermediate_size))
@@ -297,7 +313,7 @@ def parameter_counts(c: ModelConfig) -> ParameterCounts:
     leaves = all_leaves(c, c.n_routed_experts)
 
     def total(chosen: Iterable[Leaf]) -> int:
-        return sum(math.prod(leaf.shape) for leaf in chosen if leaf.kind != "slots")
+        return sum(math.prod(leaf.shape) for leaf in chosen if leaf.kind not in ("slots", "scale"))
 
     main = [leaf for leaf in leaves if leaf.stack != "mtp"]
     experts = total(leaf for leaf in main if leaf.experts)
@@ -318,6 +334,17 @@ def split_experts(stack: Layer) -> tuple[Layer, Experts]:
 
 def leaf_dtype(leaf: Leaf, dtype: Any) -> Any:
     """Router and its bias stay float32 (the paper's mixed precision, section 4.5), placement int32."""
-    if leaf.kind == "slots":
-        return jnp.dtype(jnp.int32)
+    own = {"slots": "int32", "int8": "int8", "scale": leaf.scales}
+    if leaf.kind in own:
+        return jnp.dtype(own[leaf.kind])
     return jnp.dtype(jnp.float32) if leaf.kind in ("router", "router_bias") else jnp.dtype(dtype)
+
+
+FLOAT_FIELDS = ("embed", "head", "attn.k_b", "attn.v_b")
+"""Never INT8: what is small and sensitive (section 4.5), and what absorbed attention is made of."""
+
+
+def int8_fields(c: ModelConfig, mtp: bool = True) -> frozenset[tuple[str, str]]:
+    """Stack and path of every matrix that may be INT8: FFN and attention's projections."""
+    leaves = all_leaves(c, c.n_routed_experts, mtp)
+    return frozenset((x.stack, x.path) for x in leaves if x.kind == "matrix" and x.path not in FLOAT_FIELDS)

@@ -1,12 +1,35 @@
-"""Symmetric INT8 with one dynamic scale a row (the paper's per-token activation scheme, section 4.5)."""
+"""Symmetric INT8 arrays: weights with a static scale for each output channel, activations with a dynamic
+one for each token (section 4.5)."""
+
+from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int8
 
 
+@struct.dataclass
+class QTensor:
+    """A tensor as `q * scale`.
+
+    * `|q| <= 127`: -128 is never used, so that negation is exact.
+    * `scale` has as many axes as `q`, of length 1 where one scale holds for all: along a matrix's inputs.
+    * A channel of zeros has scale 1.
+    """
+
+    q: Any  # int8
+    scale: Any  # bfloat16 or float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.q.shape
+
+
 def quantize_rows(
-    x: Float[Array, "N D"], valid: Bool[Array, " N"]
-) -> tuple[Int8[Array, "N D"], Float[Array, " N"]]:
+    x: Float[Array, "*N D"], valid: Bool[Array, " *N"]
+) -> tuple[Int8[Array, "*N D"], Float[Array, " *N"]]:
     """Rounds each row to `round(x / scale)` with `scale = max|row| / 127`, in float32.
 
     * `|q| <= 127`: -128 is never used, so that negation is exact.
@@ -15,13 +38,45 @@ def quantize_rows(
     * Invalid rows give zeros and scale 0 whatever they hold, NaN included: a stale row must not
       reach a scale.
     """
-    rows = jnp.where(valid[:, None], x.astype(jnp.float32), 0.0)
+    rows = jnp.where(valid[..., None], x.astype(jnp.float32), 0.0)
     scale = jnp.max(jnp.abs(rows), axis=-1) / 127.0
     inverse = jnp.where(scale > 0, 1.0 / jnp.where(scale > 0, scale, 1.0), 0.0)
-    q = jnp.clip(jnp.round(rows * inverse[:, None]), -127, 127)
+    q = jnp.clip(jnp.round(rows * inverse[..., None]), -127, 127)
     return q.astype(jnp.int8), scale
 
 
 def dequantize(q: Int8[Array, "*N D"], scale: Float[Array, " *N"], dtype: jnp.dtype) -> Float[Array, "*N D"]:
     """`q * scale` in `dtype`, multiplied in float32."""
     return (q.astype(jnp.float32) * scale[..., None]).astype(dtype)
+
+
+def storable(scale: np.ndarray, dtype: Any) -> np.ndarray:
+    """Scales in the type in which they are kept, never smaller than they were: nothing is clipped by that."""
+    kept = scale.astype(dtype)
+    small = kept.astype(np.float32) < scale
+    up = np.nextafter(kept, np.array(np.inf, dtype)) if dtype != ml_dtypes.bfloat16 else _next(kept)
+    return np.where(small, up, kept)
+
+
+def _next(x: np.ndarray) -> np.ndarray:
+    """The bfloat16 above each positive one."""
+    return (x.view(np.uint16) + np.uint16(1)).view(x.dtype)
+
+
+def quantize_weights(
+    w: np.ndarray, inputs: tuple[int, ...], dtype: Any = ml_dtypes.bfloat16
+) -> tuple[np.ndarray, np.ndarray]:
+    """A weight by rounding alone: `max|channel| / 127` is a channel's scale.
+
+    Args:
+      w: any shape.
+      inputs: the axes along which a channel lies.
+      dtype: of the scales.
+
+    Returns:
+      int8 of the shape of `w`, and its scales.
+    """
+    wide = w.astype(np.float32)
+    most = np.abs(wide).max(axis=inputs, keepdims=True)
+    scale = storable(np.where(most > 0, most / np.float32(127), np.float32(1)), dtype)
+    return np.clip(np.rint(wide / scale.astype(np.float32)), -127, 127).astype(np.int8), scale

@@ -158,6 +158,7 @@ def from_pretrained(
     runner: str = "lanes",
     ranks: int = 8,
     dtype: str = "float32",
+    quant: str = "auto",
     wire: str | None = None,
     exchange: str = "flat",
     max_num_seqs: int = 32,
@@ -176,6 +177,10 @@ def from_pretrained(
       runner: `lanes` (any number of ranks on one device) or `devices` (one device a rank).
       ranks: expert-parallel ranks.
       dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
+      quant: `int8` rounds the large matrices to INT8 while they are loaded, with a scale for each output
+        channel,
+        and computes with them in INT8 (W8A8: activations are rounded token by token); `auto` does so where
+        the checkpoint is stored like that; `none` computes in `dtype` whatever is stored.
       wire: type of dispatched tokens, `float32`, `bfloat16` or `int8`; None takes `dtype`.
       exchange: how they travel: `flat`, `hierarchical` (by node, then NPU), `allgather` (everywhere), or, on
         accelerators, `ragged` (messages only).
@@ -194,7 +199,7 @@ def from_pretrained(
     enable_compilation_cache()
     if max_num_seqs < 1:
         raise CmxError(f"max_num_seqs is {max_num_seqs}, expected at least 1")
-    model = Model.read(name_or_path, dtype)
+    model = Model.read(name_or_path, dtype, quant)
     context = model.config.max_position_embeddings
     length = min(context, 4096) if max_model_len is None else max_model_len
     if not 1 <= length <= context:

@@ -1,7 +1,7 @@
 """A model on disk: found by name or path, read once, put on as many instances as wanted."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint
-from cmx_jax.model.checkpoint.load import Checkpoint
+from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import presets
+from cmx_jax.model.weights import int8_fields
 from cmx_jax.serving.instance import Capacity, Instance
 
 SHIPPED = ("tiny",)
@@ -67,8 +68,13 @@ class Model:
     dtype: str
 
     @classmethod
-    def read(cls, name_or_path: str | Path, dtype: str = "float32") -> "Model":
+    def read(cls, name_or_path: str | Path, dtype: str = "float32", quant: str = "auto") -> "Model":
         """Finds a model and checks its files.
+
+        Args:
+          name_or_path: the model.
+          dtype: of what is floats.
+          quant: see `cmx_jax.serving.llm.from_pretrained`.
 
         Raises:
           CmxError: there is none of that name, or it is refused; the field or tensor is named.
@@ -77,7 +83,7 @@ class Model:
             raise CmxError(f"dtype {dtype!r} is unknown, expected one of {list(DTYPES)}")
         directory = locate(name_or_path)
         checkpoint = open_checkpoint(directory)
-        config = checkpoint.config
+        config = _quantized(checkpoint, quant)
         return cls(directory, config, checkpoint, _tokenizer(directory, config), dtype)
 
     @property
@@ -129,8 +135,21 @@ class Model:
                 f"zero or more, at most {MAX_DRAFTS}" if stored else "0: the model has no MTP layer stored"
             )
             raise CmxError(f"num_speculative_tokens is {drafts}, expected {expected}")
-        weights = load_weights(self.checkpoint, layout, runner, jnp.dtype(self.dtype), drafts > 0)
+        dtype = jnp.dtype(self.dtype)
+        weights = load_weights(self.checkpoint, layout, runner, dtype, drafts > 0, self.config)
         return Instance(name, self.config, layout, runner, weights, capacity, self.dtype, drafts)
+
+
+QUANTS = ("auto", "none", "int8")
+
+
+def _quantized(checkpoint: Checkpoint, quant: str) -> ModelConfig:
+    """The config, with what is to be computed in INT8."""
+    if quant not in QUANTS:
+        raise CmxError(f"quant {quant!r} is unknown, expected one of {list(QUANTS)}")
+    possible, (stored, scales) = int8_fields(checkpoint.config), checkpoint.int8
+    fields = {"auto": possible & stored, "none": frozenset(), "int8": possible}[quant]
+    return replace(checkpoint.config, int8=fields, int8_scales=scales)
 
 
 def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:

@@ -27,6 +27,7 @@ class Declared:
       group: width of a group of scales within a row.
       ignored: modules that compressed-tensors left alone, whole names and patterns.
       ascend: tensor name -> FLOAT, W8A8 or W8A8_DYNAMIC.
+      w8a8: activations are to be rounded to INT8 too, with a dynamic scale for each token.
     """
 
     method: str | None = None
@@ -36,6 +37,7 @@ class Declared:
     group: int | None = None
     ignored: tuple[frozenset[str], tuple[re.Pattern[str], ...]] = (frozenset(), ())
     ascend: Mapping[str, str] = field(default_factory=dict)
+    w8a8: bool = False
 
     def ignores(self, name: str) -> bool:
         """Whether the tensor's module was left alone."""
@@ -81,7 +83,13 @@ def _compressed(raw: Mapping[str, Any]) -> Declared:
         types=frozenset("F8_E4M3" if w.get("type") == "float" else "I8" for w in weights.values()),
         group=next(iter(sizes), None),
         ignored=_ignored(raw.get("ignore")),
+        w8a8=all(_by_token(group.get("input_activations")) for group in groups.values()),
     )
+
+
+def _by_token(activations: Any) -> bool:
+    wanted = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    return isinstance(activations, Mapping) and all(activations.get(key) == x for key, x in wanted.items())
 
 
 def _compressed_weights(where: str, weights: Any) -> Mapping[str, Any]:
@@ -128,7 +136,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Declared]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed,
     "blockwise_int8": lambda raw: Declared("blockwise_int8", _block(raw)),
-    "w8a8_int8": lambda raw: Declared("w8a8_int8"),
+    "w8a8_int8": lambda raw: Declared("w8a8_int8", w8a8=True),
     "ascend": lambda raw: Declared("ascend"),
 }
 

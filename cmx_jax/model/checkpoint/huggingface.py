@@ -85,6 +85,15 @@ class HuggingFace:
         )
 
     @cached_property
+    def int8(self) -> tuple[frozenset[tuple[str, str]], str]:
+        """See `cmx_jax.model.checkpoint.source.Checkpoint`."""
+        found = [(s.piece[:2], self.stored[s.name]) for s in self.sources if s.name in self.stored]
+        rounded = {field for field, how in found if how.channels}
+        floats = {field for field, how in found if not how.channels}
+        scales = {self.files.headers[how.companions[0]].dtype for _, how in found if how.channels}
+        return frozenset(rounded - floats), "bfloat16" if scales <= {"BF16"} else "float32"
+
+    @cached_property
     def _pieces(self) -> dict[Piece, list[Source]]:
         found: dict[Piece, list[Source]] = defaultdict(list)
         for s in self.sources:
@@ -109,6 +118,17 @@ class HuggingFace:
         """
         for s in self._pieces[piece]:
             out[s.part] = s.view(self.tensor(s.name, out.dtype))
+
+    def fill_int8(self, piece: Piece, q: np.ndarray, scale: np.ndarray) -> bool:
+        """See `cmx_jax.model.checkpoint.source.Checkpoint`."""
+        for s in self._pieces[piece]:
+            channels = self.stored[s.name].channels
+            if channels is None:
+                return False
+            numbers, factors = channels()
+            q[s.part] = s.view(numbers)
+            scale[s.part] = s.view(np.broadcast_to(factors, numbers.shape))
+        return True
 
     def tensor(self, name: str, dtype: Any) -> np.ndarray:
         """A tensor of the file format, experts one by one, decoded.

@@ -1,8 +1,9 @@
 """From pieces on disk to weights in memory: each rank's shard is read by itself, and nothing else."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -10,33 +11,14 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.mesh.runners import Part, Runner
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
+from cmx_jax.model.checkpoint.int8 import Int8Pieces
 from cmx_jax.model.checkpoint.manifest import read_manifest
 from cmx_jax.model.checkpoint.names import Piece
+from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.placement import initial, table_of, tables
 from cmx_jax.model.sharding import laid_out, leaf_spec
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype
-
-
-@runtime_checkable
-class Checkpoint(Protocol):
-    """What every format gives.
-
-    Attributes:
-      config: the model.
-      mtp: whether its MTP layers are stored.
-      wide: fields (stack and path) of which something is stored in more digits than bfloat16 has.
-    """
-
-    config: ModelConfig
-    mtp: bool
-
-    @property
-    def wide(self) -> frozenset[tuple[str, str]]: ...
-
-    def fill(self, piece: Piece, out: np.ndarray) -> None:
-        """Writes a piece into `out`, which has its shape and the wanted type."""
-        ...
 
 
 def open_checkpoint(directory: str | Path, config: ModelConfig | None = None) -> Checkpoint:
@@ -69,13 +51,23 @@ def _span(index: slice, size: int) -> range:
     return range(*index.indices(size))
 
 
+Fill = Callable[[Piece, np.ndarray], None]
+"""Writes what a leaf holds of a piece into an array of its shape and type."""
+
+
 def read_field(
-    checkpoint: Checkpoint, leaf: Leaf, index: tuple[slice, ...], expert_of_slot: np.ndarray, dtype: Any
+    fill: Fill,
+    c: ModelConfig,
+    leaf: Leaf,
+    index: tuple[slice, ...],
+    expert_of_slot: np.ndarray,
+    dtype: Any,
 ) -> np.ndarray:
     """The part of a field that a rank holds.
 
     Args:
-      checkpoint: where from.
+      fill: reads pieces of it.
+      c: the model.
       leaf: the field.
       index: a slice for each of its axes.
       expert_of_slot: [L, X] of its stack (see `cmx_jax.mesh.placement`); empty slots are zero.
@@ -87,12 +79,10 @@ def read_field(
     uncut = shape[len(shape) - len(whole) :] == whole
 
     def put(piece: Piece, out: np.ndarray) -> None:
-        if uncut:
-            return checkpoint.fill(piece, out)
-        full = np.empty(whole, dtype)
-        checkpoint.fill(piece, full)
-        out[...] = full[rest]
-        return None
+        full = out if uncut else np.empty(whole, dtype)
+        fill(piece, full)
+        if not uncut:
+            out[...] = full[rest]
 
     out = np.zeros(shape, dtype) if leaf.experts else np.empty(shape, dtype)
     if not leaf.stack:
@@ -103,23 +93,23 @@ def read_field(
     else:
         for i, slot in enumerate(_span(index[0], leaf.shape[0])):
             for j, layer in enumerate(_span(index[1], leaf.shape[1])):
-                _fill_expert(checkpoint, leaf, layer, int(expert_of_slot[layer, slot]), out[i, j])
+                _fill_expert(fill, c, leaf, layer, int(expert_of_slot[layer, slot]), out[i, j])
     return out
 
 
-def _fill_expert(checkpoint: Checkpoint, leaf: Leaf, layer: int, expert: int, out: np.ndarray) -> None:
+def _fill_expert(fill: Fill, c: ModelConfig, leaf: Leaf, layer: int, expert: int, out: np.ndarray) -> None:
     """An expert's matrix; one behind the routed ones is a share of the shared expert's hidden width."""
-    c = checkpoint.config
     if expert < c.n_routed_experts:
         if expert >= 0:
-            checkpoint.fill((leaf.stack, leaf.path, layer, expert), out)
+            fill((leaf.stack, leaf.path, layer, expert), out)
         return
     axis = 0 if leaf.path.endswith("down") else -1  # where the hidden width lies
-    shape = list(leaf.piece_shape)
-    shape[axis] *= c.n_shared_experts
+    shape, parts = list(leaf.piece_shape), c.n_shared_experts
+    one_scale = leaf.kind == "scale" and axis == 0  # for the whole width
+    shape[axis] *= 1 if one_scale else parts
     both = np.empty(shape, out.dtype)
-    checkpoint.fill((leaf.stack, leaf.path.replace("experts", "shared"), layer, 0), both)
-    out[...] = np.split(both, c.n_shared_experts, axis)[expert - c.n_routed_experts]
+    fill((leaf.stack, leaf.path.replace("experts", "shared"), layer, 0), both)
+    out[...] = both if one_scale else np.split(both, parts, axis)[expert - c.n_routed_experts]
 
 
 def read_weights(directory: str | Path, c: ModelConfig, dtype: Any) -> Weights:
@@ -132,28 +122,29 @@ def read_weights(directory: str | Path, c: ModelConfig, dtype: Any) -> Weights:
     """
     checkpoint = open_checkpoint(directory, c)
     layout = expert_parallel(1, c.n_routed_experts)
-    return _filled(checkpoint, layout, dtype, checkpoint.mtp)
+    return _filled(checkpoint, c, layout, dtype, checkpoint.mtp)
 
 
 def _filled(
     checkpoint: Checkpoint,
+    c: ModelConfig,
     layout: Layout,
     dtype: Any,
     mtp: bool,
     make: Callable[[Leaf, Any, Part], Any] | None = None,
 ) -> Weights:
     """Weights of which `make(leaf, dtype, part)` makes each from its parts; None takes the NumPy arrays."""
-    c = checkpoint.config
     placement = initial(c, layout, mtp)
-    slots = tables(c, layout, placement)
+    slots, pieces = tables(c, layout, placement), Int8Pieces(checkpoint)
 
     def field(leaf: Leaf) -> Any:
         kind = leaf_dtype(leaf, dtype)
+        fill = partial(pieces.fill, leaf) if leaf.kind in ("int8", "scale") else checkpoint.fill
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             if leaf.kind == "slots":
                 return table_of(leaf, slots)[index]
-            return read_field(checkpoint, leaf, index, placement.get(leaf.stack, _NONE), kind)
+            return read_field(fill, c, leaf, index, placement.get(leaf.stack, _NONE), kind)
 
         return part(tuple(slice(None) for _ in leaf.shape)) if make is None else make(leaf, kind, part)
 
@@ -164,12 +155,22 @@ _NONE = np.zeros((0, 0), np.int32)
 
 
 def load_weights(
-    checkpoint: Checkpoint, layout: Layout, runner: Runner, dtype: Any, mtp: bool | None = None
+    checkpoint: Checkpoint,
+    layout: Layout,
+    runner: Runner,
+    dtype: Any,
+    mtp: bool | None = None,
+    config: ModelConfig | None = None,
 ) -> Weights:
     """Weights of a checkpoint on an instance, experts in the layout's slots.
 
     Args:
+      checkpoint: where from.
+      layout: of the instance.
+      runner: of the instance.
+      dtype: of what is floats.
       mtp: whether its MTP layers too; None takes those that are stored.
+      config: the checkpoint's with what is to be INT8; None: nothing is.
 
     Raises:
       CmxError: a number is not finite, or the experts do not fit the slots.
@@ -179,4 +180,4 @@ def load_weights(
         return runner.make(leaf.shape, kind, leaf_spec(leaf, layout), part)
 
     mtp = checkpoint.mtp if mtp is None else mtp
-    return _filled(checkpoint, layout, dtype, mtp, make)
+    return _filled(checkpoint, config or checkpoint.config, layout, dtype, mtp, make)

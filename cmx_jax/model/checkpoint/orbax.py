@@ -27,6 +27,7 @@ from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.checkpoint.files import finite
 from cmx_jax.model.checkpoint.manifest import Manifest
 from cmx_jax.model.checkpoint.names import Piece
+from cmx_jax.model.checkpoint.source import FloatsOnly
 from cmx_jax.model.checkpoint.writer import PieceReader
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config
@@ -162,8 +163,8 @@ def _read(unit: Path, path: str, array: Any = None, at: int | None = None) -> np
         raise CmxError(f"{unit}: array {path} cannot be read ({str(error)[:120]})") from None
 
 
-class OrbaxDirectory:
-    """Reads what `cmx convert --format orbax` wrote: see `cmx_jax.model.checkpoint.load.Checkpoint`."""
+class OrbaxDirectory(FloatsOnly):
+    """Reads what `cmx convert --format orbax` wrote: see `cmx_jax.model.checkpoint.source.Checkpoint`."""
 
     def __init__(self, directory: Path, manifest: Manifest):
         self.directory, self.config = directory, read_config(directory)

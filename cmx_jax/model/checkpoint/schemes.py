@@ -34,12 +34,15 @@ class Stored:
       name: of its values.
       companions: names of scales and the like.
       decode: gives the tensor in float32, or as it is if plain.
+      channels: gives the INT8 numbers and a scale for each row, where that is how it is stored and is to be
+        computed (W8A8); None otherwise.
     """
 
     scheme: str
     name: str
     companions: tuple[str, ...]
     decode: Callable[[], np.ndarray]
+    channels: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 def plain(files: TensorFiles, name: str, at: tuple[Any, ...] = (), transposed: bool = False) -> Stored:
@@ -100,7 +103,12 @@ def _scaled(files: TensorFiles, name: str, announced: Declared) -> Stored:
         factors = _factors(files, scale).reshape(grid(shape, block))
         return dequantize_blocks(files.read(name), factors, block)
 
-    return Stored(f"{QUANTIZED[header.dtype]} {words}", name, (scale,), decode)
+    def channels() -> tuple[np.ndarray, np.ndarray]:
+        return files.read(name), _factors(files, scale).reshape(-1, 1)
+
+    w8a8 = announced.w8a8 and header.dtype == "I8" and block == (1, shape[1])
+    words = f"{QUANTIZED[header.dtype]} {words}"
+    return Stored(words, name, (scale,), decode, channels if w8a8 else None)
 
 
 def _row_block(

@@ -18,8 +18,8 @@ import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
 import numpy as np
 
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
-from cmx_jax.model.checkpoint.load import Checkpoint
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
+from cmx_jax.model.checkpoint.source import Checkpoint, FloatsOnly
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.weights import Weights, all_leaves
 from cmx_jax.quant.blocks import quantize_channels
@@ -186,7 +186,7 @@ def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.
     return {name: digest.hexdigest() for name, digest in sums.items()}
 
 
-class InMemory:
+class InMemory(FloatsOnly):
     """Weights at hand as a checkpoint; expert `e` in slot `e`."""
 
     wide: frozenset[tuple[str, str]] = frozenset()
@@ -195,7 +195,7 @@ class InMemory:
         self.config, self.mtp, self.weights = config, weights.mtp is not None, weights
 
     def fill(self, piece: Piece, out: np.ndarray) -> None:
-        """See `cmx_jax.model.checkpoint.load.Checkpoint`."""
+        """See `cmx_jax.model.checkpoint.source.Checkpoint`."""
         stack, path, layer, expert = piece
         field: Any = getattr(self.weights, stack) if stack else self.weights
         own = ("enorm", "hnorm", "eh_proj", "norm")
