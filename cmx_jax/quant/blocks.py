@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from cmx_jax.quant.weights import quantize
+
 
 def grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     """How many blocks a matrix has along each axis; the last ones may be smaller."""
@@ -49,4 +51,4 @@ def quantize_channels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     wide = x.astype(np.float32)
     scale = np.abs(wide).max(axis=1, keepdims=True) / np.float32(127)
     scale = np.where(scale > 0, scale, np.float32(1))
-    return np.clip(np.rint(wide / scale), -127, 127).astype(np.int8), scale
+    return quantize(wide, scale), scale
