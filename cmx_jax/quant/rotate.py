@@ -1,0 +1,102 @@
+"""Orthogonal matrices that spread what is large in a few inputs over all of them (section 4.5).
+
+`(x r) (r^T w) = x w`, and no input of `x r` is an outlier any more (QuaRot, arXiv 2404.00456). A rotation
+keeps a row's length, so it passes an RMS norm whose weight is in the matrices behind it (`fold_norm`).
+"""
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64, Int8
+
+from cmx_jax.quant.weights import largest
+
+
+def rotation(n: int, seed: int = 0) -> Float64[np.ndarray, "n n"]:
+    """Orthogonal: random signs on a Hadamard matrix over `sqrt(n)`, or a random rotation where none is known.
+
+    Raises:
+      ValueError: `n` is not positive.
+    """
+    if n < 1:
+        raise ValueError(f"a rotation of {n} inputs, expected at least one")
+    rng = np.random.default_rng(seed)
+    base = _base(n)
+    if base is None:
+        q, r = np.linalg.qr(rng.normal(size=(n, n)))
+        return q * np.sign(np.diag(r))  # evenly distributed, whatever signs the factorisation prefers
+    return rng.choice([-1.0, 1.0], n)[:, None] * hadamard(n) / np.sqrt(n)
+
+
+def hadamard(n: int) -> Int8[np.ndarray, "n n"]:
+    """`h h^T = n I`, entries 1 and -1: one of Paley's, doubled (Sylvester): 1536 = 12 * 2^7, 7168 = 28 * 2^8.
+
+    Raises:
+      ValueError: no such matrix is known here.
+    """
+    base = _base(n)
+    if base is None:
+        raise ValueError(f"no Hadamard matrix of {n} rows: {n} is not 2^k times 1 or one of Paley's sizes")
+    h = _paley(base)
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return h
+
+
+def fold_norm(weight: Float[np.ndarray, " I"], w: Float[np.ndarray, "I O"]) -> Float64[np.ndarray, "I O"]:
+    """The matrix behind a norm with the norm's weight in it: `(x * weight) w = x (weight * w)`."""
+    return weight.astype(np.float64)[:, None] * w
+
+
+def rotate_inputs(w: Float[np.ndarray, "I O"], r: Float64[np.ndarray, "I I"]) -> Float64[np.ndarray, "I O"]:
+    """`r^T w`, which reads `x r` as `w` reads `x`."""
+    return r.T @ w.astype(np.float64)
+
+
+def rotate_outputs(w: Float[np.ndarray, "I O"], r: Float64[np.ndarray, "O O"]) -> Float64[np.ndarray, "I O"]:
+    """`w r`: what `w` writes, rotated."""
+    return w.astype(np.float64) @ r
+
+
+def outlier_ratio(x: Float[np.ndarray, "T I"]) -> Float32[np.ndarray, " T"]:
+    """`max|x| / rms(x)` of each row: 1 where all are alike, `sqrt(I)` where one is all; 1 of nothing.
+
+    A row's relative error in INT8 is a 440th of it: rounding to steps of `s` has an RMS of `s / sqrt(12)`.
+    """
+    rms = np.sqrt(np.square(x, dtype=np.float64).mean(axis=1))
+    top = largest(x, axis=1)
+    return np.where(rms > 0, top / np.where(rms > 0, rms, 1), 1).astype(np.float32)
+
+
+def _base(n: int) -> int | None:
+    """The least `n / 2^k` that Paley's constructions (or the matrix of one row) have."""
+    twos = n & -n if n > 0 else 0  # the largest power of two that divides n
+    sizes = (n // twos << k for k in range(twos.bit_length()))
+    return next((m for m in sizes if m == 1 or _prime_of(m)), None)
+
+
+def _prime_of(n: int) -> int | None:
+    """The prime `p` that gives `n` rows: `p % 4 = 3` and `n = p + 1`, or `p % 4 = 1` and `n = 2 p + 2`."""
+    for p, rest in ((n - 1, 3), (n // 2 - 1, 1)):
+        if n % 4 == 0 and p % 4 == rest and p > 1 and all(p % d for d in range(2, int(p**0.5) + 1)):
+            return p
+    return None
+
+
+def _paley(n: int) -> np.ndarray:
+    """Of the squares modulo a prime (Paley 1933): entries of `q [p, p]` say whether `i - j` is one."""
+    p = _prime_of(n)
+    if p is None:
+        return np.ones((1, 1), np.int8)
+    character = np.full(p, -1, np.int8)
+    character[np.arange(p) ** 2 % p] = 1
+    character[0] = 0
+    index = np.arange(p)
+    c = np.ones((p + 1, p + 1), np.int8)
+    c[0, 0] = 0
+    c[1:, 1:] = character[(index[:, None] - index) % p]
+    one = np.eye(p + 1, dtype=np.int8)
+    if p % 4 == 3:
+        c[1:, 0] = -1
+        return c + one
+    return np.kron(c, np.array([[1, 1], [1, -1]], np.int8)) + np.kron(
+        one, np.array([[1, -1], [-1, -1]], np.int8)
+    )
