@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from cmx_jax.quant.weights import quantize
-
 
 def grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     """How many blocks a matrix has along each axis; the last ones may be smaller."""
@@ -40,15 +38,3 @@ def _spread(x: np.ndarray, width: int, columns: int) -> np.ndarray:
     """A number a block to a number a column; where there is one block, it is left to broadcasting."""
     wide = x.astype(np.float32)
     return wide if width >= columns else np.repeat(wide, width, axis=1)[:, :columns]
-
-
-def quantize_channels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric INT8 with one static scale a row (output channel), `max|row| / 127`: section 4.5's weights.
-
-    Returns:
-      int8 [M, N] within -127 to 127, and float32 [M, 1]; an all-zero row has scale 1.
-    """
-    wide = x.astype(np.float32)
-    scale = np.abs(wide).max(axis=1, keepdims=True) / np.float32(127)
-    scale = np.where(scale > 0, scale, np.float32(1))
-    return quantize(wide, scale), scale

@@ -4,8 +4,6 @@ one for each token (section 4.5)."""
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int8
 
@@ -48,35 +46,3 @@ def quantize_rows(
 def dequantize(q: Int8[Array, "*N D"], scale: Float[Array, " *N"], dtype: jnp.dtype) -> Float[Array, "*N D"]:
     """`q * scale` in `dtype`, multiplied in float32."""
     return (q.astype(jnp.float32) * scale[..., None]).astype(dtype)
-
-
-def storable(scale: np.ndarray, dtype: Any) -> np.ndarray:
-    """Scales in the type in which they are kept, never smaller than they were: nothing is clipped by that."""
-    kept = scale.astype(dtype)
-    small = kept.astype(np.float32) < scale
-    up = np.nextafter(kept, np.array(np.inf, dtype)) if dtype != ml_dtypes.bfloat16 else _next(kept)
-    return np.where(small, up, kept)
-
-
-def _next(x: np.ndarray) -> np.ndarray:
-    """The bfloat16 above each positive one."""
-    return (x.view(np.uint16) + np.uint16(1)).view(x.dtype)
-
-
-def quantize_weights(
-    w: np.ndarray, inputs: tuple[int, ...], dtype: Any = ml_dtypes.bfloat16
-) -> tuple[np.ndarray, np.ndarray]:
-    """A weight by rounding alone: `max|channel| / 127` is a channel's scale.
-
-    Args:
-      w: any shape.
-      inputs: the axes along which a channel lies.
-      dtype: of the scales.
-
-    Returns:
-      int8 of the shape of `w`, and its scales.
-    """
-    wide = w.astype(np.float32)
-    most = np.abs(wide).max(axis=inputs, keepdims=True)
-    scale = storable(np.where(most > 0, most / np.float32(127), np.float32(1)), dtype)
-    return np.clip(np.rint(wide / scale.astype(np.float32)), -127, 127).astype(np.int8), scale

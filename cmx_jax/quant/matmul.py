@@ -4,13 +4,27 @@ INT8 weights meet activations that are rounded to INT8 on the spot, one scale a 
 INT32, and both scales are multiplied in behind the sum.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from cmx_jax.quant.int8 import QTensor, quantize_rows
 
 
-def einsum(spec: str, x: Array, w: Array | QTensor, valid: Bool[Array, "..."] | None = None) -> Array:
+@dataclass(frozen=True)
+class Observed:
+    """A weight of which is noted what it is multiplied with: `seen[path]` is that, summed axes flattened."""
+
+    value: Any
+    path: str
+    seen: dict[str, Any]
+
+
+def einsum(
+    spec: str, x: Array, w: Array | QTensor | Observed, valid: Bool[Array, "..."] | None = None
+) -> Array:
     """`jnp.einsum(spec, x, w)` of a weight that is floats or INT8, in the type of `x`.
 
     Args:
@@ -23,11 +37,14 @@ def einsum(spec: str, x: Array, w: Array | QTensor, valid: Bool[Array, "..."] | 
     Raises:
       ValueError: other axes are summed than a scale holds for.
     """
-    if not isinstance(w, QTensor):
+    if not isinstance(w, QTensor | Observed):
         return jnp.einsum(spec, x, w)
     a, b, out = _labels(spec, x.ndim)
     kept = "".join(label for label in a if label in out)
     summed = a.removeprefix(kept)
+    if isinstance(w, Observed):
+        w.seen[w.path] = x.reshape(*x.shape[: len(kept)], -1)
+        return jnp.einsum(spec, x, w.value)
     if any(label in out or w.scale.shape[b.index(label)] > 1 for label in summed):
         raise ValueError(f"{spec} with scales {w.scale.shape}: one must hold along the last axes of {a}")
     rows = x.reshape(*x.shape[: len(kept)], -1)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +24,7 @@ from cmx_jax.model.checkpoint.declared import DESCRIPTION, compressed_int8
 from cmx_jax.model.checkpoint.load import Checkpoint, open_checkpoint
 from cmx_jax.model.checkpoint.manifest import FORMATS, NAME, UNFINISHED, Manifest, read_manifest
 from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
-from cmx_jax.model.checkpoint.writer import DTYPES, PieceReader
+from cmx_jax.model.checkpoint.writer import DTYPES, PieceReader, linear
 from cmx_jax.model.fields import read_json
 from cmx_jax.model.weights import all_leaves
 
@@ -76,28 +76,19 @@ def convert(
         source changed meanwhile, or what was written does not read back as it was.
     """
     src, dst = Path(source), Path(destination)
-    try:
-        _check_arguments(src, dst, format, dtype, ranks)
-        progress("checking the source")
-        seen = _fingerprint(src)
-        checkpoint = open_checkpoint(src)
-        kind, wide = types(checkpoint, dtype)
-        layout = expert_parallel(1 if ranks is None else ranks, checkpoint.config.n_routed_experts)
-        wanted = _manifest(seen, checkpoint, format, kind, wide, layout)
-        _begin(dst, wanted)
-        with _locked(dst):
-            manifest = _resumed(dst, wanted)
-            resumed = len(manifest.units)
-            writer = _writer(dst, checkpoint, manifest, layout, wide)
-            _write(dst, writer, manifest, progress)
-            _verify(dst, writer, manifest, progress)
-            if _fingerprint(src) != seen:
-                raise CmxError(f"{src} was changed while it was converted: delete {dst} and run this again")
-            _finish(src, dst, manifest, writer)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a symlink loop
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        why = "the disk is full" if full else str(error)
-        raise CmxError(f"{dst}: conversion broke off ({why}); run the same command to go on") from None
+    check_directories(src, dst)
+    _check_arguments(format, dtype, ranks)
+    progress("checking the source")
+    seen = fingerprint(src)
+    checkpoint = open_checkpoint(src)
+    kind, wide = types(checkpoint, dtype)
+    layout = expert_parallel(1 if ranks is None else ranks, checkpoint.config.n_routed_experts)
+    wanted = _manifest(seen, checkpoint, format, kind, wide, layout)
+
+    def writer(manifest: Manifest) -> UnitWriter:
+        return _writer(dst, checkpoint, manifest, layout, wide)
+
+    manifest, resumed = run_conversion(src, dst, seen, wanted, writer, progress)
     return {
         "source": str(src),
         "destination": str(dst),
@@ -111,7 +102,53 @@ def convert(
     }
 
 
-def _check_arguments(src: Path, dst: Path, format: str, dtype: str | None, ranks: int | None) -> None:
+def run_conversion(
+    src: Path,
+    dst: Path,
+    seen: str,
+    wanted: Manifest,
+    make: Callable[[Manifest], UnitWriter],
+    progress: Callable[[str], None],
+) -> tuple[Manifest, int]:
+    """Writes and verifies what is not there yet; returns the manifest, and how many units were there already.
+
+    Args:
+      src: the checkpoint.
+      dst: where to write.
+      seen: fingerprint of the source when it was opened.
+      wanted: what is to be written.
+      make: makes the writer.
+      progress: told what is being done.
+
+    Raises:
+      CmxError: see `convert`.
+    """
+    with _disk(dst):
+        _begin(dst, wanted)
+        with _locked(dst):
+            manifest = _resumed(dst, wanted)
+            resumed = len(manifest.units)
+            writer = make(manifest)
+            _write(dst, writer, manifest, progress)
+            _verify(dst, writer, manifest, progress)
+            if fingerprint(src) != seen:
+                raise CmxError(f"{src} was changed while it was converted: delete {dst} and run this again")
+            _finish(src, dst, manifest, writer)
+    return manifest, resumed
+
+
+@contextmanager
+def _disk(dst: Path) -> Iterator[None]:
+    """Says in one line what the disk did."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symlink loop
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        why = "the disk is full" if full else str(error)
+        raise CmxError(f"{dst}: conversion broke off ({why}); run the same command to go on") from None
+
+
+def _check_arguments(format: str, dtype: str | None, ranks: int | None) -> None:
     if format not in FORMATS:
         raise CmxError(f"format {format!r} is unknown, expected one of {', '.join(FORMATS)}")
     allowed = DTYPES if format == "safetensors" else ("float32", "bfloat16")
@@ -119,12 +156,21 @@ def _check_arguments(src: Path, dst: Path, format: str, dtype: str | None, ranks
         raise CmxError(f"dtype {dtype!r}, expected one of {', '.join(allowed)} for {format}")
     if ranks is not None and format != "orbax":
         raise CmxError("a layout is given, which only an Orbax directory has: use --format orbax")
-    if not src.is_dir():
-        raise CmxError(f"{src} is no directory, expected a checkpoint")
-    if dst.exists() and not dst.is_dir():
-        raise CmxError(f"{dst} is a file, expected a directory to write to")
-    if dst.resolve() == src.resolve() or src.resolve() in dst.resolve().parents:
-        raise CmxError(f"{dst} lies in the source, expected another directory")
+
+
+def check_directories(src: Path, dst: Path) -> None:
+    """Refuses a source that is no directory, and a destination that is a file or lies in the source.
+
+    Raises:
+      CmxError: so it is.
+    """
+    with _disk(dst):
+        if not src.is_dir():
+            raise CmxError(f"{src} is no directory, expected a checkpoint")
+        if dst.exists() and not dst.is_dir():
+            raise CmxError(f"{dst} is a file, expected a directory to write to")
+        if dst.resolve() == src.resolve() or src.resolve() in dst.resolve().parents:
+            raise CmxError(f"{dst} lies in the source, expected another directory")
 
 
 def types(checkpoint: Checkpoint, dtype: str | None) -> tuple[str, frozenset[tuple[str, str]]]:
@@ -145,7 +191,7 @@ def types(checkpoint: Checkpoint, dtype: str | None) -> tuple[str, frozenset[tup
     return "bfloat16", frozenset(field for field in checkpoint.wide if field in sizes)
 
 
-def _fingerprint(src: Path) -> str:
+def fingerprint(src: Path) -> str:
     """Names, sizes and times of what is converted, and the config itself."""
     digest = hashlib.sha256((src / "config.json").read_bytes() if (src / "config.json").is_file() else b"")
     for path in sorted((*src.glob("*"), *src.glob("units/**/*"))):
@@ -261,7 +307,7 @@ def _finish(src: Path, dst: Path, manifest: Manifest, writer: UnitWriter) -> Non
             shutil.copyfile(path, dst / path.name)
     if isinstance(writer, SafetensorsWriter):
         writer.write_index()
-    config = written_config(read_json(src / "config.json"), manifest.dtype)
+    config = written_config(read_json(src / "config.json"), manifest.dtype, _floats(writer))
     unfinished = dst / "config.json.unfinished"
     unfinished.write_text(json.dumps(config, indent=2) + "\n")
     unfinished.rename(dst / "config.json")
@@ -269,13 +315,21 @@ def _finish(src: Path, dst: Path, manifest: Manifest, writer: UnitWriter) -> Non
     manifest.save(dst)
 
 
-def written_config(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The source's config, as a text model in the type that was written."""
+def _floats(writer: UnitWriter) -> list[str]:
+    """Modules of an INT8 checkpoint that are not INT8."""
+    if not isinstance(writer, SafetensorsWriter):
+        return []
+    parts = [(unit, tensor[0]) for unit in writer.units.values() for tensor in unit.tensors]
+    return sorted(s.name.removesuffix(".weight") for unit, s in parts if linear(s) and not unit.quantized(s))
+
+
+def written_config(raw: dict[str, Any], dtype: str, floats: Iterable[str] = ()) -> dict[str, Any]:
+    """The source's config, as a text model in the type that was written; `floats`: modules without INT8."""
     if "text_config" in raw:
         raw = {**raw["text_config"], "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
     dropped = ("quantization_config", "compression_config", "quantize", "mla_quantize", "mtp_quantize")
     config = {key: value for key, value in raw.items() if key not in dropped}
     config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16" if dtype == "int8" else dtype
     if dtype == "int8":
-        config["quantization_config"] = compressed_int8()
+        config["quantization_config"] = compressed_int8(floats)
     return config

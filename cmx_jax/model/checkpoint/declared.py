@@ -1,7 +1,7 @@
 """What a checkpoint announces of its quantisation: `quantization_config`, or Ascend's description file."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -175,8 +175,12 @@ def _description(path: Path) -> dict[str, str]:
     return kinds
 
 
-def compressed_int8() -> dict[str, Any]:
-    """The `quantization_config` of what `cmx_jax.model.checkpoint.writer` writes as INT8."""
+def compressed_int8(floats: Iterable[str] = ()) -> dict[str, Any]:
+    """The `quantization_config` of what `cmx_jax.model.checkpoint.writer` writes as INT8.
+
+    Args:
+      floats: modules that stay in floats besides `IGNORED`.
+    """
     common = {"num_bits": 8, "type": "int", "symmetric": True}
     group = {
         "targets": ["Linear"],
@@ -188,5 +192,5 @@ def compressed_int8() -> dict[str, Any]:
         "format": "int-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": list(IGNORED),
+        "ignore": [*IGNORED, *floats],
     }

@@ -1,11 +1,13 @@
 """A checkpoint's pieces as INT8: as they are stored, or rounded while they are loaded."""
 
+import math
+
 import numpy as np
 
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.weights import Leaf, leaf_dtype
-from cmx_jax.quant.int8 import quantize_weights
+from cmx_jax.quant.weights import channel_scale, quantize
 
 
 class Int8Pieces:
@@ -26,4 +28,7 @@ class Int8Pieces:
             self._scales[piece] = spread[first].astype(dtype)
             return
         self.checkpoint.fill(piece, spread)
-        out[...], self._scales[piece] = quantize_weights(spread, leaf.inputs, dtype)
+        matrix = spread.reshape(math.prod(out.shape[: len(leaf.inputs)]), -1)
+        scale = channel_scale(matrix)
+        out[...] = quantize(matrix, scale[None]).reshape(out.shape)
+        self._scales[piece] = scale.reshape(leaf.scale().piece_shape).astype(dtype)

@@ -26,6 +26,7 @@ class Manifest:
       mtp: whether MTP layers are stored.
       slots: expert slots of the layout (Orbax).
       placement: slot of each expert (Orbax).
+      int8: fields that are INT8, `stack/path`, where they were chosen one by one.
       units: of each finished unit the sha256 of each tensor.
       complete: everything was written and verified.
     """
@@ -37,6 +38,7 @@ class Manifest:
     mtp: bool
     slots: int
     placement: list[int]
+    int8: list[str] = field(default_factory=list)
     units: dict[str, dict[str, str]] = field(default_factory=dict)
     complete: bool = False
 
@@ -54,7 +56,8 @@ class Manifest:
         return self._work() == other._work()
 
     def _work(self) -> tuple[Any, ...]:
-        return self.source, self.format, self.dtype, self.wide, self.mtp, self.slots, self.placement
+        layout = self.slots, self.placement
+        return self.source, self.format, self.dtype, self.wide, self.mtp, *layout, self.int8
 
 
 _TYPES = {
@@ -65,6 +68,7 @@ _TYPES = {
     "mtp": bool,
     "slots": int,
     "placement": list,
+    "int8": list,
     "units": dict,
     "complete": bool,
 }
@@ -79,7 +83,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     path = directory / NAME
     if not path.is_file():
         return None
-    raw = read_json(path)
+    raw = {"int8": [], **read_json(path)}
     for name, kind in _TYPES.items():
         if type(raw.get(name)) is not kind:
             raise CmxError(f"{path}: {name} is {str(raw.get(name))[:40]!r}, expected {kind.__name__}")

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from cmx_jax.model.checkpoint.files import read_headers
-from cmx_jax.model.checkpoint.writer import PieceReader, units, write_file
+from cmx_jax.model.checkpoint.writer import PieceReader, Unit, units, write_file
 
 _AT_ONCE = 64 << 20
 
@@ -13,10 +16,17 @@ _AT_ONCE = 64 << 20
 class SafetensorsWriter:
     """Writes units as `model-00001-of-00062.safetensors` and so on."""
 
-    def __init__(self, directory: Path, reader: PieceReader, dtype: str, wide: frozenset[tuple[str, str]]):
+    def __init__(
+        self,
+        directory: Path,
+        reader: PieceReader,
+        dtype: str,
+        wide: frozenset[tuple[str, str]],
+        int8: frozenset[tuple[str, str]] | None = None,
+    ):
         self.directory, self.reader = directory, reader
-        checkpoint = reader.checkpoint
-        self.units = {unit.name: unit for unit in units(checkpoint.config, checkpoint.mtp, dtype, wide)}
+        c, mtp = reader.checkpoint.config, reader.checkpoint.mtp
+        self.units = {unit.name: unit for unit in units(c, mtp, dtype, wide, int8)}
         count = len(self.units)
         self.files = {
             name: directory / f"model-{number:05}-of-{count:05}.safetensors"
@@ -25,8 +35,11 @@ class SafetensorsWriter:
 
     def write(self, unit: str) -> dict[str, str]:
         """Writes one; returns each tensor's sha256."""
-        wanted = self.units[unit]
-        return write_file(self.files[unit], wanted.entries, wanted.arrays(self.reader))
+        return write_file(self.files[unit], self.units[unit].entries, self.arrays(self.units[unit]))
+
+    def arrays(self, unit: Unit) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of a unit."""
+        return unit.arrays(self.reader)
 
     def sums(self, unit: str) -> dict[str, str]:
         """What is on disk, summed again, tensor by tensor."""

@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
+import ml_dtypes
 import numpy as np
 
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
@@ -22,7 +22,7 @@ from cmx_jax.model.checkpoint.names import Piece, Source, sources
 from cmx_jax.model.checkpoint.source import Checkpoint, FloatsOnly
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.weights import Weights, all_leaves
-from cmx_jax.quant.blocks import quantize_channels
+from cmx_jax.quant.weights import channel_scale, quantize
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 DTYPES = tuple(_CODES)
@@ -86,12 +86,21 @@ class PieceReader:
 
 @dataclass(frozen=True)
 class Unit:
-    """The tensors of one layer (or of what is in none), to be written to one file."""
+    """The tensors of one layer (or of what is in none), to be written to one file.
+
+    Attributes:
+      name: of the layer.
+      tensors: the sources of each.
+      dtype: of floats; `int8` means bfloat16.
+      wide: fields that are float32.
+      int8: fields that are INT8, with a bfloat16 scale for each output channel.
+    """
 
     name: str
     tensors: list[list[Source]]
     dtype: str
     wide: frozenset[tuple[str, str]] = frozenset()
+    int8: frozenset[tuple[str, str]] = frozenset()
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -103,15 +112,15 @@ class Unit:
         name, shape, stacked = parts[0].name, parts[0].shape, parts[0].stacked
         if self.quantized(parts[0]):
             yield Entry(name, "int8", shape)
-            yield Entry(f"{name}_scale", "float32", (shape[0], 1))
+            yield Entry(f"{name}_scale", "bfloat16", (shape[0], 1))
         elif stacked is not None and stacked.transposed:
             yield Entry(stacked.name, self.floats(parts[0]), stacked.shape)
         else:
             yield Entry(name, self.floats(parts[0]), shape)
 
     def quantized(self, s: Source) -> bool:
-        """Whether INT8 is for this tensor: matrices of `Linear` modules, but for the router and the head."""
-        return self.dtype == "int8" and len(s.shape) == 2 and s.unit != "top" and s.piece[1] != "ffn.router"
+        """Whether INT8 is for this tensor."""
+        return s.piece[:2] in self.int8
 
     def floats(self, s: Source) -> str:
         """The type of a tensor that is not quantised; what is to keep its digits stays float32."""
@@ -124,28 +133,43 @@ class Unit:
         for parts in self.tensors:
             name, stacked = parts[0].name, parts[0].stacked
             if self.quantized(parts[0]):
-                q, scale = quantize_channels(reader.tensor(parts, "float32"))
-                yield name, q
-                yield f"{name}_scale", scale
+                w = reader.tensor(parts, "float32").T
+                scale = channel_scale(w)
+                yield name, quantize(w, scale[None]).T
+                yield f"{name}_scale", scale[:, None].astype(ml_dtypes.bfloat16)
             elif stacked is not None and stacked.transposed:
                 yield from ((stacked.name, slab) for slab in reader.slabs(parts, self.floats(parts[0])))
             else:
                 yield name, reader.tensor(parts, self.floats(parts[0]))
 
 
+def linear(s: Source) -> bool:
+    """Whether it is a matrix of a `Linear` module, other than the router and the head."""
+    return len(s.shape) == 2 and s.unit != "top" and s.piece[1] != "ffn.router"
+
+
 def units(
-    c: ModelConfig, mtp: bool, dtype: str, wide: frozenset[tuple[str, str]] = frozenset()
+    c: ModelConfig,
+    mtp: bool,
+    dtype: str,
+    wide: frozenset[tuple[str, str]] = frozenset(),
+    int8: frozenset[tuple[str, str]] | None = None,
 ) -> list[Unit]:
-    """A model cut into what is written at a time: its layers, and what is in none; `wide` stays float32.
+    """A model cut into what is written at a time: its layers, and what is in none; see `Unit`.
+
+    Without a choice of fields `int8` as the type means all `linear` ones.
 
     Llama 4's experts are stacked, as transformers wants them, unless they are INT8, as it wants those.
     """
     tensors: dict[str, dict[str, list[Source]]] = {}
+    rounded: set[tuple[str, str]] = set()
     for s in sources(c, mtp):
+        rounded |= {s.piece[:2]} if dtype == "int8" and linear(s) else set()
         together = s.stacked is not None and s.stacked.transposed and dtype != "int8"
         name = s.stacked.name if together and s.stacked else s.name
         tensors.setdefault(s.unit, {}).setdefault(name, []).append(s)
-    return [Unit(name, list(found.values()), dtype, wide) for name, found in tensors.items()]
+    fields = frozenset(rounded) if int8 is None else int8
+    return [Unit(name, list(found.values()), dtype, wide, fields) for name, found in tensors.items()]
 
 
 def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
@@ -209,7 +233,7 @@ def write_weights(directory: str | Path, c: ModelConfig, weights: Weights, dtype
     """Writes `model.safetensors` of weights at hand, matrices in `dtype`. Returns the file's path."""
     checkpoint = InMemory(c, weights)
     reader, parts = PieceReader(checkpoint), units(c, checkpoint.mtp, np.dtype(dtype).name)
-    whole = Unit("model", [tensor for unit in parts for tensor in unit.tensors], np.dtype(dtype).name)
+    whole = replace(parts[0], name="model", tensors=[tensor for unit in parts for tensor in unit.tensors])
     path = Path(directory) / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, whole.entries, whole.arrays(reader))

@@ -1,0 +1,179 @@
+"""One layer to INT8: its matrices made fit for rounding, and rounded, by what calibration gives them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from cmx_jax.model.config import LayerKind, ModelConfig
+from cmx_jax.model.quantize.fold import Pieces, links, rotate, scale_readers, scale_writer
+from cmx_jax.model.quantize.observe import Seen, layer_of, observe, outputs, rows_of
+from cmx_jax.quant.clip import search_clip
+from cmx_jax.quant.compensate import compensate
+from cmx_jax.quant.measure import gram, relative
+from cmx_jax.quant.search import search_scales
+from cmx_jax.quant.weights import channel_scale, quantize, rows_through_int8
+
+PARTS = ("precision", "scales", "rotation", "clipping", "compensation")
+"""The parts of section 4.5 that are done before serving; the INT8 matmul itself is `cmx_jax.quant.matmul`."""
+EXPERTS, DOWN = "ffn.experts.gate_up", "ffn.experts.down"
+FEWEST_ROWS = 64  # that say more of an expert than its weights alone
+SAMPLED_EXPERTS = 8  # that choose the scales which all share
+
+Experts = Callable[[int], Pieces]
+"""Number of an expert -> its pieces."""
+
+
+class Rounded(NamedTuple):
+    """A piece in INT8: numbers, scales with axes of length 1 along inputs, and the relative error of its
+    products in W8A8 by rounding alone and as it is."""
+
+    q: np.ndarray
+    scale: np.ndarray
+    plain: float
+    error: float
+
+
+@dataclass
+class Calibrated:
+    """A layer whose pieces are ready to be rounded.
+
+    Attributes:
+      c, kind, number, stack: which layer.
+      pieces: all but the experts', transformed.
+      seen: what they are given, transformed as well.
+      before: by matrix, the error of rounding alone, of the layer as it was.
+      shared_scale: what the experts' inputs were divided by.
+      parts: of `PARTS`.
+      int8: paths of what becomes INT8.
+    """
+
+    c: ModelConfig
+    kind: LayerKind
+    number: int
+    stack: str
+    pieces: Pieces
+    seen: Seen
+    parts: frozenset[str]
+    int8: frozenset[str]
+    before: dict[str, float] = field(default_factory=dict)
+    shared_scale: Any = None
+
+    def expert(self, e: int, raw: Pieces) -> tuple[Pieces, dict[str, np.ndarray], Any]:
+        """An expert's pieces, transformed, what they are given, and its answers `(rows, weighted [N, D])`."""
+        pieces = dict(raw)
+        if self.shared_scale is not None:
+            scale_readers(pieces, (EXPERTS,), self.shared_scale)
+        rows, weights = rows_of(self.seen, e)
+        x = self.seen.tokens[rows]
+        h = hidden_of(x, pieces[EXPERTS])
+        if "scales" in self.parts and DOWN in self.int8 and len(rows) >= FEWEST_ROWS:
+            s = search_scales(h, [pieces[DOWN]]).s
+            scale_readers(pieces, (DOWN,), s)
+            pieces[DOWN], h = raw[DOWN] * s[:, None], h / s
+            scale_writer(pieces, EXPERTS, s)
+        return pieces, {EXPERTS: x, DOWN: h}, (rows, weights[:, None] * (h @ pieces[DOWN]))
+
+    def hidden(
+        self, x: Float[np.ndarray, "B T D"], routed: Float[np.ndarray, "N D"] | None
+    ) -> Float[np.ndarray, "B T D"]:
+        """The hidden states behind the layer."""
+        w = layer_of(self.c, self.stack, self.pieces)
+        return outputs(self.c, self.kind, self.number, w, x, routed)
+
+
+def hidden_of(x: np.ndarray, gate_up: np.ndarray) -> np.ndarray:
+    """`silu(gate) * up` of rows."""
+    gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
+    return gate / (1 + np.exp(-np.clip(gate, -80, 80))) * up
+
+
+def calibrated(
+    c: ModelConfig,
+    stack: str,
+    number: int,
+    pieces: Pieces,
+    x: Float[np.ndarray, "B T D"],
+    experts: Experts,
+    parts: frozenset[str],
+    int8: frozenset[str],
+) -> Calibrated:
+    """A layer observed on hidden states `x`, and transformed without a change of what it computes.
+
+    Raises:
+      ValueError: a number that is not finite.
+    """
+    kind = LayerKind(moe=True) if stack == "mtp" else c.layers[number]
+
+    def look() -> Seen:
+        return observe(c, kind, number, layer_of(c, stack, pieces), x)
+
+    seen = look()
+    before = {path: round_piece(path, pieces[path], seen.inputs[path]).error for path in seen.inputs}
+    if "rotation" in parts:
+        rotate(c, pieces, int8)
+        seen = look()
+    layer = Calibrated(c, kind, number, stack, pieces, seen, parts, int8, before)
+    if "scales" in parts:
+        for link in links(c, pieces):
+            if int8 & {*link.readers, *((EXPERTS,) if link.floats else ())}:
+                _scale(layer, link, experts)
+    return layer
+
+
+def _scale(layer: Calibrated, link: Any, experts: Experts) -> None:
+    """Searches the scales of a link, and moves them."""
+    seen, pieces = layer.seen, layer.pieces
+    readers = [path for path in link.readers if path in seen.inputs]
+    x = seen.inputs[readers[0]] if readers else seen.tokens
+    maps = [_matrix(path, pieces[path]) for path in readers if path in layer.int8]
+    routed = "ffn.router" in link.floats  # the router reads what the experts do
+    if routed:
+        counts = np.bincount(seen.chosen[seen.chosen >= 0].reshape(-1), minlength=layer.c.n_routed_experts)
+        busiest = np.argsort(-counts, kind="stable")[:SAMPLED_EXPERTS]
+        maps += [_matrix(EXPERTS, experts(int(e))[EXPERTS]) for e in busiest]
+    s = search_scales(x, maps).s
+    scale_readers(pieces, (*readers, *link.floats), s)
+    scale_writer(pieces, link.writer, s)
+    for path in readers:
+        seen.inputs[path] = seen.inputs[path] / s
+    if routed:
+        seen.tokens, layer.shared_scale = seen.tokens / s, s
+
+
+def _matrix(path: str, piece: np.ndarray) -> np.ndarray:
+    """A piece as `[I, O]`; its inputs are its first axes."""
+    inputs = piece.shape[:2] if path == "attn.o" else piece.shape[:1]
+    return piece.reshape(int(np.prod(inputs)), -1)
+
+
+def round_piece(
+    path: str, piece: np.ndarray, x: Float[np.ndarray, "T I"], parts: frozenset[str] = frozenset()
+) -> Rounded:
+    """A matrix in INT8, by the parts that are wanted.
+
+    Raises:
+      ValueError: a number that is not finite.
+    """
+    w = _matrix(path, piece)
+    scale = channel_scale(w)
+    q = quantize(w, scale[None])
+    plain = error = _error(x, w, q, scale)
+    if len(x) >= FEWEST_ROWS and parts & {"clipping", "compensation"}:
+        best = search_clip(x, w).scale if "clipping" in parts else scale
+        found = quantize(w, best[None])
+        if "compensation" in parts:
+            found = compensate(gram(x[::2]), w, best, judge=gram(x[1::2]))
+        error = _error(x, w, found, best)
+        q, scale, error = (found, best, error) if error < plain else (q, scale, plain)
+    inputs = 2 if path == "attn.o" else 1
+    return Rounded(q.reshape(piece.shape), scale.reshape((1,) * inputs + piece.shape[inputs:]), plain, error)
+
+
+def _error(x: np.ndarray, w: np.ndarray, q: np.ndarray, scale: np.ndarray) -> float:
+    """Relative error of the products in W8A8."""
+    exact = x @ w
+    off = rows_through_int8(x) @ (q * scale[None]).astype(np.float32) - exact
+    return relative(float(np.square(off, dtype=np.float64).sum()), float(np.square(exact).sum()))
