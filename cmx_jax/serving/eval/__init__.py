@@ -1,0 +1,1 @@
+"""What a model can do: sixteen skills as questions with known answers."""

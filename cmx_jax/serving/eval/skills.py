@@ -1,0 +1,212 @@
+"""Sixteen skills, generated from a seed, that a small model can learn: questions with known answers.
+
+A question is asked zero-shot: an end-of-text token, the prompt, and then one of its choices. Prompts end in
+`->` and choices begin with a space, so both are tokenised apart. Choices end in a newline: a model has to
+know where an answer stops. Only `prose` has no such end, being a piece of text.
+
+Nothing is read but `prose.txt`, which was written for this purpose and lies in no corpus; so questions depend
+on the seed alone, not on the version of Python (on NumPy's only if it ever changes how `Generator` draws).
+"""
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
+
+import numpy as np
+
+Rng = np.random.Generator
+
+EVAL_SEED = 0
+EVAL_ITEMS = 1000  # of each skill; with `EVAL_SEED` these are what no training may see
+LETTERS = tuple(ascii_lowercase)
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+KINDS = (
+    LETTERS,
+    tuple(ascii_uppercase),
+    tuple("0123456789"),
+    ("list", "name", "file", "string", "class", "value", "object", "type", "code", "error", "line", "test"),
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. With one choice, greedy decoding must write exactly that; of several, the one with the
+    highest mean log-likelihood per token is taken."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int = 0
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A kind of question."""
+
+    name: str
+    about: str
+    chance: float  # share that one gets right who says the likeliest answer, or one of the words shown
+    make: Callable[[Rng], Item]
+
+    def items(self, seed: int = EVAL_SEED, count: int = EVAL_ITEMS) -> list[Item]:
+        """`count` questions with prompts of their own; fewer are the beginning of more."""
+        found: dict[str, Item] = {}
+        for index in range(count):
+            rng = np.random.default_rng((seed, zlib.crc32(self.name.encode()), index))
+            item = self.make(rng)
+            while item.prompt in found:
+                item = self.make(rng)
+            found[item.prompt] = item
+        return list(found.values())
+
+
+def _ask(words: Iterable[object], *choices: object, answer: int = 0) -> Item:
+    """The question in `words`, separated by spaces."""
+    return Item(f"{' '.join(map(str, words))} ->", tuple(f" {c}\n" for c in choices), answer)
+
+
+def _some(rng: Rng, low: int, high: int, pool: Iterable[str] = LETTERS, again: bool = False) -> list[str]:
+    """From `low` to `high` of the pool, in any order; with `again` some may come more than once."""
+    count = rng.integers(low, high + 1)
+    return [str(x) for x in rng.choice(list(pool), count, replace=again)]
+
+
+def _copy(rng: Rng) -> Item:
+    letters = _some(rng, 2, 9)
+    return _ask(["copy", *letters], " ".join(letters))
+
+
+def _reverse(rng: Rng) -> Item:
+    letters = _some(rng, 2, 7)
+    return _ask(["reverse", *letters], " ".join(letters[::-1]))
+
+
+def _sort(rng: Rng) -> Item:
+    letters = _some(rng, 2, 7)
+    return _ask(["sort", *letters], " ".join(sorted(letters)))
+
+
+def _after(rng: Rng) -> Item:
+    letters = _some(rng, 2, 6)
+    following = [LETTERS[(LETTERS.index(x) + 1) % len(LETTERS)] for x in letters]
+    return _ask(["after", *letters], " ".join(following))
+
+
+def _replace(rng: Rng) -> Item:
+    old, new, *others = _some(rng, 3, 5)
+    letters = _some(rng, 2, 7, [old, *others], again=True)
+    edited = [new if x == old else x for x in letters]
+    return _ask(["replace", old, "by", new, "in", *letters], " ".join(edited))
+
+
+def _unique(rng: Rng) -> Item:
+    letters = _some(rng, 3, 7, _some(rng, 2, 5), again=True)
+    return _ask(["unique", *letters], " ".join(dict.fromkeys(letters)))
+
+
+def _pattern(rng: Rng) -> Item:
+    period = _some(rng, 2, 5)
+    shown = 2 * len(period) + int(rng.integers(len(period)))
+    letters = period * 4
+    return _ask(["pattern", *letters[:shown]], " ".join(letters[shown : shown + 3]))
+
+
+def _recall(rng: Rng) -> Item:
+    keys = _some(rng, 2, 8)
+    values = rng.permutation(10)[: len(keys)]
+    asked = rng.integers(len(keys))
+    pairs = [word for key, value in zip(keys, values, strict=True) for word in (key, value)]
+    return _ask(["recall", *pairs, ",", keys[asked]], values[asked])
+
+
+def _item(rng: Rng) -> Item:
+    letters = _some(rng, 2, 8)
+    index = rng.integers(len(letters))
+    return _ask(["item", index, "of", *letters], letters[index])
+
+
+def _count(rng: Rng) -> Item:
+    pool = _some(rng, 3, 3)
+    letters = _some(rng, 3, 8, pool, again=True)
+    return _ask(["count", pool[0], "in", *letters], letters.count(pool[0]))
+
+
+def _sum(rng: Rng) -> Item:
+    terms = rng.integers(0, 5, rng.integers(4, 7))
+    return _ask(["sum", *terms], terms.sum())
+
+
+def _close(rng: Rng) -> Item:
+    """Brackets are opened, some closed again, with letters between them."""
+    words: list[str] = []
+    still: list[str] = []
+    while not still:
+        words, still = [], []
+        for _ in range(rng.integers(2, 7)):
+            if still and rng.random() < 0.3:
+                words.append(still.pop())
+            else:
+                words.append(str(rng.choice(list(CLOSING))))
+                still.append(CLOSING[words[-1]])
+            words.extend(_some(rng, 0, 1))
+    return _ask(["close", *words], " ".join(still[::-1]))
+
+
+def _compare(rng: Rng) -> Item:
+    numbers = rng.choice(np.arange(10, 100), rng.integers(2, 7), replace=False)
+    name, best = (("largest", numbers.argmax()), ("smallest", numbers.argmin()))[rng.integers(2)]
+    return _ask([name, *numbers], *numbers, answer=int(best))
+
+
+def _odd(rng: Rng) -> Item:
+    usual, other = rng.permutation(len(KINDS))[:2]
+    words = _some(rng, 2, 6, KINDS[usual])
+    place = int(rng.integers(len(words) + 1))
+    words[place:place] = _some(rng, 1, 1, KINDS[other])
+    return _ask(["odd", *words], *words, answer=place)
+
+
+def _member(rng: Rng) -> Item:
+    asked, *letters = _some(rng, 3, 9)
+    absent = int(rng.integers(2))
+    if not absent:
+        letters[rng.integers(len(letters))] = asked
+    return _ask(["member", asked, "in", *letters], "yes", "no", answer=absent)
+
+
+@cache
+def prose() -> tuple[str, ...]:
+    """The words of `prose.txt`."""
+    return tuple(Path(__file__).with_name("prose.txt").read_text(encoding="ascii").split())
+
+
+def _prose(rng: Rng) -> Item:
+    """The next four words, among four words from three other places."""
+    words, length = prose(), int(rng.integers(8, 21))
+    places = rng.choice(len(words) // 4 - 6, 4, replace=False) * 4 + 20 + rng.integers(4)
+    answer = int(rng.integers(4))
+    begin = places[answer]
+    choices = tuple(" " + " ".join(words[p : p + 4]) for p in places)
+    return Item(" ".join(words[begin - length : begin]), choices, answer)
+
+
+SKILLS = (
+    Skill("copy", "the letters again", 0.0, _copy),
+    Skill("reverse", "the letters from the last to the first", 0.0, _reverse),
+    Skill("sort", "the letters in the order of the alphabet", 0.0, _sort),
+    Skill("after", "each letter's next one in the alphabet, a behind z", 0.0, _after),
+    Skill("replace", "the letters with one of them replaced by another", 0.0, _replace),
+    Skill("unique", "the letters without those that were there before", 0.0, _unique),
+    Skill("pattern", "the next three letters of what repeats", 0.0, _pattern),
+    Skill("recall", "the digit that stands behind a letter", 0.0, _recall),
+    Skill("item", "the letter with this index, the first being 0", 0.0, _item),
+    Skill("count", "how often a letter is there", 0.0, _count),
+    Skill("sum", "the sum of digits", 0.0, _sum),
+    Skill("close", "what closes the brackets that are open", 0.0, _close),
+    Skill("compare", "the largest number, or the smallest", 0.0, _compare),
+    Skill("odd", "what is of another kind: letters, capitals, digits, words", 0.0, _odd),
+    Skill("member", "whether a letter is there", 0.5, _member),
+    Skill("prose", "how a text goes on", 0.25, _prose),
+)
