@@ -47,7 +47,7 @@ class Skill:
 
     name: str
     about: str
-    chance: float  # share that one gets right who says the likeliest answer, or one of the words shown
+    chance: float  # share got right by the likeliest answer, or a random one of those that are shown
     make: Callable[[Rng], Item]
 
     def items(self, seed: int = EVAL_SEED, count: int = EVAL_ITEMS) -> list[Item]:
@@ -198,15 +198,15 @@ SKILLS = (
     Skill("sort", "the letters in the order of the alphabet", 0.0, _sort),
     Skill("after", "each letter's next one in the alphabet, a behind z", 0.0, _after),
     Skill("replace", "the letters with one of them replaced by another", 0.0, _replace),
-    Skill("unique", "the letters without those that were there before", 0.0, _unique),
+    Skill("unique", "the letters without those that were there before", 0.02, _unique),
     Skill("pattern", "the next three letters of what repeats", 0.0, _pattern),
-    Skill("recall", "the digit that stands behind a letter", 0.0, _recall),
-    Skill("item", "the letter with this index, the first being 0", 0.0, _item),
-    Skill("count", "how often a letter is there", 0.0, _count),
-    Skill("sum", "the sum of digits", 0.0, _sum),
-    Skill("close", "what closes the brackets that are open", 0.0, _close),
-    Skill("compare", "the largest number, or the smallest", 0.0, _compare),
-    Skill("odd", "what is of another kind: letters, capitals, digits, words", 0.0, _odd),
+    Skill("recall", "the digit that stands behind a letter", 0.25, _recall),
+    Skill("item", "the letter with this index, the first being 0", 0.25, _item),
+    Skill("count", "how often a letter is there", 0.3, _count),
+    Skill("sum", "the sum of digits", 0.11, _sum),
+    Skill("close", "what closes the brackets that are open", 0.06, _close),
+    Skill("compare", "the largest number, or the smallest", 0.29, _compare),
+    Skill("odd", "what is of another kind: letters, capitals, digits, words", 0.22, _odd),
     Skill("member", "whether a letter is there", 0.5, _member),
     Skill("prose", "how a text goes on", 0.25, _prose),
 )
