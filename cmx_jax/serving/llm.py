@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from numpy.typing import ArrayLike
 
 from cmx_jax.errors import CmxError
@@ -19,6 +20,8 @@ from cmx_jax.serving.model import Model
 from cmx_jax.serving.packing import bucket
 from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.request import Request, SamplingParams
+
+SCORE_LENGTH = 64  # scored sequences are padded to so many tokens, doubled as often as needed
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class LLM:
       model: config, weights and tokenizer as read.
       instance: the ranks it runs on; `instance.traffic` counts what the exchanges and drafts did.
       engine: the serving loop over it.
+      max_model_len: tokens of the longest sequence that there is room for.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self.model = model
+        self.max_model_len = max_model_len
         self.instance = model.instance(
             runner, layout, make_runner(runner, layout.axes), capacity, num_speculative_tokens
         )
@@ -84,10 +89,26 @@ class LLM:
         Raises:
           CmxError: not [B, T] integers of the vocabulary, or longer than the context.
         """
-        c, ranks = self.model.config, self.instance.layout.data_ranks
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
             raise CmxError(f"tokens are {tokens.dtype} {list(tokens.shape)}, expected integers [B, T]")
+        batch, length = tokens.shape
+        return np.asarray(self.device_logits(tokens, np.full(batch, length, np.int32)))[:batch, :length]
+
+    def device_logits(
+        self, tokens: Integer[np.ndarray, "B T"], lengths: Integer[np.ndarray, " B"]
+    ) -> Float[jax.Array, "rows span O"]:
+        """As `logits`, but left on the devices, for sequences of unequal length.
+
+        Nothing is computed of the experts behind a sequence's length; logits there mean nothing.
+
+        Returns:
+          More rows and positions than were given: few shapes, few programs.
+
+        Raises:
+          CmxError: tokens that the vocabulary lacks, or more of them than the context holds.
+        """
+        c, ranks = self.model.config, self.instance.layout.data_ranks
         if tokens.min() < 0 or tokens.max() >= c.vocab_size:
             raise CmxError(
                 f"tokens reach from {tokens.min()} to {tokens.max()}, expected [0, {c.vocab_size})"
@@ -95,13 +116,13 @@ class LLM:
         batch, length = tokens.shape
         if length > c.max_position_embeddings:
             raise CmxError(f"{length} tokens exceed the context of {c.max_position_embeddings}")
-        padded = np.zeros((bucket(batch, ranks), bucket(length, 64)), np.int32)
+        padded = np.zeros((bucket(batch, ranks), bucket(length, SCORE_LENGTH)), np.int32)
         padded[:batch, :length] = tokens
-        lengths = np.zeros(padded.shape[0], np.int32)
-        lengths[:batch] = length
+        counts = np.zeros(padded.shape[0], np.int32)
+        counts[:batch] = lengths
         data = self.instance.layout.data_spec
-        placed = self.instance.runner.put((padded, lengths), (data, data))
-        return np.asarray(self.instance.steps.score(self.instance.weights, *placed))[:batch, :length]
+        placed = self.instance.runner.put((padded, counts), (data, data))
+        return self.instance.steps.score(self.instance.weights, *placed)
 
     def generate(
         self,

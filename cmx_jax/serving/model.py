@@ -91,8 +91,12 @@ class Model:
         """The config names MTP layers, but none is stored."""
         return self.config.num_nextn_predict_layers > 0 and not self.checkpoint.mtp
 
-    def encode(self, prompt: object) -> list[int]:
+    def encode(self, prompt: object, special: bool = True) -> list[int]:
         """Token ids of a prompt; ids pass through.
+
+        Args:
+          prompt: text or ids.
+          special: whether text gets the tokens that the tokenizer puts around a sequence, if any.
 
         Raises:
           CmxError: text, and the model has no tokenizer; or neither text nor ids.
@@ -104,7 +108,7 @@ class Model:
                 prompt.encode()
             except UnicodeEncodeError as error:
                 raise CmxError(f"the prompt is not Unicode text ({error.reason}), expected UTF-8") from None
-            return list(self.tokenizer.encode(prompt).ids)
+            return list(self.tokenizer.encode(prompt, add_special_tokens=special).ids)
         ids = list(prompt) if isinstance(prompt, Iterable) else None
         if ids is None or not all(isinstance(token, int | np.integer) for token in ids):
             raise CmxError(f"a prompt is {prompt!r}, expected text or a list of token ids")
