@@ -1,0 +1,118 @@
+"""Held-out text: what the tiny model was measured on, and two models' losses against NumPy."""
+
+import json
+
+import numpy as np
+import pytest
+
+import cmx_jax
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.eval import score
+from cmx_jax.serving.eval.corpus import documents, fingerprint, split
+from cmx_jax.serving.eval.text import Text, _sums, evaluate_text, read_text, windows
+from cmx_jax.serving.llm import LLM
+from cmx_jax.serving.model import locate
+
+WORDS = "The json module returns a list of strings. Raise a ValueError if the argument is not a dict.\n" * 9
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return cmx_jax.from_pretrained("tiny", ranks=2, max_num_seqs=1, max_model_len=1)
+
+
+@pytest.fixture(scope="module")
+def narrow() -> LLM:
+    """The same model with its messages in INT8: a little off, and not quite the same in other batches."""
+    return cmx_jax.from_pretrained("tiny", ranks=2, max_num_seqs=1, max_model_len=1, wire="int8")
+
+
+def test_windows_are_documents_behind_end_tokens(llm) -> None:
+    model, texts = llm.model, ["A class is", "Return a list"]
+    ids = [0, *model.encode(texts[0]), 0, *model.encode(texts[1])]
+    found = windows(model, Text("two", texts), 4)
+    assert found.reshape(-1).tolist() == ids[: found.size]
+    assert found.shape == (len(ids) // 4, 4)
+
+
+@pytest.mark.parametrize("rows", [128, 2])
+def test_losses_and_divergence_equal_numpy_in_any_batches(llm, narrow, rows, monkeypatch) -> None:
+    monkeypatch.setattr(score, "LOGITS", 2048 * 64 * rows)
+    text = Text("words", [WORDS])
+    cut = windows(llm.model, text, 48)
+    assert 3 < len(cut) < 8
+    logprobs = []
+    for of in (llm, narrow):
+        logits = of.logits(cut)[:, :-1].astype(np.float64)
+        logprobs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    p, q = logprobs
+    loss, other = (-np.take_along_axis(of, cut[:, 1:, None], -1)[..., 0].mean() for of in (p, q))
+    found = evaluate_text(llm, narrow, text, 48)
+    against = found["against"]
+    assert found["tokens_predicted"] == len(cut) * 47
+    assert found["model"]["loss"].value == pytest.approx(loss, abs=1e-5)
+    assert found["model"]["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
+    assert against["loss_rise"].value == pytest.approx(other - loss, abs=2e-4)
+    assert against["kl_divergence"].value == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=0.05)
+    assert against["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=0.02)
+    assert against["kl_divergence"].low < against["kl_divergence"].value < against["kl_divergence"].high
+
+
+def test_a_model_does_not_differ_from_itself(llm) -> None:
+    against = evaluate_text(llm, llm, Text("words", [WORDS]), 48)["against"]
+    assert against["kl_divergence"].value == against["loss_rise"].high == 0.0
+    assert against["top1_agreement"] == 1.0
+    assert not against["loss_rises"]
+
+
+def test_the_shipped_model_is_as_good_as_its_training_report_says(llm) -> None:
+    """On the text that was held out; `scripts/train_tiny.py` leaves out what does not fill four windows."""
+    report = json.loads((locate("tiny") / "training.json").read_text())
+    texts = documents()
+    if fingerprint(texts) != report["corpus_sha256"]:
+        pytest.skip("another Python has other documentation")
+    cut = windows(llm.model, Text("held out", split(texts)[1]), 256)[: report["held_out_tokens"] // 255]
+    loss = sum(_sums(llm, None, cut[i : i + 32])[0].sum() for i in range(0, len(cut), 32))
+    assert loss / report["held_out_tokens"] == pytest.approx(report["held_out_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty, expected text"),
+        (b" \n\t", "empty, expected text"),
+        (b"caf\xe9 au lait", "not UTF-8 text .* at byte 3"),
+        (None, r"cannot be read \(No such file"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path, content, message) -> None:
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CmxError, match=message):
+        read_text(path)
+
+
+def test_a_folder_is_no_text(tmp_path) -> None:
+    with pytest.raises(CmxError, match=r"cannot be read \(Is a directory\)"):
+        read_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        (None, "words: 4 tokens, expected at least a window of 256"),
+        (5, "expected at least a window of 5"),
+        (1, "window is 1, expected 2 to the model's context of 512"),
+        (513, "window is 513"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(llm, window, message) -> None:
+    with pytest.raises(CmxError, match=message):
+        evaluate_text(llm, None, Text("words", ["A class is"]), window)
+
+
+def test_the_held_out_documentation_is_found() -> None:
+    found = read_text(None)
+    assert found.name.startswith("held-out documentation of Python 3.")
+    assert len(found.documents) > 100
