@@ -101,6 +101,22 @@ def _generate(args: argparse.Namespace) -> None:
     _print(result, args.json, lambda r: "\n\n".join(row["prompt"] + row["text"] for row in r["requests"]))
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from cmx_jax.serving.eval import evaluate, report
+    from cmx_jax.serving.llm import from_pretrained
+
+    show, chosen = _progress(), {name: getattr(args, name) for name in ("suite", "items", "seed")}
+    chosen |= {"text": args.text, "window": args.window}
+    evaluate.check(**chosen)
+    options = {name: getattr(args, name) for name in ("runner", "ranks", "dtype", "wire", "exchange")}
+    if not args.suite.startswith(evaluate.HARNESS):  # nothing is generated: no cache is needed
+        options |= {"max_num_seqs": 1, "max_model_len": 1}
+    show("loading")
+    models = [from_pretrained(name, **options) for name in (args.model, args.against) if name is not None]
+    result = evaluate.evaluate(*models, **chosen, progress=show)
+    _print(result, args.json, report.render)
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from cmx_jax.model.checkpoint import inspect
     from cmx_jax.serving.model import located
@@ -162,9 +178,21 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--runner", default="lanes", help="lanes (default) or devices")
-    generate.add_argument("--ranks", type=int, default=8, help="expert-parallel ranks (default 8)")
-    generate.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+
+    evaluation = verbs.add_parser("eval", help="how well a model does, and what another one changes")
+    evaluation.set_defaults(run=_eval)
+    evaluation.add_argument("model", metavar="MODEL", help="a Hugging Face or Orbax directory, or tiny")
+    evaluation.add_argument("--against", metavar="OTHER", help="compared with MODEL on the same items")
+    suites = "skills, text, all (default: both), or lm-eval:TASK[,TASK] of lm-evaluation-harness"
+    evaluation.add_argument("--suite", default="all", help=suites)
+    evaluation.add_argument("--items", type=int, default=200, help="of each skill or task (default 200)")
+    evaluation.add_argument("--seed", type=int, default=0, help="of the skills' items (default 0)")
+    evaluation.add_argument("--text", metavar="FILE", help="UTF-8 (default: documentation held out of tiny)")
+    evaluation.add_argument("--window", type=int, help="tokens of a window of text (default 256)")
+    for verb in (generate, evaluation):
+        verb.add_argument("--runner", default="lanes", help="lanes (default) or devices")
+        verb.add_argument("--ranks", type=int, default=8, help="expert-parallel ranks (default 8)")
+        verb.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
 
     inspect = verbs.add_parser("inspect", help="what a checkpoint holds, and what is wrong with it")
     inspect.set_defaults(run=_inspect)
@@ -180,12 +208,14 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (inspect, convert):
         verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
-    for verb, exchange in ((demo, "hierarchical"), (generate, "flat")):
+    for verb, exchange in ((demo, "hierarchical"), (generate, "flat"), (evaluation, "flat")):
         verb.add_argument(
             "--wire", help="dispatched tokens: float32, bfloat16 or int8 (default: the model's)"
         )
         methods = "flat, hierarchical, allgather, or ragged (accelerators only)"
         verb.add_argument("--exchange", default=exchange, help=f"{methods} (default {exchange})")
+        verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    for verb in (demo, generate):
         for flag, default, meaning in (
             ("--num-speculative-tokens", 0, "MTP drafts verified in each decode step"),
             ("--microbatches", 1, "streams of a step"),
@@ -195,7 +225,6 @@ def _parser() -> argparse.ArgumentParser:
         ):
             default = 1 if verb is demo and flag == "--num-speculative-tokens" else default
             verb.add_argument(flag, type=int, default=default, help=f"{meaning} (default {default})")
-        verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
 
