@@ -147,7 +147,7 @@ def without_tokenizer(path: Path) -> str:
             "suite 'mmlu' is unknown, expected one of ['skills', 'text', 'all'] or",
         ),
         (["tiny", "--suite", "lm-eval:"], "suite 'lm-eval:' is unknown"),
-        (["tiny", "--items", "0"], "items is 0, expected 1 to 100000"),
+        (["tiny", "--items", "0"], "items is 0, expected 1 to 10000"),
         (["tiny", "--seed", "-1"], "seed is -1, expected zero or more"),
         (["tiny", "--suite", "skills", "--text", "x"], "suite 'skills' reads no text, but a text is given"),
         (
