@@ -14,6 +14,15 @@ from typing import Any, NoReturn
 from cmx_jax import __version__
 from cmx_jax.errors import CmxError
 
+OPTIONS = (
+    "runner",
+    "ranks",
+    "dtype",
+    "quant",
+    "wire",
+    "exchange",
+)  # of from_pretrained, to every verb that calls it
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
@@ -69,6 +78,7 @@ def _generate(args: argparse.Namespace) -> None:
         runner=args.runner,
         ranks=args.ranks,
         dtype=args.dtype,
+        quant=args.quant,
         **_parallelism(args),
     )
     show("generating (the first time compiles)")
@@ -108,11 +118,14 @@ def _eval(args: argparse.Namespace) -> None:
     show, chosen = _progress(), {name: getattr(args, name) for name in ("suite", "items", "seed")}
     chosen |= {"text": args.text, "window": args.window}
     evaluate.check(**chosen)
-    options = {name: getattr(args, name) for name in ("runner", "ranks", "dtype", "wire", "exchange")}
+    options = {name: getattr(args, name) for name in OPTIONS}
     if not args.suite.startswith(evaluate.HARNESS):  # nothing is generated: no cache is needed
         options |= {"max_num_seqs": 1, "max_model_len": 1}
     show("loading")
-    models = [from_pretrained(name, **options) for name in (args.model, args.against) if name is not None]
+    models = [from_pretrained(args.model, **options)]
+    if args.against is not None or args.against_quant is not None:
+        quant = args.against_quant or args.quant
+        models.append(from_pretrained(args.against or args.model, **{**options, "quant": quant}))
     result = evaluate.evaluate(*models, **chosen, progress=show)
     _print(result, args.json, report.render)
 
@@ -141,6 +154,38 @@ def _convert(args: argparse.Namespace) -> None:
         progress=_progress(),
     )
     _print(result, args.json, _render_conversion)
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from cmx_jax.model.quantize.command import PARTS, quantize
+    from cmx_jax.serving.model import Model, locate
+
+    names = {"full": ",".join(PARTS), "plain": ""}.get(args.scheme, args.scheme)
+    parts, show, tokens = frozenset(filter(None, names.split(","))), _progress(), None
+    if parts:
+        from cmx_jax.serving.calibration import calibration
+
+        show("reading the calibration text")
+        tokens = calibration(Model.read(args.source), args.calibration, args.calibration_tokens)
+    source = locate(args.source)
+    result = quantize(source, args.destination, tokens=tokens, parts=parts, budget=args.budget, progress=show)
+    _print(result, args.json, _render_quantization)
+
+
+def _render_quantization(r: dict[str, Any]) -> str:
+    rows = [
+        f"{unit:<12} {matrix:<22} {errors['plain']:9.3%} {errors['written']:9.3%}"
+        for unit, found in r["layers"].items()
+        for matrix, errors in found.items()
+    ]
+    head = [f"{'':<12} {'error of products':<22} {'rounding':>9} {'written':>9}"] if rows else []
+    parts = ", ".join(r["parts"]) or "rounding alone"
+    before = f" ({r['units_resumed']} were there already)" if r["units_resumed"] else ""
+    last = (
+        f"{r['destination']}: INT8 by {parts}, {r['calibration_tokens']:,} calibration tokens; {r['units']} units"
+        f"{before}, {r['bytes']:,} bytes; in floats: {', '.join(r['kept']) or 'nothing else than always'}"
+    )
+    return "\n".join([*head, *rows, last])
 
 
 def _render_conversion(r: dict[str, Any]) -> str:
@@ -183,6 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.set_defaults(run=_eval)
     evaluation.add_argument("model", metavar="MODEL", help="a Hugging Face or Orbax directory, or tiny")
     evaluation.add_argument("--against", metavar="OTHER", help="compared with MODEL on the same items")
+    quants = "how OTHER is computed: auto, int8 or none; alone it compares MODEL with itself"
+    evaluation.add_argument("--against-quant", help=quants)
     suites = "skills, text, all (default: both), or lm-eval:TASK[,TASK] of lm-evaluation-harness"
     evaluation.add_argument("--suite", default="all", help=suites)
     evaluation.add_argument("--items", type=int, default=200, help="of each skill or task (default 200)")
@@ -193,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--runner", default="lanes", help="lanes (default) or devices")
         verb.add_argument("--ranks", type=int, default=8, help="expert-parallel ranks (default 8)")
         verb.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+        verb.add_argument("--quant", default="auto", help="auto (as stored, the default), int8 or none")
 
     inspect = verbs.add_parser("inspect", help="what a checkpoint holds, and what is wrong with it")
     inspect.set_defaults(run=_inspect)
@@ -205,7 +253,23 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--format", default="safetensors", help="safetensors (default) or orbax")
     convert.add_argument("--dtype", help="bfloat16, float32 or int8 (default: as stored)")
     convert.add_argument("--layout", type=_layout, help="whose slots an Orbax directory has, such as ep320")
-    for verb in (inspect, convert):
+    quantize = verbs.add_parser("quantize", help="to INT8 (W8A8), layer by layer, resuming what stopped")
+    quantize.set_defaults(run=_quantize)
+    quantize.add_argument("source", metavar="SRC", help="a checkpoint, or tiny")
+    quantize.add_argument("destination", metavar="DST", help="a new directory, or one that was begun")
+    quantize.add_argument(
+        "--calibration", metavar="FILE", help="UTF-8 text (default: Python's documentation)"
+    )
+    quantize.add_argument("--calibration-tokens", type=int, default=4096, help="how many (default 4096)")
+    quantize.add_argument(
+        "--scheme",
+        default="full",
+        help="full (default), plain, or some of precision,scales,rotation,clipping,compensation",
+    )
+    quantize.add_argument(
+        "--budget", type=float, default=0.08, help="of the bytes, for precision (default 0.08)"
+    )
+    for verb in (inspect, convert, quantize):
         verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
     for verb, exchange in ((demo, "hierarchical"), (generate, "flat"), (evaluation, "flat")):
