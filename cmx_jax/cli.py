@@ -182,8 +182,8 @@ def _render_quantization(r: dict[str, Any]) -> str:
     parts = ", ".join(r["parts"]) or "rounding alone"
     before = f" ({r['units_resumed']} were there already)" if r["units_resumed"] else ""
     last = (
-        f"{r['destination']}: INT8 by {parts}, {r['calibration_tokens']:,} calibration tokens; {r['units']} units"
-        f"{before}, {r['bytes']:,} bytes; in floats: {', '.join(r['kept']) or 'nothing else than always'}"
+        f"{r['destination']}: INT8 by {parts}, {r['calibration_tokens']:,} calibration tokens, {r['units']} "
+        f"units{before}, {r['bytes']:,} bytes; in floats: {', '.join(r['kept']) or 'nothing else than always'}"
     )
     return "\n".join([*head, *rows, last])
 

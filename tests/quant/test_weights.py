@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cmx_jax.quant import quantize_rows
-from cmx_jax.quant.blocks import quantize_channels
 from cmx_jax.quant.measure import checked, gram, relative, squares
 from cmx_jax.quant.weights import channel_scale, quantize, rows_through_int8, storable_scale, through_int8
 
@@ -86,12 +85,6 @@ def test_bfloat16_weights_are_rounded_as_their_float32_values() -> None:
     wide = w.astype(np.float32)
     np.testing.assert_array_equal(channel_scale(w), channel_scale(wide))
     np.testing.assert_array_equal(quantize(w, channel_scale(w)[None]), quantize(wide, channel_scale(w)[None]))
-
-
-def test_rows_of_a_checkpoint_are_rounded_as_columns_are() -> None:
-    w = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    q, scale = quantize_channels(w.T)
-    np.testing.assert_array_equal(quantize(w, scale.T), q.T)
 
 
 def test_errors_by_the_gram_matrix_are_those_of_the_rows() -> None:
