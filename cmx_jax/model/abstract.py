@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Abstract, shaped
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch
-from cmx_jax.model.cache import abstract_cache
+from cmx_jax.model.cache import abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.sampling import Sampling
 from cmx_jax.model.sharding import abstract_weights
@@ -43,6 +43,7 @@ def trace_step(
     length: int = 0,
     drafts: int = 0,
     dtype: str = "bfloat16",
+    kv_cache_dtype: str = "auto",
     mesh: Mesh | None = None,
     in_order: bool = False,
 ) -> Any:
@@ -56,7 +57,8 @@ def trace_step(
       context: tokens of a sequence that the cache has room for.
       length: tokens of a prompt (prefill).
       drafts: MTP drafts that are verified (decode), or whether the MTP layer runs (prefill).
-      dtype: of weights and cache.
+      dtype: of weights, and of the cache unless `kv_cache_dtype` gives it another.
+      kv_cache_dtype: a name in `cmx_jax.model.cache.KV_CACHE_DTYPES`.
       mesh: devices to compile it for, of a topology that nobody needs to have; None is nowhere.
       in_order: keep the cache in memory in the order of its axes. The TPU compiler would choose another order
         for an argument, and copy the whole cache from and to it in every step.
@@ -76,7 +78,8 @@ def trace_step(
         fn, ins, outs = partial(decode_step, **flags), specs.data, specs.decoded  # type: ignore[assignment]
         batch = _batch(make, (rows,), (rows, 1 + drafts), pages, prefill=False)
     weights = abstract_weights(c, layout, dtype, drafts > 0)
-    cache = abstract_cache(c, rows * pages, PAGE_WIDTH, dtype, drafts > 0)
+    kept = cache_dtype(kv_cache_dtype, dtype)
+    cache = abstract_cache(c, rows * pages, PAGE_WIDTH, kept, drafts > 0)
     given = (specs.weights, specs.data, ins)
     placed = [
         shaped(mesh or runner.mesh, tree, spec)
@@ -84,7 +87,7 @@ def trace_step(
     ]
     program = runner.jit(fn, given, (specs.data, outs), (1,))
     if in_order:
-        pinned = Format(MemoryLayout((0, 1, 2, 3)), placed[1].pages.sharding)
+        pinned = Format(MemoryLayout((0, 1, 2, 3)), placed[1].rows.sharding)
         placed[1] = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=pinned), placed[1])
         program = jax.jit(program, donate_argnums=(1,), out_shardings=(pinned, None))
     return program.trace(*placed)

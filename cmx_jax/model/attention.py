@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cmx_jax.mesh.exchange import Axis, gather
 from cmx_jax.model import cache as paged
 from cmx_jax.model import gqa, mla
+from cmx_jax.model.cache import Rows
 from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
 from cmx_jax.model.layers import biased, visible
 from cmx_jax.model.weights import GQA, MLA
@@ -22,11 +23,12 @@ from cmx_jax.quant import einsum
 
 Attend = Callable[
     [Int[Array, ""], LayerKind, Float[Array, "B T D"], MLA | GQA],
-    tuple[Float[Array, "B T D"], Float[Array, "B S C"]],
+    tuple[Float[Array, "B T D"], Rows],
 ]
-"""(number of the layer, its kind, hidden states, weights) -> what is added to them, rows for the cache."""
+"""(number of the layer, its kind, hidden states, weights) -> what is added to them, rows as the cache keeps
+them."""
 
-Held = Callable[[Int[Array, ""]], Float[Array, "B S C"]]
+Held = Callable[[Int[Array, ""]], Rows]
 """Number of a layer -> the rows that a batch's pages hold of it. Unseen rows may hold anything."""
 
 
@@ -58,7 +60,12 @@ def masks(where: Where, span: int, c: ModelConfig) -> dict[bool, Bool[Array, "B 
 
 
 def local(
-    where: Where, span: int, c: ModelConfig, held: Held | None = None, absorbed: bool = False
+    where: Where,
+    span: int,
+    c: ModelConfig,
+    held: Held | None = None,
+    absorbed: bool = False,
+    kv_dtype: Any = None,
 ) -> Attend:
     """Attention of a rank to its own sequences.
 
@@ -68,12 +75,15 @@ def local(
       c: the model.
       held: what the pages hold; None if the tokens are all there is, each at the address of its index.
       absorbed: MLA in latent space: cheaper for few tokens.
+      kv_dtype: type in which rows are kept, and so seen; None: as they are.
     """
     seen, at = masks(where, span, c), jnp.maximum(where.positions, 0)
 
     def attend(number: Any, kind: LayerKind, h: Any, w: MLA | GQA) -> tuple[Any, Any]:
-        q, rows = (mla if isinstance(w, MLA) else gqa).prolog(h, at, kind, w, c)
+        q, made = (mla if isinstance(w, MLA) else gqa).prolog(h, at, kind, w, c)
+        rows = paged.stored(made, kv_dtype, c)
         every = rows if held is None else paged.insert(held(number), where.addresses, rows)
+        every = paged.numbers(every, made.dtype, c)
         if isinstance(w, MLA):
             out = (mla.absorbed if absorbed else mla.expanded)(q, every, seen[kind.chunked], w, c)
         else:
@@ -90,6 +100,7 @@ def staged(
     c: ModelConfig,
     axis: Axis,
     held: Held | None = None,
+    kv_dtype: Any = None,
 ) -> Attend:
     """Attention of ranks that share their sequences: SP down, all-gather of the latents, TP over heads up
     and in attention, all-to-all back to SP for O_proj.
@@ -103,17 +114,19 @@ def staged(
       span: addresses `S` of a batch row.
       c: the model.
       axis: the ranks.
-      held: what the pages hold; see `local`.
+      held, kv_dtype: see `local`; the latents are gathered as they are kept.
     """
     seen, at = masks(whole, span, c)[False], jnp.maximum(whole.positions, 0)
 
     def attend(number: Any, kind: LayerKind, h: Any, w: MLA | GQA) -> tuple[Any, Any]:
         del kind
         assert isinstance(w, MLA)
-        q, rows = mla.down(h, jnp.maximum(positions, 0), w, c)
+        q, made = mla.down(h, jnp.maximum(positions, 0), w, c)
+        rows = paged.stored(made, kv_dtype, c)
         with jax.named_scope("GatherLatents"):
-            q, rows = gather(q, axis, 1), gather(rows, axis, 1)
+            q, rows = jax.tree.map(lambda a: gather(a, axis, 1), (q, rows))
         every = rows if held is None else paged.insert(held(number), whole.addresses, rows)
+        every = paged.numbers(every, made.dtype, c)
         out = mla.expanded(mla.up(q, at, w, c), every, seen, w, c)
         with jax.named_scope("HeadsToTokens"):
             out = jax.lax.all_to_all(out, axis, 1, 2, tiled=True)

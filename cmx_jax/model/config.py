@@ -54,6 +54,11 @@ class MLAConfig:
         """Numbers that the cache keeps per token and layer: the latent and the rotated key, `C + R`."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    @property
+    def row_parts(self) -> tuple[int, ...]:
+        """Widths of the parts of these numbers that differ in size."""
+        return self.kv_lora_rank, self.qk_rope_head_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class GQAConfig:
@@ -81,6 +86,11 @@ class GQAConfig:
     def row_dim(self) -> int:
         """Numbers that the cache keeps per token and layer: every head's key, then every head's value."""
         return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def row_parts(self) -> tuple[int, ...]:
+        """Widths of the parts of these numbers that differ in size."""
+        return (self.head_dim,) * (2 * self.num_key_value_heads)
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,11 @@ class ModelConfig:
     def row_dim(self) -> int:
         """Numbers that the cache keeps per token and layer."""
         return self.attention.row_dim
+
+    @property
+    def row_parts(self) -> tuple[int, ...]:
+        """Widths of the parts of these numbers that differ in size."""
+        return self.attention.row_parts
 
     @property
     def softmax_scale(self) -> float:

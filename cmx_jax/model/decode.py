@@ -8,17 +8,19 @@ distribution without it. The text of a seed is the same with drafts and without.
 over the kept positions and drafts what follows. All of it is one program: no host waits between the parts.
 """
 
+from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model import cache as paged
-from cmx_jax.model.attention import Where, local
+from cmx_jax.model.attention import Attend, Where, local
 from cmx_jax.model.batch import DecodeBatch, StepOutput, by_rank, joined, run_experts, split
-from cmx_jax.model.cache import PagedCache
+from cmx_jax.model.cache import PagedCache, Rows
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Decoded, Stream, decoder, logits, mtp_hidden, with_mtp
 from cmx_jax.model.moe import RunExperts
@@ -39,13 +41,14 @@ def decode_step(
     parts = split(batch, layout.microbatches)
     wheres = [Where(_positions(part)) for part in parts]
     span = batch.page_table.shape[1] * cache.width
+    attention = partial(local, span=span, c=c, absorbed=True, kv_dtype=cache.dtype)
     streams = []
     for part, where in zip(parts, wheres, strict=True):
 
-        def held(layer: Array, part: DecodeBatch = part) -> Array:
+        def held(layer: Array, part: DecodeBatch = part) -> Rows:
             return paged.read(cache, layer, part.page_table)
 
-        attend = local(where, span, c, held, absorbed=True)
+        attend = attention(where, held=held)
         streams.append(Stream(jnp.maximum(part.tokens, 0), where.positions >= 0, attend))
     run = run_experts(c, layout, parts[0].tokens.size)
     done, outputs = decoder(weights, c, streams, run), []
@@ -55,7 +58,9 @@ def decode_step(
         accepted, drafts = _accepted(part, tokens), None
         if weights.mtp is not None:
             held_mtp = paged.read(cache, c.num_hidden_layers, part.page_table)
-            drafts, modules = _draft(weights, c, done[i], tokens, accepted, wheres[i], held_mtp, run)
+            drafts, modules = _draft(
+                weights, c, done[i], tokens, accepted, wheres[i], held_mtp, attention, run
+            )
             done[i] = with_mtp(done[i], modules)
         outputs.append(StepOutput(tokens, accepted, drafts, None))
     rows, where = joined([d.rows for d in done], axis=1), joined(wheres)
@@ -83,7 +88,8 @@ def _draft(
     tokens: Int[Array, "B T"],
     accepted: Int[Array, " B"],
     where: Where,
-    held: Float[Array, "B S C"],
+    held: Rows,
+    attention: Callable[..., Attend],
     run: RunExperts,
 ) -> tuple[Int[Array, "B k"], list[Decoded]]:
     """As many drafts as were verified, the first from the model's own hidden states, each further one from
@@ -94,18 +100,19 @@ def _draft(
       tokens: sampled behind each position.
       where: the positions.
       held: what the pages hold of the MTP layer.
+      attention: `local` of this step, for want of positions and rows.
 
     Returns:
       The drafts, and the MTP layer's runs; the first one's rows are for the cache.
     """
-    index, span = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], held.shape[1]
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     where = Where(jnp.where(index <= accepted[:, None], where.positions, -1))
     hidden, next_, drafts, runs = main.hidden, tokens, [], []
     newest = jnp.where(where.positions[:, :1] < 0, -1, where.positions[:, :1] + accepted[:, None])
     for ahead in range(tokens.shape[1] - 1):
-        attend = local(where, span, c, partial(_same, held), absorbed=True)
+        attend = attention(where, held=partial(_same, held))
         done = mtp_hidden(weights, c, hidden, Stream(next_, where.positions >= 0, attend), run)
-        held = paged.insert(held, where.addresses, done.rows[0])
+        held = paged.insert(held, where.addresses, jax.tree.map(lambda a: a[0], done.rows))
         hidden = done.hidden
         if not ahead:
             hidden = jnp.take_along_axis(hidden, accepted[:, None, None], axis=1)
@@ -116,6 +123,6 @@ def _draft(
     return jnp.concatenate(drafts, axis=1), runs
 
 
-def _same(rows: Array, layer: Array) -> Array:
+def _same(rows: Rows, layer: Array) -> Rows:
     del layer
     return rows

@@ -38,7 +38,8 @@ class Stream:
 
 class Decoded(NamedTuple):
     """What became of a stream: hidden states `[B, T, D]`, the rows of its tokens in all layers
-    `[L, B, T, C]`, and stats of the MoE layers, which come first in their arrays (None without any)."""
+    `[L, B, T, C]` as the cache keeps them, and stats of the MoE layers, which come first in their arrays
+    (None without any)."""
 
     hidden: Any
     rows: Any
@@ -219,7 +220,7 @@ def logits(hidden: Float[Array, "*B D"], weights: Weights) -> Float[Array, "*B O
 def with_mtp(main: Decoded, modules: Sequence[Decoded]) -> Decoded:
     """Rows of the first MTP run behind those of the model, the stats of all behind its stats."""
     stats = _concatenated([main.stats, *(module.stats for module in modules)])
-    return Decoded(main.hidden, jnp.concatenate([main.rows, modules[0].rows]), stats)
+    return Decoded(main.hidden, _concatenated([main.rows, modules[0].rows]), stats)
 
 
 def mtp_hidden(

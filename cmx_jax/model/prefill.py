@@ -12,7 +12,7 @@ from cmx_jax.mesh.layout import Layout
 from cmx_jax.model import cache as paged
 from cmx_jax.model.attention import Attend, Where, local, staged
 from cmx_jax.model.batch import PrefillBatch, StepOutput, by_rank, joined, run_experts, split
-from cmx_jax.model.cache import PagedCache
+from cmx_jax.model.cache import PagedCache, Rows
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden, with_mtp
 from cmx_jax.model.sampling import greedy, next_tokens
@@ -61,13 +61,14 @@ def prefill_step(
 def _attend(
     part: PrefillBatch, whole: Where, cache: PagedCache, c: ModelConfig, layout: Layout, cached: bool
 ) -> Attend:
-    def held(layer: Any) -> Array:
+    def read(layer: Any) -> Rows:
         return paged.read(cache, layer, part.page_table)
 
+    held = read if cached else None
     span = part.page_table.shape[1] * cache.width if cached else whole.positions.shape[1]
     if not layout.sequence:
-        return local(whole, span, c, held if cached else None)
-    return staged(part.positions, whole, span, c, layout.sequence, held if cached else None)
+        return local(whole, span, c, held, kv_dtype=cache.dtype)
+    return staged(part.positions, whole, span, c, layout.sequence, held, cache.dtype)
 
 
 def _whole(where: Where, layout: Layout) -> Where:
@@ -101,13 +102,19 @@ def _following(part: PrefillBatch, tokens: Int[Array, "B N"], layout: Layout) ->
 
 
 def score_step(
-    weights: Weights, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], *, c: ModelConfig, layout: Layout
+    weights: Weights,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    *,
+    c: ModelConfig,
+    layout: Layout,
+    kv_dtype: Any = None,
 ) -> Float[Array, "B T O"]:
-    """Float32 logits of every position; no cache."""
+    """Float32 logits of every position, without a cache; `kv_dtype`: as one of that type would give them."""
     if layout.sequence:
         raise CmxError("a layout whose ranks share sequences can prefill only, expected sequence=()")
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     where = Where(jnp.where(positions < lengths[:, None], positions, -1))
-    stream = Stream(tokens, where.positions >= 0, local(where, tokens.shape[1], c))
+    stream = Stream(tokens, where.positions >= 0, local(where, tokens.shape[1], c, kv_dtype=kv_dtype))
     [done] = decoder(weights, c, [stream], run_experts(c, layout, tokens.size))
     return logits(done.hidden, weights)

@@ -77,7 +77,9 @@ def step_specs(c: ModelConfig, layout: Layout, mtp: bool) -> StepSpecs:
     return StepSpecs(weight_specs(c, layout, mtp), data, batch, decoded.replace(accepted=None), decoded)
 
 
-def compile_steps(c: ModelConfig, layout: Layout, runner: Runner, mtp: bool) -> Steps:
+def compile_steps(
+    c: ModelConfig, layout: Layout, runner: Runner, mtp: bool, kv_dtype: str | None = None
+) -> Steps:
     """The programs of an instance under a runner; each compiles at its first call with new shapes.
 
     Args:
@@ -85,6 +87,7 @@ def compile_steps(c: ModelConfig, layout: Layout, runner: Runner, mtp: bool) -> 
       layout: how it lies on the instance.
       runner: over the layout's axes.
       mtp: whether the weights carry MTP layers, which then draft.
+      kv_dtype: of the cache, for `score`, which has none; None: as rows are computed.
     """
     check_ragged(layout.exchange, runner)
     specs = step_specs(c, layout, mtp)
@@ -104,7 +107,9 @@ def compile_steps(c: ModelConfig, layout: Layout, runner: Runner, mtp: bool) -> 
     return Steps(
         prefill=step(prefill_step, specs.prefill, specs.prefilled, "sampled", "cached"),
         decode=step(decode_step, data, specs.decoded, "sampled"),
-        score=runner.jit(partial(score_step, c=c, layout=layout), (specs.weights, data, data), data),
+        score=runner.jit(
+            partial(score_step, c=c, layout=layout, kv_dtype=kv_dtype), (specs.weights, data, data), data
+        ),
         take_pages=runner.jit(paged.take_pages, (data, data), data),
         put_pages=runner.jit(paged.put_pages, (data, data, data), data, donate_argnums=(0,)),
     )
