@@ -65,7 +65,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _parallelism(args: argparse.Namespace) -> dict[str, Any]:
     """What `demo` and `generate` have in common."""
     names = ("wire", "exchange", "num_speculative_tokens", "microbatches", "redundant_slots", "shared_slots")
-    return {name: getattr(args, name) for name in (*names, "eplb_interval")}
+    return {name: getattr(args, name) for name in (*names, "eplb_interval", "kv_cache_dtype")}
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -275,6 +275,11 @@ def _parser() -> argparse.ArgumentParser:
     for verb, exchange in ((demo, "hierarchical"), (generate, "flat"), (evaluation, "flat")):
         verb.add_argument(
             "--wire", help="dispatched tokens: float32, bfloat16 or int8 (default: the model's)"
+        )
+        verb.add_argument(
+            "--kv-cache-dtype",
+            default="auto",
+            help="rows in pages: auto (the model's, default), int8, bfloat16 or float32",
         )
         methods = "flat, hierarchical, allgather, or ragged (accelerators only)"
         verb.add_argument("--exchange", default=exchange, help=f"{methods} (default {exchange})")

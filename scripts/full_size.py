@@ -32,7 +32,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Layout, expert_parallel, request_devices
 from cmx_jax.mesh.exchange import EXCHANGES, WIRES, message_bytes
 from cmx_jax.model.abstract import PAGE_WIDTH, trace_step
-from cmx_jax.model.cache import abstract_cache
+from cmx_jax.model.cache import KV_CACHE_DTYPES, abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import preset
 from cmx_jax.model.sharding import laid_out, leaf_spec, shared_in_slots
@@ -99,8 +99,20 @@ def part(leaf: Leaf) -> str:
     return "dense FFN" if leaf.stack == "dense" else "shared experts, routers, norms"
 
 
+def page_bytes(c: ModelConfig, width: int, kv_cache_dtype: str, mtp: bool = False) -> int:
+    """Of all layers, scales included."""
+    page = abstract_cache(c, 1, width, cache_dtype(kv_cache_dtype, "bfloat16"), mtp)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(page))
+
+
 def by_layout(
-    c: ModelConfig, layout: Layout, batch: int, length: int, prefill: bool, drafts: int = 1
+    c: ModelConfig,
+    layout: Layout,
+    batch: int,
+    length: int,
+    prefill: bool,
+    drafts: int = 1,
+    kv_cache_dtype: str = "auto",
 ) -> dict[str, int]:
     """Bytes that one rank needs, by what for."""
     found: dict[str, int] = {}
@@ -111,8 +123,8 @@ def by_layout(
         names = tuple(name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis))
         size = math.prod(leaf.shape) // layout.size(names) * leaf_dtype(leaf, jnp.bfloat16).itemsize
         found[part(leaf)] = found.get(part(leaf), 0) + size
-    page = abstract_cache(c, 1, PAGE_WIDTH, jnp.bfloat16, drafts > 0).pages
-    found["cache"] = batch * -(-length // PAGE_WIDTH) * math.prod(page.shape) * page.dtype.itemsize
+    pages = batch * -(-length // PAGE_WIDTH)
+    found["cache"] = pages * page_bytes(c, PAGE_WIDTH, kv_cache_dtype, drafts > 0)
     tokens = batch * length // layout.sequence_ranks if prefill else batch * (1 + drafts)
     copies = c.num_experts_per_tok + shared_in_slots(c, layout)
     rows = layout.expert_ranks * layout.rows(tokens // layout.microbatches, copies)
@@ -185,6 +197,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         context=args.context,
         length=args.context,
         drafts=args.num_speculative_tokens,
+        kv_cache_dtype=args.kv_cache_dtype,
         mesh=mesh,
         in_order=True,
     )
@@ -206,8 +219,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "context": args.context,
         "exchange": args.exchange,
         "wire": args.wire,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "cache_row_bytes": page_bytes(c, 1, args.kv_cache_dtype) // c.num_hidden_layers,
         "seconds": dict(zip(("trace", "lower", "compile"), np.diff(times).tolist(), strict=True)),
-        "by_layout": by_layout(c, layout, batch, args.context, prefill, args.num_speculative_tokens),
+        "by_layout": by_layout(
+            c, layout, batch, args.context, prefill, args.num_speculative_tokens, args.kv_cache_dtype
+        ),
         "by_compiler": {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
@@ -222,6 +239,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def report(r: dict[str, Any]) -> None:
     print("{model} {step} for {target}: {ranks} ranks, {sequences} x {context} tokens each".format(**r))
     print("exchange {exchange}, wire {wire}".format(**r))
+    print("cache {kv_cache_dtype}: {cache_row_bytes} bytes a token and layer".format(**r))
     print("trace {trace:.1f} s, lower {lower:.1f} s, compile {compile:.1f} s".format(**r["seconds"]))
     print(
         "{async_collectives} asynchronous collectives, {with_work_between} with work in between, "
@@ -245,6 +263,7 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=4096, help="tokens of each sequence")
     parser.add_argument("--exchange", choices=sorted(EXCHANGES), default="flat")
     parser.add_argument("--wire", choices=WIRES, default="int8")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="auto is BF16")
     parser.add_argument("--mailbox-rows", type=int, help="rows of one peer's mailbox")
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--num-speculative-tokens", type=int, default=1, help="MTP drafts, 1 in the paper")

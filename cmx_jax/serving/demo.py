@@ -32,6 +32,7 @@ def deploy(
     prefill: int,
     context: int,
     *,
+    kv_cache_dtype: str,
     wire: str | None,
     exchange: str,
     num_speculative_tokens: int,
@@ -47,6 +48,7 @@ def deploy(
       pools: where the instances lie.
       prefill: prefill instances to start.
       context: longest sequence to make room for, tokens.
+      kv_cache_dtype: of all instances' pages.
       wire: type of dispatched tokens; None takes the model's.
       exchange: how they travel.
       num_speculative_tokens: MTP drafts; 0 where the model has no MTP layer.
@@ -68,7 +70,8 @@ def deploy(
             s.npus, model.config.n_routed_experts, exchange=exchange, wire=wire or model.dtype, **fields
         )
         capacity = Capacity(sequences=rows, pages=rows * pages_for(context, width), page_width=width)
-        return model.instance(s.name, layout, make_runner("devices", layout.axes, s.start), capacity, drafts)
+        runner = make_runner("devices", layout.axes, s.start)
+        return model.instance(s.name, layout, runner, capacity, drafts, kv_cache_dtype)
 
     decode = start(
         pools.decode[0],
@@ -86,6 +89,7 @@ def run(
     prompts: tuple[str, ...] = PROMPTS,
     max_tokens: int = 32,
     prefill: int = 6,
+    kv_cache_dtype: str = "auto",
     wire: str | None = None,
     exchange: str = "hierarchical",
     num_speculative_tokens: int = 1,
@@ -110,6 +114,7 @@ def run(
         pools,
         prefill,
         context,
+        kv_cache_dtype=kv_cache_dtype,
         wire=wire,
         exchange=exchange,
         num_speculative_tokens=num_speculative_tokens,

@@ -45,7 +45,8 @@ class Engine:
             if instance.page != self.decode.page:
                 raise CmxError(
                     f"{instance.name} has pages of {instance.page}, expected {self.decode.name}'s "
-                    f"{self.decode.page}: give both the same page width, dtype and num_speculative_tokens"
+                    f"{self.decode.page}: give both the same page width, dtype, kv_cache_dtype and "
+                    "num_speculative_tokens"
                 )
         if self.eplb_interval:
             c, layout = self.decode.config, self.decode.layout

@@ -12,7 +12,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import message_bytes
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
-from cmx_jax.model.cache import NO_PAGE, PagedCache, abstract_cache
+from cmx_jax.model.cache import NO_PAGE, PagedCache, abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.placement import Move, balanced, describe, initial, rehoused
 from cmx_jax.model.steps import DecodeBatch, StepOutput, compile_steps, step_specs
@@ -54,7 +54,7 @@ class Instance:
     """Prefill, decode or both on the ranks of one layout.
 
     `weights` are whole arrays with their experts where `placement` says. With MTP layers among them every
-    decode step verifies `num_speculative_tokens` drafts.
+    decode step verifies `num_speculative_tokens` drafts. `kv_cache_dtype` is the type of the rows in pages.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Instance:
     capacity: Capacity
     dtype: str = "float32"
     num_speculative_tokens: int = 0
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         c = self.config
@@ -79,7 +80,8 @@ class Instance:
                 f"{self.capacity.sequences} sequences a rank do not divide into {self.layout.microbatches} "
                 "microbatches, expected a multiple"
             )
-        self.steps = compile_steps(c, self.layout, self.runner, mtp)
+        self.kv_cache_dtype = cache_dtype(self.kv_cache_dtype, self.dtype)
+        self.steps = compile_steps(c, self.layout, self.runner, mtp, self.kv_cache_dtype)
         self._specs = step_specs(c, self.layout, mtp)
         self._data = self._specs.data
         self.weights = self.runner.put(self.weights, self._specs.weights)
@@ -91,9 +93,9 @@ class Instance:
         """Forgets all requests and makes a new cache, as after a step that was broken off."""
         c, ranks = self.config, self.layout.data_ranks
         pages, width = self.capacity.pages * ranks, self.capacity.page_width
-        shape = abstract_cache(c, pages, width, self.dtype, self.weights.mtp is not None).pages
-        zeros = np.zeros(shape.shape, shape.dtype)
-        self.cache: PagedCache = self.runner.put(PagedCache(zeros), PagedCache(self._data))
+        shapes = abstract_cache(c, pages, width, self.kv_cache_dtype, self.weights.mtp is not None)
+        zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+        self.cache: PagedCache = self.runner.put(zeros, self._data)
         self.pools = [PagePool(self.capacity.pages) for _ in range(ranks)]
         self.rows: list[Request | None] = [None] * (ranks * self.capacity.sequences)
         self.places: dict[Request, Place] = {}
@@ -102,7 +104,7 @@ class Instance:
     @property
     def page(self) -> tuple[Any, ...]:
         """Shape `[L, W, C]` and type of a page."""
-        return *self.cache.pages.shape[1:], str(self.cache.pages.dtype)
+        return *self.cache.rows.shape[1:], str(self.cache.dtype)
 
     @property
     def load(self) -> int:
@@ -223,8 +225,8 @@ class Instance:
             table[row, : len(held)] = held
         return table
 
-    def take_pages(self, requests: list[Request], receivers: list[int], ranks: int) -> list[np.ndarray]:
-        """The filled pages of each request, `[pages, L, W, C]`, copied to the host.
+    def take_pages(self, requests: list[Request], receivers: list[int], ranks: int) -> list[Any]:
+        """The filled pages of each request, `[pages, L, W, C]` as the cache keeps them, copied to the host.
 
         Args:
           requests: placed here.
@@ -235,32 +237,36 @@ class Instance:
         counts = [pages_for(len(r.prompt), self.capacity.page_width) for r in requests]
         ids, slots = self._page_ids(requests, counts)
         pages = self.steps.take_pages(self.cache, self.runner.put(ids, self._data))
-        copies: dict[int, list[Any]] = {}  # by the first row that a rank holds
-        for shard in pages.addressable_shards:
-            copies.setdefault(shard.index[0].start or 0, []).append(shard.data)
-        taken = []
-        for slot, receiver in zip(slots, receivers, strict=True):
-            start = max(at for at in copies if at <= slot[0])
-            sender = prefill_tp_rank(
+        senders = [
+            prefill_tp_rank(
                 receiver,
                 0,
                 prefill_tp_size=self.layout.sequence_ranks,
                 decode_tp_size=1,
                 decode_dp_size=ranks,
             )
+            for receiver in receivers
+        ]
+        for sender in senders:
             self.traffic.sent[sender] = self.traffic.sent.get(sender, 0) + 1
-            held = copies[start]
-            taken.append(np.asarray(held[sender % len(held)])[[row - start for row in slot]])
-        return taken
+        leaves, tree = jax.tree.flatten(pages)
+        taken = zip(*(_copied(leaf, slots, senders) for leaf in leaves), strict=True)
+        return [jax.tree.unflatten(tree, of) for of in taken]
 
-    def put_pages(self, requests: list[Request], pages: list[np.ndarray]) -> None:
+    def put_pages(self, requests: list[Request], pages: list[Any]) -> None:
         """Puts pages copied from another instance into the first pages of each placed request."""
-        ids, slots = self._page_ids(requests, [len(p) for p in pages])
-        whole = np.zeros((ids.size, *self.cache.pages.shape[1:]), self.cache.pages.dtype)
-        for slot, page in zip(slots, pages, strict=True):
-            whole[slot] = page
-        ids, placed = self.runner.put((ids, whole), (self._data, self._data))
-        self.cache = self.steps.put_pages(self.cache, ids, placed)
+        ids, slots = self._page_ids(requests, [len(jax.tree.leaves(p)[0]) for p in pages])
+
+        def whole(held: Any, *parts: np.ndarray) -> np.ndarray:
+            array = np.zeros((ids.size, *held.shape[1:]), held.dtype)
+            for slot, part in zip(slots, parts, strict=True):
+                array[slot] = part
+            return array
+
+        moved = jax.tree.map(whole, self.cache.pages, *pages)
+        self.cache = self.steps.put_pages(
+            self.cache, *self.runner.put((ids, moved), (self._data, self._data))
+        )
 
     def _page_ids(self, requests: list[Request], counts: list[int]) -> tuple[np.ndarray, list[list[int]]]:
         """Page ids by rank, equally many for each (`NO_PAGE` behind the real ones), and where each
@@ -284,3 +290,16 @@ class Instance:
         width, wire = self.config.hidden_size, self.layout.wire
         sizes = message_bytes(width, wire), width * jnp.dtype(back).itemsize
         return self.traffic.report(self.layout.ranks, *sizes)
+
+
+def _copied(pages: Any, slots: list[list[int]], senders: list[int]) -> list[np.ndarray]:
+    """The pages at each slot on the host, from the copy that its sender holds."""
+    copies: dict[int, list[Any]] = {}  # by the first row that a rank holds
+    for shard in pages.addressable_shards:
+        copies.setdefault(shard.index[0].start or 0, []).append(shard.data)
+    taken = []
+    for slot, sender in zip(slots, senders, strict=True):
+        start = max(at for at in copies if at <= slot[0])
+        held = copies[start]
+        taken.append(np.asarray(held[sender % len(held)])[[row - start for row in slot]])
+    return taken

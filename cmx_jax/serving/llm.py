@@ -59,6 +59,7 @@ class LLM:
         max_num_batched_tokens: int,
         num_speculative_tokens: int,
         eplb_interval: int,
+        kv_cache_dtype: str = "auto",
     ):
         width, parts = Capacity().page_width, layout.microbatches
         sequences = -(-max_num_seqs // (layout.data_ranks * parts)) * parts
@@ -71,7 +72,12 @@ class LLM:
         self.model = model
         self.max_model_len = max_model_len
         self.instance = model.instance(
-            runner, layout, make_runner(runner, layout.axes), capacity, num_speculative_tokens
+            runner,
+            layout,
+            make_runner(runner, layout.axes),
+            capacity,
+            num_speculative_tokens,
+            kv_cache_dtype,
         )
         self.engine = Engine([self.instance], self.instance, eplb_interval=eplb_interval)
 
@@ -180,6 +186,7 @@ def from_pretrained(
     ranks: int = 8,
     dtype: str = "float32",
     quant: str = "auto",
+    kv_cache_dtype: str = "auto",
     wire: str | None = None,
     exchange: str = "flat",
     max_num_seqs: int = 32,
@@ -198,10 +205,11 @@ def from_pretrained(
       runner: `lanes` (any number of ranks on one device) or `devices` (one device a rank).
       ranks: expert-parallel ranks.
       dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
-      quant: `int8` rounds the large matrices to INT8 while they are loaded, with a scale for each output
-        channel,
-        and computes with them in INT8 (W8A8: activations are rounded token by token); `auto` does so where
-        the checkpoint is stored like that; `none` computes in `dtype` whatever is stored.
+      quant: `int8` rounds the large matrices while they are loaded, with a scale for each output channel, and
+        computes with them in INT8 (W8A8: activations are rounded token by token); `auto` does so where the
+        checkpoint is stored like that; `none` computes in `dtype` whatever is stored.
+      kv_cache_dtype: of the cache alone: `auto` takes `dtype`; `int8`, `bfloat16` or `float32`. Attention
+        sees what is kept, in `logits` too.
       wire: type of dispatched tokens, `float32`, `bfloat16` or `int8`; None takes `dtype`.
       exchange: how they travel: `flat`, `hierarchical` (by node, then NPU), `allgather` (everywhere), or, on
         accelerators, `ragged` (messages only).
@@ -245,4 +253,5 @@ def from_pretrained(
         max_num_batched_tokens,
         num_speculative_tokens,
         eplb_interval,
+        kv_cache_dtype,
     )

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
+from cmx_jax.model.cache import cache_dtype
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint
 from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.config import ModelConfig
@@ -125,13 +126,15 @@ class Model:
         runner: Runner,
         capacity: Capacity,
         num_speculative_tokens: int = 0,
+        kv_cache_dtype: str = "auto",
     ) -> Instance:
         """This model on an instance; each rank's weights are read from the files.
 
         Raises:
           CmxError: a number in them is not finite, or the experts do not fit the slots, or there is no MTP
-            layer to draft with.
+            layer to draft with, or no such type of cache.
         """
+        kept = cache_dtype(kv_cache_dtype, self.dtype)
         drafts = num_speculative_tokens
         if not 0 <= drafts <= MAX_DRAFTS or (drafts and not self.checkpoint.mtp):
             stored = self.checkpoint.mtp or drafts < 0
@@ -141,7 +144,7 @@ class Model:
             raise CmxError(f"num_speculative_tokens is {drafts}, expected {expected}")
         dtype = jnp.dtype(self.dtype)
         weights = load_weights(self.checkpoint, layout, runner, dtype, drafts > 0, self.config)
-        return Instance(name, self.config, layout, runner, weights, capacity, self.dtype, drafts)
+        return Instance(name, self.config, layout, runner, weights, capacity, self.dtype, drafts, kept)
 
 
 QUANTS = ("auto", "none", "int8")

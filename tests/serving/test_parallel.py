@@ -120,7 +120,7 @@ def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
 
 
 def test_instances_with_other_pages_are_refused() -> None:
-    with pytest.raises(CmxError, match="give both the same page width, dtype and num_speculative_tokens"):
+    with pytest.raises(CmxError, match="give both the same page width, dtype, kv_cache_dtype and num_"):
         Engine([start("yarn", 2, drafts=1)], start("yarn", 2))
 
 
