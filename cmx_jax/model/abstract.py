@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Abstract, shaped
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch
-from cmx_jax.model.cache import abstract_cache, cache_dtype
+from cmx_jax.model.cache import PagedCache, abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.sampling import Sampling
 from cmx_jax.model.sharding import abstract_weights
 from cmx_jax.model.steps import decode_step, prefill_step, step_specs
+from cmx_jax.quant.rows import Int8Rows
 
 PAGE_WIDTH = 128
 
@@ -87,7 +88,18 @@ def trace_step(
     ]
     program = runner.jit(fn, given, (specs.data, outs), (1,))
     if in_order:
-        pinned = Format(MemoryLayout((0, 1, 2, 3)), placed[1].rows.sharding)
-        placed[1] = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=pinned), placed[1])
+        pinned = _pinned(placed[1])
+        placed[1] = jax.tree.map(
+            lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), placed[1], pinned
+        )
         program = jax.jit(program, donate_argnums=(1,), out_shardings=(pinned, None))
     return program.trace(*placed)
+
+
+def _pinned(cache: PagedCache) -> PagedCache:
+    """Memory formats of a placed cache: in the order of its axes, but scales token behind token, as a TPU
+    would pad the few of one token to 128."""
+    rows, scales = (
+        Format(MemoryLayout(order), cache.rows.sharding) for order in ((0, 1, 2, 3), (0, 1, 3, 2))
+    )
+    return PagedCache(Int8Rows(rows, scales) if isinstance(cache.pages, Int8Rows) else rows)
