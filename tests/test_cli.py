@@ -77,6 +77,10 @@ def test_seeds_repeat_and_differ() -> None:
         (("generate", str(GOLDENS / "base"), "--prompt", "x"), "has no tokenizer.json"),
         (("generate", "tiny"), "arguments are required: --prompt"),
         (
+            ("generate", "tiny", "--prompt", "x", "--kv-cache-dtype", "int4"),
+            "kv_cache_dtype 'int4' is unknown",
+        ),
+        (
             ("demo", "--eplb-interval", "4"),
             "0 redundant and 0 shared slots are 256, expected to fill the 320",
         ),

@@ -37,6 +37,20 @@ def test_the_decode_step_lowers_at_any_width(config: ModelConfig, ranks: int) ->
     assert "all_to_all" in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+def test_an_int8_cache_is_read_and_written_as_it_is(config: ModelConfig) -> None:
+    """Rows of 576 bytes and two scales; without the option nothing is INT8."""
+    layout = expert_parallel(160, config.n_routed_experts, wire="bfloat16", mailbox_rows=0)
+    given = {"sequences": 96, "context": 33 * 128, "drafts": 1}
+    plain = str(trace_step(config, layout, "decode", **given).jaxpr)
+    narrow = str(trace_step(config, layout, "decode", kv_cache_dtype="int8", **given).jaxpr)
+    pages = f"{96 * 33},62,128"
+    assert f"bf16[{pages},576]" in plain
+    assert "i8[" not in plain
+    assert f"i8[{pages},576]" in narrow
+    assert f"f32[{pages},2]" in narrow
+    assert f"bf16[{pages}" not in narrow
+
+
 def outside_loops(jaxpr: Any) -> Iterator[Any]:
     """The equations that run once a step."""
     for eqn in jaxpr.eqns:

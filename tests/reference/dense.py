@@ -101,6 +101,10 @@ class Dense:
         z = (pairs[0] + 1j * pairs[1]) * np.exp(1j * position * frequency) * length
         return np.concatenate([z.real, z.imag]).astype(x.dtype)
 
+    def kept(self, latent: Array, rotated: Array) -> tuple[Array, Array]:
+        """Latents [T, C] and rotated keys [T, R] as a cache gives them back: all digits."""
+        return latent, rotated
+
     def attention(self, name: str, x: Array) -> Array:
         c, tokens, heads = self.c, len(x), self.c["num_attention_heads"]
         nope, latent = c["qk_nope_head_dim"], c["kv_lora_rank"]
@@ -111,8 +115,9 @@ class Dense:
             q = self.linear(f"{name}.q_b_proj", q)
         q = q.reshape(tokens, heads, -1)
         kv = self.linear(f"{name}.kv_a_proj_with_mqa", x)
-        rotated = [self.rotate(kv[t, latent:], t) for t in range(tokens)]
-        kv = self.linear(f"{name}.kv_b_proj", self.norm(f"{name}.kv_a_layernorm", kv[:, :latent], 1e-6))
+        rotated = np.array([self.rotate(kv[t, latent:], t) for t in range(tokens)])
+        normed, rotated = self.kept(self.norm(f"{name}.kv_a_layernorm", kv[:, :latent], 1e-6), rotated)
+        kv = self.linear(f"{name}.kv_b_proj", normed)
         kv = kv.reshape(tokens, heads, -1)
         out = np.zeros((tokens, heads, c["v_head_dim"]), x.dtype)
         for h in range(heads):

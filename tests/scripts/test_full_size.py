@@ -37,6 +37,15 @@ def test_a_die_holds_what_the_paper_says(script: ModuleType) -> None:
     assert steps["dispatch buffer"] == 320 * 96 * (7168 + 6)
 
 
+def test_int8_rows_take_half_of_the_cache(script: ModuleType) -> None:
+    c = preset("deepseek-r1")
+    assert script.page_bytes(c, 1, "auto") == 61 * 1152
+    assert script.page_bytes(c, 1, "int8") == 61 * (576 + 2 * 4)
+    layout = expert_parallel(320, c.n_routed_experts, wire="int8", mailbox_rows=0)
+    found = script.by_layout(c, layout, 48, 4096, prefill=False, drafts=0, kv_cache_dtype="int8")
+    assert found["cache"] == 48 * 4096 * 61 * 584
+
+
 SCHEDULE = """\
 HloModule jit_decode_step, is_scheduled=true
 

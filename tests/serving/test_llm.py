@@ -86,6 +86,7 @@ def test_the_mtp_layer_that_ships_is_loaded() -> None:
         ({"runner": "devices", "ranks": 384}, "a program over 384 CPU devices would deadlock"),
         ({"ranks": 0}, "0 ranks, expected at least 1"),
         ({"dtype": "float8"}, "dtype 'float8' is unknown"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8' is unknown, expected one of .'auto', "),
         ({"wire": "int4"}, "wire 'int4', expected one of"),
         ({"exchange": "post"}, "exchange 'post' is unknown, expected one of"),
         ({"ranks": 12, "exchange": "hierarchical"}, "12 ranks, expected whole nodes of 8"),
