@@ -106,8 +106,8 @@ def test_grouped_queries_see_the_same_rows_in_chunks_and_elsewhere(case: str) ->
     golden = np.load(GOLDENS / case / "golden.npz")
     given = [golden["prompt"].tolist(), golden["tokens_40"][0].tolist()]
     one = start(GOLDENS / case, 2)
-    prefill = start(GOLDENS / case, 2, "devices", max_num_batched_tokens=8)
-    decode = start(GOLDENS / case, 2, "devices", 2)
+    prefill = start(GOLDENS / case, 2, max_num_batched_tokens=8)
+    decode = start(GOLDENS / case, 2)
     found = [serve(engine, given, TOKENS) for engine in (Engine([one], one), Engine([prefill], decode))]
     assert found[0] == found[1]
 
