@@ -14,14 +14,8 @@ from typing import Any, NoReturn
 from cmx_jax import __version__
 from cmx_jax.errors import CmxError
 
-OPTIONS = (
-    "runner",
-    "ranks",
-    "dtype",
-    "quant",
-    "wire",
-    "exchange",
-)  # of from_pretrained, to every verb that calls it
+# of from_pretrained, for every verb that calls it
+OPTIONS = ("runner", "ranks", "dtype", "quant", "kv_cache_dtype", "wire", "exchange")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -181,9 +175,10 @@ def _render_quantization(r: dict[str, Any]) -> str:
     head = [f"{'':<12} {'error of products':<22} {'rounding':>9} {'written':>9}"] if rows else []
     parts = ", ".join(r["parts"]) or "rounding alone"
     before = f" ({r['units_resumed']} were there already)" if r["units_resumed"] else ""
+    kept = ", ".join(r["kept"]) or "what always is"
     last = (
         f"{r['destination']}: INT8 by {parts}, {r['calibration_tokens']:,} calibration tokens, {r['units']} "
-        f"units{before}, {r['bytes']:,} bytes; in floats: {', '.join(r['kept']) or 'nothing else than always'}"
+        f"units{before}, {r['bytes']:,} bytes; in floats: {kept}"
     )
     return "\n".join([*head, *rows, last])
 

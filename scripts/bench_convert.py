@@ -1,11 +1,11 @@
-"""Peak memory and speed of `cmx convert` on a synthetic checkpoint, printed as multiples of its largest
-layer.
+"""Peak memory and speed of `cmx convert` and `cmx quantize` on a synthetic checkpoint, printed as multiples
+of its largest layer.
 
     python scripts/bench_convert.py [--gib 2] [--keep DIR] [--json]
 
 A Qwen3-MoE-shaped BF16 checkpoint of random numbers is written, then converted by child processes: to BF16
-and INT8 safetensors and to Orbax, and from INT8 to BF16. What counts is the child's largest resident set
-less what it had after its imports.
+and INT8 safetensors and to Orbax, and from INT8 to BF16; and quantised with calibration. What counts is the
+child's largest resident set less what it had after its imports.
 """
 
 import argparse
@@ -30,15 +30,23 @@ RUNS = {
     "int8 safetensors": ("source", {"dtype": "int8"}),
     "orbax for ep16": ("source", {"format": "orbax", "ranks": 16}),
     "int8 to bfloat16": ("int8 safetensors", {"dtype": "bfloat16"}),
+    "quantize, 1,024 tokens": ("source", {"tokens": 1024}),
 }
 CHILD = """
 import json, resource, sys
 import orbax.checkpoint
+import numpy as np
 from cmx_jax.model.checkpoint.convert import convert
+from cmx_jax.model.quantize.command import quantize
 def resident():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) * 1024
 before = resident()
-convert(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
+fields = json.loads(sys.argv[3])
+if "tokens" in fields:
+    tokens = np.random.default_rng(0).integers(0, 8192, fields["tokens"]).reshape(-1, 256)
+    quantize(sys.argv[1], sys.argv[2], tokens=tokens)
+else:
+    convert(sys.argv[1], sys.argv[2], **fields)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"before": before, "peak": peak}))
 """
