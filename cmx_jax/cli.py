@@ -168,11 +168,12 @@ def _quantize(args: argparse.Namespace) -> None:
 
 def _render_quantization(r: dict[str, Any]) -> str:
     rows = [
-        f"{unit:<12} {matrix:<22} {errors['plain']:9.3%} {errors['written']:9.3%}"
+        f"{unit:<12} {matrix:<22} {errors['plain']:9.3%} {errors['written']:9.3%} {errors['clipped']:9.1%}"
         for unit, found in r["layers"].items()
         for matrix, errors in found.items()
     ]
-    head = [f"{'':<12} {'error of products':<22} {'rounding':>9} {'written':>9}"] if rows else []
+    titles = f"{'':<12} {'error of products':<22} {'rounding':>9} {'written':>9} {'clipped':>9}"
+    head = [titles] if rows else []
     parts = ", ".join(r["parts"]) or "rounding alone"
     before = f" ({r['units_resumed']} were there already)" if r["units_resumed"] else ""
     kept = ", ".join(r["kept"]) or "what always is"

@@ -27,13 +27,14 @@ Experts = Callable[[int], Pieces]
 
 
 class Rounded(NamedTuple):
-    """A piece in INT8: numbers, scales with axes of length 1 along inputs, and the relative error of its
-    products in W8A8 by rounding alone and as it is."""
+    """A piece in INT8: numbers, scales with axes of length 1 along inputs, the relative error of its
+    products in W8A8 by rounding alone and as it is, and the share of its channels that are clipped."""
 
     q: np.ndarray
     scale: np.ndarray
     plain: float
     error: float
+    clipped: float
 
 
 @dataclass
@@ -160,16 +161,20 @@ def round_piece(
     w = _matrix(path, piece)
     scale = channel_scale(w)
     q = quantize(w, scale[None])
-    plain = error = _error(x, w, q, scale)
+    plain, clipped = _error(x, w, q, scale), 0.0
+    error = plain
     if len(x) >= FEWEST_ROWS and parts & {"clipping", "compensation"}:
         best = search_clip(x, w).scale if "clipping" in parts else scale
         found = quantize(w, best[None])
         if "compensation" in parts:
             found = compensate(gram(x[::2]), w, best, judge=gram(x[1::2]))
         error = _error(x, w, found, best)
-        q, scale, error = (found, best, error) if error < plain else (q, scale, plain)
+        if error < plain:
+            q, scale, clipped = found, best, float(np.mean(best < scale))
+        error = min(error, plain)
     inputs = 2 if path == "attn.o" else 1
-    return Rounded(q.reshape(piece.shape), scale.reshape((1,) * inputs + piece.shape[inputs:]), plain, error)
+    shape = (1,) * inputs + piece.shape[inputs:]
+    return Rounded(q.reshape(piece.shape), scale.reshape(shape), plain, error, clipped)
 
 
 def _error(x: np.ndarray, w: np.ndarray, q: np.ndarray, scale: np.ndarray) -> float:

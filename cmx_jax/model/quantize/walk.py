@@ -17,7 +17,8 @@ from cmx_jax.model.quantize.layer import DOWN, EXPERTS, Calibrated, Rounded, cal
 from cmx_jax.model.weights import all_leaves
 
 Errors = dict[str, dict[str, float]]
-"""By matrix (of experts the mean) the relative error of its products: `plain` rounding, and as `written`."""
+"""By matrix (of experts the mean) the relative error of its products by `plain` rounding and as `written`,
+and the share of its output channels that are `clipped`."""
 
 
 class Walk:
@@ -134,7 +135,11 @@ class Walk:
 
 def _errors(before: float | None, found: list[Rounded]) -> dict[str, float]:
     plain = float(np.mean([x.plain for x in found])) if before is None else before
-    return {"plain": plain, "written": float(np.mean([x.error for x in found]))}
+    return {
+        "plain": plain,
+        "written": float(np.mean([x.error for x in found])),
+        "clipped": float(np.mean([x.clipped for x in found])),
+    }
 
 
 def _file(parts: list[Source], pieces: Pieces) -> np.ndarray:
