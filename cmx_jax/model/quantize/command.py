@@ -33,7 +33,7 @@ from cmx_jax.quant.sensitivity import keep_precision
 
 REPORT = "quantization.json"
 BUDGET = 0.08  # of the INT8 bytes, for what stays in floats
-THRESHOLD = 1e-3  # nats that rounding a field must cost at least for it to stay
+THRESHOLD = 5e-4  # nats that rounding a field must cost at least for it to stay
 MEASURED = 4  # sequences of the calibration text on which that is measured
 Fields = frozenset[tuple[str, str]]
 
@@ -58,7 +58,9 @@ def quantize(
       progress: told what is being done.
 
     Returns:
-      What was done; `layers` has each matrix's error in W8A8, by rounding alone (`plain`) and as `written`.
+      What was done; `sensitivity` has the cost of rounding each field alone, in nats, `layers` each matrix's
+      error in W8A8, by rounding alone (`plain`) and as `written`, and the share of its channels that are
+      `clipped`.
 
     Raises:
       CmxError: an argument or the source is refused, a number is not finite, the disk is full, or the
@@ -74,20 +76,20 @@ def quantize(
     work = hashlib.sha256(f"{seen} {sorted(parts)} {budget}".encode())
     work.update(b"" if tokens is None else np.ascontiguousarray(tokens).tobytes())
     try:
-        fields = _fields(checkpoint, dst, work.hexdigest(), tokens, parts, budget, progress)
+        fields, costs = _fields(checkpoint, dst, work.hexdigest(), tokens, parts, budget, progress)
         wanted = Manifest(
             work.hexdigest(), "safetensors", "int8", [], checkpoint.mtp, 0, [], sorted(map("/".join, fields))
         )
 
         def writer(manifest: Manifest) -> SafetensorsWriter:
             walk = None if tokens is None else Walk(PieceReader(checkpoint), tokens, parts, fields)
-            return Int8Writer(dst, PieceReader(checkpoint), fields, walk)
+            return Int8Writer(dst, PieceReader(checkpoint), fields, walk, costs)
 
         manifest, resumed = run_conversion(src, dst, seen, wanted, writer, progress)
     except ValueError as error:  # of the algorithms, which know matrices only
         raise CmxError(f"{src}: {error}") from None
     kept = sorted(map("/".join, int8_fields(checkpoint.config, checkpoint.mtp) - fields))
-    layers = json.loads((dst / REPORT).read_text()) if tokens is not None else {}
+    report = json.loads((dst / REPORT).read_text()) if tokens is not None else {"layers": {}}
     return {
         "source": str(src),
         "destination": str(dst),
@@ -97,7 +99,7 @@ def quantize(
         "units": len(manifest.units),
         "units_resumed": resumed,
         "bytes": sum(path.stat().st_size for path in dst.rglob("*") if path.is_file()),
-        "layers": layers,
+        **report,
     }
 
 
@@ -109,30 +111,35 @@ def _fields(
     parts: frozenset[str],
     budget: float,
     progress: Callable[[str], None],
-) -> Fields:
-    """What becomes INT8: as it was decided when this began, or everything but what measures worst."""
+) -> tuple[Fields, dict[str, float]]:
+    """What becomes INT8: as it was decided when this began, or everything but what measures worst.
+
+    With it the measures, where they were taken now.
+    """
     begun = read_manifest(dst)
     if begun is not None and begun.source == work:
-        return frozenset(tuple(name.split("/")) for name in begun.int8)  # type: ignore[misc]
+        return frozenset(tuple(name.split("/")) for name in begun.int8), {}  # type: ignore[misc]
     possible = int8_fields(checkpoint.config, checkpoint.mtp)
     if "precision" not in parts:
-        return possible
+        return possible, {}
     walk = Walk(PieceReader(checkpoint), tokens[:MEASURED], parts, possible)
     c = checkpoint.config
     sizes = {f"{x.stack}/{x.path}": math.prod(x.shape) for x in all_leaves(c, c.n_routed_experts)}
-    kept = keep_precision(sensitivity(walk, progress), sizes, budget, threshold=THRESHOLD)
-    return frozenset(field for field in possible if "/".join(field) not in kept)
+    costs = sensitivity(walk, progress)
+    kept = keep_precision(costs, sizes, budget, threshold=THRESHOLD)
+    return frozenset(field for field in possible if "/".join(field) not in kept), costs
 
 
 class Int8Writer(SafetensorsWriter):
     """Writes units of which the calibrated fields are INT8."""
 
-    def __init__(self, directory: Path, reader: PieceReader, int8: Fields, walk: Walk | None):
-        c = reader.checkpoint.config
+    def __init__(
+        self, directory: Path, reader: PieceReader, int8: Fields, walk: Walk | None, costs: dict[str, float]
+    ):
         moved = ("attn_norm", "ffn_norm", "attn.q_norm", "attn.kv_norm", "ffn.router")  # by scales
         wide = frozenset((stack, path) for stack in ("dense", "moe", "mtp") for path in moved)
         super().__init__(directory, reader, "int8", wide if walk else frozenset(), int8)
-        self.walk, self.int8, self.layers = walk, int8, c.num_hidden_layers
+        self.walk, self.costs = walk, costs
 
     def arrays(self, unit: Unit) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of a unit."""
@@ -142,7 +149,10 @@ class Int8Writer(SafetensorsWriter):
         number = int(unit.name.removeprefix("layers."))
         rows = yield from self.walk.tensors(number, unit)
         path = self.directory / REPORT
-        report = json.loads(path.read_text()) if path.exists() else {}
+        report: dict[str, Any] = {"sensitivity": self.costs, "layers": {}}
+        if path.exists():
+            report = json.loads(path.read_text())
+        report["layers"][unit.name] = rows
         unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(json.dumps(report | {unit.name: rows}, indent=1) + "\n")
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
         unfinished.rename(path)

@@ -166,7 +166,7 @@ def round_piece(
     if len(x) >= FEWEST_ROWS and parts & {"clipping", "compensation"}:
         best = search_clip(x, w).scale if "clipping" in parts else scale
         found = quantize(w, best[None])
-        if "compensation" in parts:
+        if "compensation" in parts and len(x) >= len(w):  # fewer rows say nothing of most directions
             found = compensate(gram(x[::2]), w, best, judge=gram(x[1::2]))
         error = _error(x, w, found, best)
         if error < plain:
