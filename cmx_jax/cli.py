@@ -124,6 +124,28 @@ def _eval(args: argparse.Namespace) -> None:
     _print(result, args.json, report.render)
 
 
+def _trace(args: argparse.Namespace) -> None:
+    from cmx_jax.mesh.trace.table import render
+    from cmx_jax.model.trace import ready, trace_model
+    from cmx_jax.serving.model import config_of
+
+    c, found = config_of(args.model), ready(args.layout)
+    layout, step = found.make(c.n_routed_experts), args.step or found.step
+    batch = found.batch if args.batch is None else args.batch
+    result = trace_model(
+        c,
+        layout,
+        step,
+        batch=batch,
+        context=args.context,
+        drafts=args.num_speculative_tokens,
+        ranks_per_npu=found.ranks_per_npu,
+    )
+    given = {"model": args.model, "layout": args.layout, "about": found.about, "step": step, "batch": batch}
+    document = given | {"context": args.context, "ranks": layout.ranks, "source": "jaxpr", **asdict(result)}
+    _print(document, args.json, lambda _: render(result))
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from cmx_jax.model.checkpoint import inspect
     from cmx_jax.serving.model import located
@@ -242,6 +264,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("model", metavar="SRC", help="a directory, tiny, or a preset such as deepseek-r1")
 
+    trace = verbs.add_parser("trace", help="what a step's collectives move, at full size, without weights")
+    trace.set_defaults(run=_trace)
+    trace.add_argument("model", metavar="MODEL", help="a directory, tiny, or a preset such as deepseek-r1")
+    trace.add_argument(
+        "--layout", default="ep320", help="ep320 and ep32 (the paper's), or epN (default ep320)"
+    )
+    trace.add_argument("--step", choices=("decode", "prefill"), help="default: what the layout is for")
+    trace.add_argument("--batch", type=int, help="sequences of an NPU (default: the paper's)")
+    trace.add_argument("--context", type=int, default=4096, help="tokens of a sequence (default 4096)")
+    trace.add_argument("--num-speculative-tokens", type=int, default=0, help="MTP drafts (default 0)")
+
     convert = verbs.add_parser("convert", help="to safetensors or Orbax, resuming what stopped")
     convert.set_defaults(run=_convert)
     convert.add_argument("source", metavar="SRC", help="a Hugging Face or Orbax directory, or tiny")
@@ -265,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--budget", type=float, default=0.08, help="of the bytes, for precision (default 0.08)"
     )
-    for verb in (inspect, convert, quantize):
+    for verb in (inspect, trace, convert, quantize):
         verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
     for verb, exchange in ((demo, "hierarchical"), (generate, "flat"), (evaluation, "flat")):

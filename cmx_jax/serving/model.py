@@ -16,7 +16,7 @@ from cmx_jax.model.cache import cache_dtype
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint
 from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.families import presets
+from cmx_jax.model.families import preset, presets, read_config
 from cmx_jax.model.weights import int8_fields
 from cmx_jax.serving.instance import Capacity, Instance
 
@@ -56,6 +56,16 @@ def located(name_or_path: str) -> str | Path:
         if name_or_path in presets() and not Path(name_or_path).exists()
         else locate(name_or_path)
     )
+
+
+def config_of(name_or_path: str) -> ModelConfig:
+    """The config of a preset, of a model that ships, or of a directory; no weights are looked at.
+
+    Raises:
+      CmxError: there is none.
+    """
+    found = located(name_or_path)
+    return preset(found) if isinstance(found, str) else read_config(found)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Collective:
       dtype: of the operand, as NumPy writes it.
       shape: of the operand on one rank.
       count: executions in one run of the program, loops counted; None if data decide.
+      known: executions by loops of known length alone: what `count` would be if the others ran once.
       scope: `named_scope`s around it, outermost first, with `/` between.
       share: of ranks that send anything (permute).
       groups: ranks of each group, where the source has them.
@@ -44,6 +45,7 @@ class Collective:
     scope: str = ""
     share: float = 1.0
     groups: tuple[tuple[int, ...], ...] | None = None
+    known: int = 1
 
     @property
     def operand_bytes(self) -> int:

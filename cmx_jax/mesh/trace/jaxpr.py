@@ -1,11 +1,9 @@
 """Collectives and products of a program, from its jaxpr: what was written, before any compiler."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import jax
-import numpy as np
 
 from cmx_jax.mesh.trace.collective import Collective
 
@@ -35,6 +33,7 @@ class Product:
     bytes: int
     count: int | None
     scope: str
+    known: int
 
 
 @dataclass
@@ -48,14 +47,16 @@ class Found:
 
 @dataclass(frozen=True)
 class _At:
-    """Where we are: executions (None: as the data want), scopes, sizes of axes."""
+    """Where we are: executions (None: as the data want; by known loops alone), scopes, sizes of axes."""
 
     count: int | None = 1
+    known: int = 1
     scope: str = ""
     axes: tuple[tuple[str, int], ...] = ()
 
     def times(self, n: int | None) -> "_At":
-        return replace(self, count=None if n is None or self.count is None else self.count * n)
+        count = None if n is None or self.count is None else self.count * n
+        return replace(self, count=count, known=self.known * (1 if n is None else n))
 
 
 def read_jaxpr(jaxpr: Any) -> Found:
@@ -135,25 +136,23 @@ def _collectives(eqn: Any, op: str, at: _At) -> Iterator[Collective]:
     if not names:  # an axis of a vmap: nothing moves
         return
     groups = eqn.params.get("axis_index_groups")
-    size = len(groups[0]) if groups else int(np.prod([sizes[name] for name in names]))
+    size = len(groups[0]) if groups else math.prod(sizes[name] for name in names)
     share = 1.0
     if op == "permute":
         share = len({a for a, b in eqn.params["perm"] if a != b}) / size
     operands = eqn.invars[:1] if op == "ragged_all_to_all" else eqn.invars
     for operand in operands:
-        aval = operand.aval
-        yield Collective(op, names, size, str(aval.dtype), tuple(aval.shape), at.count, at.scope, share)
+        dtype, shape = str(operand.aval.dtype), tuple(operand.aval.shape)
+        yield Collective(op, names, size, dtype, shape, at.count, at.scope, share, known=at.known)
 
 
 def _product(eqn: Any, at: _At) -> Product:
     a, b, out = (v.aval for v in (*eqn.invars[:2], eqn.outvars[0]))
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        each = int(np.prod([a.shape[i] for i in contracted]))
+        each = math.prod(a.shape[i] for i in contracted)
     else:
         kernel = eqn.params["dimension_numbers"].rhs_spec
-        each = int(np.prod([b.shape[i] for i in kernel[1:]]))
-    moved = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in (a, b, out))
-    return Product(
-        str(jax.numpy.dtype(a.dtype)), 2 * int(np.prod(out.shape)) * each, moved, at.count, at.scope
-    )
+        each = math.prod(b.shape[i] for i in kernel[1:])
+    flops, moved = 2 * math.prod(out.shape) * each, sum(x.size * x.dtype.itemsize for x in (a, b, out))
+    return Product(str(a.dtype), flops, moved, at.count, at.scope, at.known)

@@ -1,0 +1,40 @@
+"""Where on a supernode the ranks of a collective sit, and hence what their messages cross."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from cmx_jax.mesh.supernode import Supernode
+
+Groups = Iterable[Iterable[int]]
+
+
+def groups_of(axes: tuple[str, ...], sizes: dict[str, int]) -> list[list[int]]:
+    """The ranks that take part with each other over some axes; ranks are numbered row by row."""
+    names = list(sizes)
+    ranks = np.arange(int(np.prod(list(sizes.values())))).reshape(list(sizes.values()))
+    last = [names.index(axis) for axis in axes]
+    first = [i for i in range(len(names)) if i not in last]
+    width = int(np.prod([sizes[axis] for axis in axes]))
+    return ranks.transpose([*first, *last]).reshape(-1, width).tolist()
+
+
+def plane(groups: Groups, machine: Supernode, ranks_per_npu: int = 1, first_npu: int = 0) -> str:
+    """The widest boundary that a message of any group crosses.
+
+    Args:
+      groups: ranks that take part with each other.
+      machine: the supernode.
+      ranks_per_npu: 1, or 2 where a rank is a die.
+      first_npu: on which rank 0 sits.
+
+    Returns:
+      `die pair`, `node` (UB within a node), `nodes` (UB across nodes), or `RDMA` beyond the supernode.
+    """
+    widest = 0
+    for group in groups:
+        npus = {first_npu + rank // ranks_per_npu for rank in group}
+        nodes = {machine.node_of(npu) for npu in npus}
+        found = 0 if len(npus) == 1 else 1 if len(nodes) == 1 else 2
+        widest = max(widest, 3 if max(npus) >= machine.npus else found)
+    return ("die pair", "node", "nodes", "RDMA")[widest]
