@@ -95,3 +95,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], messa
     assert done.stdout == ""
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_trace_prints_a_full_size_step_s_collectives() -> None:
+    found = json.loads(cmx("trace", "deepseek-r1", "--json").stdout)
+    rows = [(c["op"], c["count"], c["plane"]) for c in found["collectives"]]
+    assert rows == [("all_to_all", 58, "nodes")] * 2
+    assert "Dispatch" in cmx("trace", "tiny", "--layout", "ep16", "--context", "256").stdout

@@ -1,1 +1,7 @@
-"""What a program moves and computes, read from its jaxpr, its StableHLO or its optimised HLO."""
+"""What a program moves and computes, read from the program itself."""
+
+from cmx_jax.mesh.trace.collective import Collective
+from cmx_jax.mesh.trace.jaxpr import read_jaxpr
+from cmx_jax.mesh.trace.table import Trace, render, trace
+
+__all__ = ["Collective", "Trace", "read_jaxpr", "render", "trace"]

@@ -1,0 +1,158 @@
+"""What a jaxpr's collectives move, against closed forms, on programs of the kinds that people write."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import lax
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from cmx_jax.mesh import CLOUDMATRIX384
+from cmx_jax.mesh.trace.place import groups_of, plane
+from cmx_jax.mesh.trace.table import Trace, render, trace
+
+MESH = AbstractMesh((4, 8), ("node", "npu"))
+
+
+def shape(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
+
+
+def mapped(fn: Any, ins: Any, outs: Any) -> Any:
+    return jax.jit(jax.shard_map(fn, mesh=MESH, in_specs=ins, out_specs=outs, check_vma=False))
+
+
+def rows(t: Trace) -> list[tuple[Any, ...]]:
+    """Operation, axes, plane, executions and wire bytes of each."""
+    return [(r["op"], tuple(r["axes"]), r["plane"], r["count"], r["wire_bytes"]) for r in t.collectives]
+
+
+def test_a_data_parallel_training_step_reduces_each_gradient_once() -> None:
+    opt = optax.sgd(1e-3, momentum=0.9)
+    params = {"w": shape(64, 16), "b": shape(16)}
+
+    def step(params: Any, state: Any, x: Any, y: Any) -> Any:
+        def loss(p: Any) -> Any:
+            return jnp.mean(jnp.square(x @ p["w"] + p["b"][None] - y))
+
+        grads = lax.pmean(jax.grad(loss)(params), ("node", "npu"))
+        updates, state = opt.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(opt.init, params)
+    data = P(("node", "npu"))
+    found = trace(mapped(step, (P(), P(), data, data), P()), params, state, shape(320, 64), shape(320, 16))
+    both, factor = ("node", "npu"), 2 * 31 / 32
+    reduced = [r for r in rows(found) if r[4] > 8]
+    assert sorted(reduced) == [
+        ("all_reduce", both, "nodes", 1, 16 * 4 * factor),
+        ("all_reduce", both, "nodes", 1, 64 * 16 * 4 * factor),
+    ]
+    forward = 2 * 10 * 64 * 16  # of one rank's ten rows; the gradient of w costs as much again
+    assert found.flops == {"float32": 2 * forward}
+
+
+def test_ring_attention_sends_keys_and_values_round_the_ring() -> None:
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        ring = [(i, (i + 1) % 8) for i in range(8)]
+
+        def turn(carry: Any, _: Any) -> Any:
+            (k, v), out = carry
+            out = out + jax.nn.softmax(q @ k.T) @ v
+            return (lax.ppermute((k, v), "npu", ring), out), None
+
+        with jax.named_scope("Ring"):
+            (_, out), _ = lax.scan(turn, ((k, v), jnp.zeros_like(q)), None, length=8)
+        return out
+
+    x = shape(4 * 8 * 16, 32, dtype="bfloat16")
+    spec = P(("node", "npu"))
+    found = trace(mapped(attend, (spec,) * 3, spec), x, x, x)
+    assert rows(found) == [("permute", ("npu",), "node", 8, 8 * 16 * 32 * 2)] * 2
+    assert {r["scope"] for r in found.collectives} == {"Ring"}
+    assert found.flops == {"bfloat16": 8 * 2 * (2 * 16 * 16 * 32)}
+
+
+def test_a_pipeline_s_last_stage_sends_nothing() -> None:
+    def stages(x: Any, w: Any) -> Any:
+        chain = [(i, i + 1) for i in range(3)]
+
+        def tick(h: Any, _: Any) -> Any:
+            return lax.ppermute(jnp.tanh(h @ w[0]), "node", chain), None
+
+        return lax.scan(tick, x, None, length=7)[0]
+
+    found = trace(mapped(stages, (P("npu"), P("node")), P("npu")), shape(64, 32), shape(4, 32, 32))
+    assert rows(found) == [("permute", ("node",), "nodes", 7, 7 * 8 * 32 * 4 * 3 / 4)]
+
+
+def test_nested_loops_multiply_and_data_decide_on_branches_and_whiles() -> None:
+    def program(x: Any, n: Any) -> Any:
+        def inner(x: Any, _: Any) -> Any:
+            return lax.all_to_all(x, "npu", 0, 0, tiled=True), None
+
+        def outer(x: Any, _: Any) -> Any:
+            x = lax.scan(inner, x, None, length=3)[0]
+            return lax.cond(jnp.sum(x) > 0, lambda x: lax.psum(x, "npu"), lambda x: x, x), None
+
+        x = lax.scan(outer, x, None, length=5)[0]
+        return lax.fori_loop(0, n[0], lambda _, x: lax.pmax(x, "node"), x)
+
+    spec = P(("node", "npu"))
+    found = trace(mapped(program, (spec, P()), spec), shape(32 * 8, 4), shape(1, dtype="int32"))
+    size = 8 * 4 * 4
+    assert rows(found) == [
+        ("all_to_all", ("npu",), "node", 15, 15 * size * 7 / 8),
+        ("all_reduce", ("npu",), "node", None, 5 * size * 2 * 7 / 8),
+        ("all_reduce", ("node",), "nodes", None, size * 2 * 3 / 4),
+    ]
+    assert found.notes
+
+
+def test_both_branches_alike_are_sure() -> None:
+    def program(x: Any) -> Any:
+        up, down = (lambda x, s=s: lax.all_gather(x * s, "npu", tiled=True) for s in (1.0, 2.0))
+        return lax.cond(jnp.sum(x) > 0, up, down, x)
+
+    found = trace(mapped(program, (P(("node", "npu")),), P("node")), shape(32 * 2, 4))
+    assert rows(found) == [("all_gather", ("npu",), "node", 1, 2 * 4 * 4 * 7)]
+    assert not found.notes
+
+
+def test_gathers_scatters_and_groups() -> None:
+    def program(x: Any) -> Any:
+        pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+        y = lax.psum_scatter(x, ("node", "npu"), tiled=True)
+        return lax.all_gather(y, "npu", axis_index_groups=pairs, tiled=True)
+
+    found = trace(mapped(program, (P(),), P("node")), shape(320, 4, dtype="int8"), ranks_per_npu=2)
+    scatter, gather = found.collectives
+    assert (scatter["op"], scatter["wire_bytes"], scatter["plane"]) == (
+        "reduce_scatter",
+        320 * 4 * 31 / 32,
+        "nodes",
+    )
+    assert (gather["group_size"], gather["wire_bytes"]) == (2, 10 * 4)
+
+
+@pytest.mark.parametrize(
+    ("axes", "per_npu", "where"),
+    [(("npu",), 1, "node"), (("npu",), 2, "node"), (("node",), 1, "nodes"), (("node", "npu"), 1, "nodes")],
+)
+def test_planes_of_a_mesh_of_nodes(axes: tuple[str, ...], per_npu: int, where: str) -> None:
+    groups = groups_of(axes, {"node": 4, "npu": 8})
+    assert sorted(rank for group in groups for rank in group) == list(range(32))
+    assert plane(groups, CLOUDMATRIX384, per_npu) == where
+
+
+def test_planes_of_a_die_pair_and_beyond_the_supernode() -> None:
+    assert plane([[0, 1], [2, 3]], CLOUDMATRIX384, 2) == "die pair"
+    assert plane([[0, 384]], CLOUDMATRIX384) == "RDMA"
+
+
+def test_the_table_has_a_line_for_each_collective() -> None:
+    found = trace(mapped(lambda x: lax.psum(x, "npu"), (P(),), P()), shape(4))
+    assert len(render(found).splitlines()) == 2
