@@ -31,4 +31,5 @@ class Int8Pieces:
         matrix = spread.reshape(math.prod(out.shape[: len(leaf.inputs)]), -1)
         scale = channel_scale(matrix)
         out[...] = quantize(matrix, scale[None]).reshape(out.shape)
-        self._scales[piece] = scale.reshape(leaf.scale().piece_shape).astype(dtype)
+        of_channel = tuple(1 if axis in leaf.inputs else n for axis, n in enumerate(out.shape))
+        self._scales[piece] = scale.reshape(of_channel).astype(dtype)
