@@ -90,9 +90,10 @@ class Walk:
         self.number = layer.number + 1
 
     def advance(self, number: int) -> None:
-        """Carries the text to a layer, nothing being rounded on the way."""
+        """Carries the text to a layer, nothing being rounded on the way, but all transformed: what goes on
+        behind a kill finds the same numbers, to the last bit, as what was never killed."""
         while self.number < number:
-            layer, expert = self.calibrated(self.number, frozenset())
+            layer, expert = self.calibrated(self.number, self.parts)
             routed = None if layer.seen.tokens is None else np.zeros_like(layer.seen.tokens)
             for e in range(self.c.n_routed_experts if routed is not None else 0):
                 rows, answers = layer.expert(e, expert(e))[2]
