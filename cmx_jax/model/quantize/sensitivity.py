@@ -81,4 +81,5 @@ def _log_probabilities(walk: Walk, x: np.ndarray) -> np.ndarray:
 
 
 def _divergence(exact: np.ndarray, found: np.ndarray) -> float:
-    return float(np.mean(np.sum(np.exp(exact) * (exact - found), axis=-1)))
+    """At least 0, which float32 may miss where both are nearly equal; NaN stays NaN."""
+    return float(np.maximum(np.mean(np.sum(np.exp(exact) * (exact - found), axis=-1)), 0))
