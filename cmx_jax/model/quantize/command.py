@@ -124,7 +124,8 @@ def _fields(
         return possible, {}
     walk = Walk(PieceReader(checkpoint), tokens[:MEASURED], parts, possible)
     c = checkpoint.config
-    sizes = {f"{x.stack}/{x.path}": math.prod(x.shape) for x in all_leaves(c, c.n_routed_experts)}
+    leaves = [x for x in all_leaves(c, c.n_routed_experts) if (x.stack, x.path) in possible]
+    sizes = {f"{x.stack}/{x.path}": math.prod(x.shape) for x in leaves}
     costs = sensitivity(walk, progress)
     kept = keep_precision(costs, sizes, budget, threshold=THRESHOLD)
     return frozenset(field for field in possible if "/".join(field) not in kept), costs
