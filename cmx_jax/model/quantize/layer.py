@@ -12,7 +12,7 @@ from cmx_jax.model.quantize.fold import Pieces, links, rotate, scale_readers, sc
 from cmx_jax.model.quantize.observe import Seen, layer_of, observe, outputs, rows_of
 from cmx_jax.quant.clip import search_clip
 from cmx_jax.quant.compensate import compensate
-from cmx_jax.quant.measure import gram, relative
+from cmx_jax.quant.measure import checked, gram, relative
 from cmx_jax.quant.search import search_scales
 from cmx_jax.quant.weights import channel_scale, quantize, rows_through_int8
 
@@ -158,7 +158,7 @@ def round_piece(
     Raises:
       ValueError: a number that is not finite.
     """
-    w = _matrix(path, piece)
+    w, x = _matrix(path, piece), checked(path, x)
     scale = channel_scale(w)
     q = quantize(w, scale[None])
     plain, clipped = _error(x, w, q, scale), 0.0
