@@ -73,8 +73,8 @@ class Calibrated:
         if "scales" in self.parts and DOWN in self.int8 and len(rows) >= FEWEST_ROWS:
             s = search_scales(h, [pieces[DOWN]]).s
             scale_readers(pieces, (DOWN,), s)
-            pieces[DOWN], h = raw[DOWN] * s[:, None], h / s
             scale_writer(pieces, EXPERTS, s)
+            h = h / s
         return pieces, {EXPERTS: x, DOWN: h}, (rows, weights[:, None] * (h @ pieces[DOWN]))
 
     def hidden(
@@ -131,7 +131,7 @@ def _scale(layer: Calibrated, link: Any, experts: Experts) -> None:
     x = seen.inputs[readers[0]] if readers else seen.tokens
     maps = [_matrix(path, pieces[path]) for path in readers if path in layer.int8]
     routed = "ffn.router" in link.floats  # the router reads what the experts do
-    if routed:
+    if routed and EXPERTS in layer.int8:
         counts = np.bincount(seen.chosen[seen.chosen >= 0].reshape(-1), minlength=layer.c.n_routed_experts)
         busiest = np.argsort(-counts, kind="stable")[:SAMPLED_EXPERTS]
         maps += [_matrix(EXPERTS, experts(int(e))[EXPERTS]) for e in busiest]
