@@ -222,14 +222,34 @@ def _manifest(
     )
 
 
-def _begin(dst: Path, wanted: Manifest) -> None:
-    """Makes the destination, unless it is there with this or another conversion."""
-    if read_manifest(dst) is not None:
-        return
-    if dst.is_dir() and any(path.name not in (UNFINISHED, LOCK) for path in dst.iterdir()):
+def begun(dst: Path, source: str) -> Manifest | None:
+    """What was begun in a destination; None where nothing was.
+
+    Args:
+      dst: the destination.
+      source: of the manifest that is expected there.
+
+    Raises:
+      CmxError: it holds something else.
+    """
+    found = read_manifest(dst)
+    if found is None and dst.is_dir() and any(path.name not in (UNFINISHED, LOCK) for path in dst.iterdir()):
         raise CmxError(f"{dst} is not empty and no conversion has begun there, expected a new directory")
-    dst.mkdir(parents=True, exist_ok=True)
-    wanted.save(dst)
+    if found is not None and found.source != source:
+        raise _another(dst)
+    return found
+
+
+def _another(dst: Path) -> CmxError:
+    what = "another source, format, type, layout or calibration"
+    return CmxError(f"{dst} holds another conversion ({what}): delete it, or take another directory")
+
+
+def _begin(dst: Path, wanted: Manifest) -> None:
+    """Makes the destination, unless this was begun there."""
+    if begun(dst, wanted.source) is None:
+        dst.mkdir(parents=True, exist_ok=True)
+        wanted.save(dst)
 
 
 @contextmanager
@@ -248,8 +268,7 @@ def _resumed(dst: Path, wanted: Manifest) -> Manifest:
     """The manifest to go on with."""
     found = read_manifest(dst)
     if found is None or not found.same_work(wanted):
-        what = "another source, format, type or layout"
-        raise CmxError(f"{dst} holds another conversion ({what}): delete it, or take another directory")
+        raise _another(dst)
     return found
 
 

@@ -20,8 +20,8 @@ from jaxtyping import Int
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint import open_checkpoint
-from cmx_jax.model.checkpoint.convert import check_directories, fingerprint, run_conversion
-from cmx_jax.model.checkpoint.manifest import Manifest, read_manifest
+from cmx_jax.model.checkpoint.convert import begun, check_directories, fingerprint, run_conversion
+from cmx_jax.model.checkpoint.manifest import Manifest
 from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
 from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.checkpoint.writer import PieceReader, Unit
@@ -69,11 +69,13 @@ def quantize(
     src, dst = Path(source), Path(destination)
     if unknown := parts - set(PARTS):
         raise CmxError(f"part {sorted(unknown)[0]!r} is unknown, expected some of {', '.join(PARTS)}")
+    if not budget >= 0:
+        raise CmxError(f"budget is {budget}, expected 0 or more")
     parts = frozenset() if tokens is None else parts
     check_directories(src, dst)
     seen = fingerprint(src)
     checkpoint = open_checkpoint(src)
-    work = hashlib.sha256(f"{seen} {sorted(parts)} {budget}".encode())
+    work = hashlib.sha256(f"{seen} {sorted(parts)} {budget} {np.shape(tokens)}".encode())
     work.update(b"" if tokens is None else np.ascontiguousarray(tokens).tobytes())
     try:
         fields, costs = _fields(checkpoint, dst, work.hexdigest(), tokens, parts, budget, progress)
@@ -116,9 +118,8 @@ def _fields(
 
     With it the measures, where they were taken now.
     """
-    begun = read_manifest(dst)
-    if begun is not None and begun.source == work:
-        return frozenset(tuple(name.split("/")) for name in begun.int8), {}  # type: ignore[misc]
+    if (there := begun(dst, work)) is not None:
+        return frozenset(tuple(name.split("/")) for name in there.int8), {}  # type: ignore[misc]
     possible = int8_fields(checkpoint.config, checkpoint.mtp)
     if "precision" not in parts:
         return possible, {}
