@@ -34,9 +34,7 @@ def open_checkpoint(directory: str | Path, config: ModelConfig | None = None) ->
     directory = Path(directory)
     manifest = read_manifest(directory)
     if manifest is not None and not manifest.complete:
-        raise CmxError(
-            f"{directory}: holds a conversion that is not complete: run the same cmx convert again"
-        )
+        raise CmxError(f"{directory}: holds a conversion that is not complete: run the same command again")
     if manifest is not None and manifest.format == "orbax":
         from cmx_jax.model.checkpoint.orbax import OrbaxDirectory  # takes a second to import
 
