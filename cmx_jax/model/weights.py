@@ -347,4 +347,5 @@ FLOAT_FIELDS = ("embed", "head", "attn.k_b", "attn.v_b")
 def int8_fields(c: ModelConfig, mtp: bool = True) -> frozenset[tuple[str, str]]:
     """Stack and path of every matrix that may be INT8: FFN and attention's projections."""
     leaves = all_leaves(c, c.n_routed_experts, mtp)
-    return frozenset((x.stack, x.path) for x in leaves if x.kind == "matrix" and x.path not in FLOAT_FIELDS)
+    large = ("matrix", "int8")
+    return frozenset((x.stack, x.path) for x in leaves if x.kind in large and x.path not in FLOAT_FIELDS)
