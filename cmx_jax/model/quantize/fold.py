@@ -6,13 +6,15 @@ the program that serves them is the same.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from cmx_jax.model.config import MLAConfig, ModelConfig
 from cmx_jax.quant.rotate import rotation
 
-Pieces = dict[str, np.ndarray]
+Pieces = dict[str, Any]
+"""Arrays by path; a `QTensor` where one is served in INT8."""
 
 
 @dataclass(frozen=True)
