@@ -75,8 +75,8 @@ def quantize(
     check_directories(src, dst)
     seen = fingerprint(src)
     checkpoint = open_checkpoint(src)
-    work = hashlib.sha256(f"{seen} {sorted(parts)} {budget} {np.shape(tokens)}".encode())
-    work.update(b"" if tokens is None else np.ascontiguousarray(tokens).tobytes())
+    work = hashlib.sha256(f"{seen} {sorted(parts)} {budget}".encode())
+    work.update(b"" if tokens is None else repr(tokens.tolist()).encode())
     try:
         fields, costs = _fields(checkpoint, dst, work.hexdigest(), tokens, parts, budget, progress)
         wanted = Manifest(
