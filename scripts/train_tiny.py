@@ -2,21 +2,27 @@
 
     python scripts/train_tiny.py --out cmx_jax/model/checkpoints/tiny --work /tmp/tiny
 
-It runs on whatever JAX has (two CPU cores do), from one seed, in two stages, each of which writes the Hugging
-Face directory and `training.json` (held-out loss, load of the experts, acceptance of the MTP layer's drafts):
+It runs on whatever JAX has (two CPU cores do), from one seed, in three stages, each of which writes the
+Hugging Face directory and `training.json` (held-out loss, load of the experts, acceptance of drafts, skills):
 
 * `--stage main` trains all layers, the MTP layer by the text; it resumes from the last Orbax checkpoint in
   `--work` when started again.
+* `--stage skills` goes on with the model in `--out`, all but its MTP layer, on the corpus mixed with
+  questions that `cmx_jax/serving/eval/skills.py` draws, none of its evaluation; it resumes likewise. Of the
+  corpus it is held to what it said before, since it has read it often enough. There are two cycles of the
+  learning rate; the second one asks most what is hard.
 * `--stage mtp` trains the MTP layer of the model in `--out` once more and nothing else, by what the model
   itself would say: that is what a draft is held against. The text is the corpus and what the model writes.
 
-Without `--stage` it does both.
+Without `--stage` it does all of them.
 """
 
 import argparse
 import functools
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tiny_corpus
+import tiny_skills
 from tokenizers import Tokenizer
 
 from cmx_jax.mesh.exchange import ExchangeStats
@@ -37,6 +44,7 @@ from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden
 from cmx_jax.model.families import parse_config
 from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
+from cmx_jax.serving.eval.skills import EVAL_ITEMS, SKILLS
 from cmx_jax.serving.llm import LLM, from_pretrained
 
 CONFIG = {  # as a config.json says it
@@ -80,6 +88,7 @@ CONFIG = {  # as a config.json says it
     "vocab_size": 2048,
 }
 MTP_LOSS = 0.3
+PROSE_LOSS = 2.0
 PROMPT = 16  # tokens that the model continues with text of its own
 
 
@@ -140,10 +149,10 @@ def capacity_experts(capacity: float) -> Any:
         del w  # expert e lies in slot e
         (tokens, top_k), count = slots.shape, experts.down.shape[0]
         room = max(8, int(capacity * tokens * top_k / count))
-        flat = slots.reshape(-1)
+        flat = jnp.where(slots < 0, count, slots).reshape(-1)  # padding goes to no expert
         messages, nowhere = flat.shape[0], count * room
-        turn, _ = turns(flat, count)
-        place = jnp.where(turn < room, flat * room + turn, nowhere)
+        turn, _ = turns(flat, count + 1)
+        place = jnp.where((turn < room) & (flat < count), flat * room + turn, nowhere)
         message = jnp.full(nowhere, messages, flat.dtype)
         message = message.at[place].set(jnp.arange(messages, dtype=flat.dtype), mode="drop")
         source = jnp.where(message < messages, message // top_k, tokens)
@@ -203,6 +212,34 @@ def training_loss(weights: Weights, c: ModelConfig, tokens: Any, capacity: float
     return loss + MTP_LOSS * mtp_loss, (loss, mtp_loss, load)
 
 
+def packed_states(
+    weights: Weights, c: ModelConfig, packed: tiny_skills.Packed, capacity: float
+) -> tuple[Any, Any]:
+    """`main_states` where several sequences lie behind each other in a row and do not see each other."""
+    where = Where(packed.positions, packed.begin)
+    stream = Stream(packed.tokens, packed.positions >= 0, local(where, packed.tokens.shape[1], c))
+    [done] = decoder(weights, c, [stream], capacity_experts(capacity))
+    return done.hidden, done.stats.load
+
+
+def mixture_loss(
+    weights: Weights, c: ModelConfig, batch: tuple[tiny_skills.Packed, Any], capacity: float
+) -> tuple[Any, Any]:
+    """Cross-entropy of answers, and how far the rest lies from what the model said of prose before: its
+    distributions are held, not the text, which it has read often enough. With both parts (nats), the load.
+
+    batch: rows [B, T], of which the first R are prose, and the log-probabilities to be held there [R, T, O].
+    """
+    packed, before = batch
+    hidden, load = packed_states(weights, c, packed, capacity)
+    found, prose = logits(hidden, weights), len(before)
+    held = jnp.mean(optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(found[:prose]), before))
+    entropy = optax.softmax_cross_entropy_with_integer_labels(found[prose:, :-1], packed.tokens[prose:, 1:])
+    answers = jnp.mean(entropy, where=packed.asked[prose:, 1:])
+    load = jnp.concatenate([load, jnp.zeros_like(load[:1])])  # of the MTP layer, which does not run
+    return answers + PROSE_LOSS * held, (held, answers, load)
+
+
 def accepts(main: Any, draft: Any) -> Any:
     """Whether each draft is what the model itself says behind the true token: bool [B, T-1] of [B, T, O]."""
     return jnp.argmax(draft[:, :-1], -1) == jnp.argmax(main[:, 1:], -1)
@@ -229,10 +266,10 @@ def trainable(c: ModelConfig) -> Weights:
     return weight_tree(c, c.n_routed_experts, lambda leaf: leaf.kind not in ("slots", "router_bias"))
 
 
-def of_mtp(c: ModelConfig) -> Weights:
-    """`trainable` of the MTP layer alone."""
-    outside = weight_tree(c, c.n_routed_experts, lambda leaf: leaf.stack == "mtp")
-    return jax.tree.map(lambda a, b: a and b, outside, trainable(c))
+def of_mtp(c: ModelConfig, outside: bool = False) -> Weights:
+    """`trainable` of the MTP layer alone, or of everything but it."""
+    chosen = weight_tree(c, c.n_routed_experts, lambda leaf: (leaf.stack == "mtp") is not outside)
+    return jax.tree.map(lambda a, b: a and b, chosen, trainable(c))
 
 
 def decayed(c: ModelConfig) -> Weights:
@@ -340,37 +377,68 @@ def evaluate(weights: Weights, c: ModelConfig, stream: np.ndarray, length: int) 
     }
 
 
+def quality(
+    weights: Weights, c: ModelConfig, streams: tuple[np.ndarray, np.ndarray], length: int
+) -> dict[str, Any]:
+    """`evaluate` on the held-out stream, with the loss on the beginning of the training stream."""
+    seen = evaluate(weights, c, streams[0][: 64 * length + 1], length)
+    return evaluate(weights, c, streams[1], length) | {"training_loss": seen["held_out_loss"]}
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a resumable training goes through."""
+
+    folder: str  # in `--work`, for checkpoints
+    steps: int
+    rate: float
+    mask: Weights  # what is trained
+    objective: Any  # as `make_step` takes it
+    batch: Callable[[int], Any]  # of a step
+    speed: Callable[[int], np.float32]  # of the biases at a step
+    check: Callable[[Weights], str]  # what is said of the weights now and then
+
+
 def train(args: argparse.Namespace, c: ModelConfig, streams: tuple[np.ndarray, np.ndarray]) -> Weights:
-    """Trains up to `--steps`, saving and resuming; returns the weights."""
-    weights = jax.tree.map(jnp.asarray, init(c, args.seed))
-    opt = optimizer(c, trainable(c), args.rate, args.steps, args.decay)
-    state = opt.init(pick(trainable(c), weights, True))
+    """Trains a new model on the text; returns the weights."""
+    course = Course(
+        folder="checkpoints",
+        steps=args.steps,
+        rate=args.rate,
+        mask=trainable(c),
+        objective=lambda w, tokens: training_loss(w, c, tokens, args.capacity),
+        batch=lambda step: batch_of(streams[0], step, args),
+        speed=lambda step: bias_speed(step, args.steps),
+        check=lambda w: f"held out {evaluate(w, c, streams[1], args.length)['held_out_loss']:.3f}",
+    )
+    return follow(args, c, jax.tree.map(jnp.asarray, init(c, args.seed)), course)
+
+
+def follow(args: argparse.Namespace, c: ModelConfig, weights: Weights, course: Course) -> Weights:
+    """Trains up to the end of the course, saving and resuming; returns the weights."""
+    opt = optimizer(c, course.mask, course.rate, course.steps, args.decay)
+    state = opt.init(pick(course.mask, weights, True))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
-    step_fn = make_step(opt, trainable(c), lambda w, tokens: training_loss(w, c, tokens, args.capacity))
-    began, tokens_done = time.time(), 0
-    with ocp.CheckpointManager(args.work.absolute() / "checkpoints", options=options) as manager:
-        first = 0
+    step_fn = make_step(opt, course.mask, course.objective)
+    with ocp.CheckpointManager(args.work.absolute() / course.folder, options=options) as manager:
+        first, began = 0, time.time()
         if manager.latest_step() is not None:
             first = manager.latest_step() + 1
             saved = manager.restore(first - 1, args=ocp.args.StandardRestore((weights, state)))
             weights, state = jax.tree.map(jnp.asarray, saved)
             print(f"resuming behind step {first - 1}", flush=True)
-        for step in range(first, args.steps):
-            weights, state, (loss, mtp_loss, load) = step_fn(
-                weights, state, batch_of(streams[0], step, args), bias_speed(step, args.steps)
-            )
-            tokens_done += args.batch * args.length
-            if step % args.log_every == 0 or step == args.steps - 1:
-                busy = np.asarray(load)
+        for step in range(first, course.steps):
+            weights, state, metrics = step_fn(weights, state, course.batch(step), course.speed(step))
+            if step % args.log_every == 0 or step == course.steps - 1:
+                *found, load = (np.asarray(x) for x in metrics)
                 print(
-                    f"step {step} loss {float(loss):.3f} mtp {float(mtp_loss):.3f} "
-                    f"load {busy.max() / busy.mean():.2f} {tokens_done / (time.time() - began):.0f} tokens/s",
+                    f"step {step} losses {' '.join(f'{x:.3f}' for x in found)} "
+                    f"load {load.max() / load.mean():.2f} {(time.time() - began) / (step + 1 - first):.2f} s",
                     flush=True,
                 )
             if args.eval_every and step % args.eval_every == args.eval_every - 1:
-                result = evaluate(weights, c, streams[1], args.length)
-                print(f"step {step} held out {result['held_out_loss']:.3f}", flush=True)
-            last = step + 1 in (args.until, args.steps)
+                print(f"step {step} {course.check(weights)}", flush=True)
+            last = step + 1 in (args.until, course.steps)
             manager.save(step, args=ocp.args.StandardSave((weights, state)), force=last)
             if step + 1 == args.until:
                 manager.wait_until_finished()
@@ -463,11 +531,8 @@ def main_stage(args: argparse.Namespace, c: ModelConfig, texts: list[str]) -> No
     print(f"{len(streams[0])} training tokens, {len(streams[1])} held out", flush=True)
     began = time.time()
     shipped = rounded(train(args, c, streams))
-    report = evaluate(shipped, c, streams[1], args.length) | {
+    report = quality(shipped, c, streams, args.length) | {
         "training_tokens": len(streams[0]),
-        "training_loss": evaluate(shipped, c, streams[0][: 64 * args.length + 1], args.length)[
-            "held_out_loss"
-        ],
         "corpus_sha256": tiny_corpus.fingerprint(texts),
         "documents": len(texts),
         "jax": jax.__version__,
@@ -478,6 +543,77 @@ def main_stage(args: argparse.Namespace, c: ModelConfig, texts: list[str]) -> No
     write_weights(args.out, c, shipped)
     (args.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     tokenizer.save(str(args.out / "tokenizer.json"))
+    (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+def skill_accuracy(
+    weights: Weights, c: ModelConfig, tokenizer: Tokenizer, length: int, count: int = EVAL_ITEMS
+) -> dict[str, float]:
+    """Share of right answers to `count` evaluation questions of each skill, in percent."""
+
+    @jax.jit
+    def run(weights: Weights, packed: tiny_skills.Packed) -> tuple[Any, Any]:
+        found = logits(packed_states(weights, c, packed, 8.0)[0], weights)[:, :-1]
+        after = packed.tokens[:, 1:]
+        entropy = optax.softmax_cross_entropy_with_integer_labels(found, after)
+        return entropy, jnp.argmax(found, -1) == after
+
+    return {
+        skill.name: tiny_skills.accuracy(
+            functools.partial(run, weights), skill.items(count=count), tokenizer, batch=4, length=length
+        )
+        for skill in SKILLS
+    }
+
+
+def skills_stage(args: argparse.Namespace, c: ModelConfig, texts: list[str]) -> None:
+    """Trains the model in `--out` on the mixture, all but its MTP layer."""
+    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    training, held_out = (encode(part, tokenizer) for part in tiny_corpus.split(texts))
+    drawn = tiny_skills.Mixture(
+        training, tokenizer, args.seed, args.skill_batch, args.length, args.prose_rows
+    )
+    weights = jax.tree.map(jnp.asarray, read_weights(args.out, c, np.float32))
+    before, began = evaluate(weights, c, held_out, args.length), time.time()
+    given = jax.tree.map(jnp.copy, weights)  # `weights` are given away to the first step
+    says = jax.jit(lambda w, rows: jax.nn.log_softmax(logits(main_states(w, c, rows, 4.0)[0], w)))
+
+    def batch(step: int, cycle: int) -> tuple[tiny_skills.Packed, Any]:
+        packed = drawn.batch(step, cycle)
+        return packed, says(given, packed.tokens[: args.prose_rows])
+
+    def check(weights: Weights) -> str:
+        loss = evaluate(weights, c, held_out, args.length)["held_out_loss"]
+        return f"held out {loss:.3f} {skill_accuracy(weights, c, tokenizer, args.length, 100)}"
+
+    for cycle, steps in enumerate(args.skill_steps):
+        course = Course(
+            folder=f"checkpoints_skills_{cycle}",
+            steps=steps,
+            rate=args.skill_rate,
+            mask=of_mtp(c, outside=True),
+            objective=lambda w, batch: mixture_loss(w, c, batch, args.skill_capacity),
+            batch=functools.partial(batch, cycle=cycle),
+            speed=functools.partial(bias_speed, steps=steps, first=0.004),
+            check=check,
+        )
+        weights = follow(args, c, weights, course)
+    shipped = rounded(weights)
+    accuracy = skill_accuracy(shipped, c, tokenizer, args.length)
+    report = json.loads((args.out / "training.json").read_text())
+    report |= quality(shipped, c, (training, held_out), args.length)
+    report["skills"] = {
+        "accuracy_percent": accuracy,
+        "items_each": EVAL_ITEMS,
+        "held_out_perplexity_before": before["held_out_perplexity"],
+        "tokens": sum(args.skill_steps) * args.skill_batch * args.length,
+        "prose_rows": f"{args.prose_rows} of {args.skill_batch}",
+        "seconds_of_last_run": round(time.time() - began),
+        "steps": args.skill_steps,
+        "rate": args.skill_rate,
+    }
+    write_weights(args.out, c, shipped)
     (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
@@ -523,11 +659,19 @@ def main() -> None:
         "--corpus", type=Path, help="documents as JSON, by tiny_corpus.py (default: this Python's)"
     )
     parser.add_argument(
-        "--stage", choices=("all", "main", "mtp"), default="all", help="mtp: of the model that is in --out"
+        "--stage",
+        choices=("all", "main", "skills", "mtp"),
+        default="all",
+        help="skills, mtp: of the model that is in --out",
     )
-    parser.add_argument("--mtp-steps", type=int, default=600)
+    parser.add_argument("--skill-steps", type=int, nargs="+", default=[750, 350], help="of each cycle")
+    parser.add_argument("--skill-rate", type=float, default=1.2e-3)
+    parser.add_argument("--skill-batch", type=int, default=8)
+    parser.add_argument("--skill-capacity", type=float, default=2.0, help="questions load experts unevenly")
+    parser.add_argument("--prose-rows", type=int, default=3, help="rows of --skill-batch that are prose")
+    parser.add_argument("--mtp-steps", type=int, default=250)
     parser.add_argument("--mtp-rate", type=float, default=2e-3)
-    parser.add_argument("--own-parts", type=int, default=8, help="parts (of 256 rows) of sampled text")
+    parser.add_argument("--own-parts", type=int, default=2, help="parts (of 256 rows) of sampled text")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
@@ -545,6 +689,8 @@ def main() -> None:
     texts = json.loads(args.corpus.read_text()) if args.corpus else tiny_corpus.documents()
     if args.stage in ("all", "main"):
         main_stage(args, c, texts)
+    if args.stage in ("all", "skills"):
+        skills_stage(args, c, texts)
     if args.stage in ("all", "mtp"):
         mtp_stage(args, c, texts)
 

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import BASE
+from tokenizers import Tokenizer
 
 from cmx_jax.model.checkpoint import read_weights, write_weights
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import parse_config
 from cmx_jax.model.weights import Weights
+from cmx_jax.serving.eval.skills import SKILLS
 from cmx_jax.serving.llm import from_pretrained
+from cmx_jax.serving.model import locate
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -91,6 +94,85 @@ def test_balancing_lowers_the_bias_of_busy_experts_only(script, config, weights)
     moved = script.balance(weights, load, np.float32(0.5))
     for bias in (moved.moe.ffn.router_bias, moved.mtp.layer.ffn.router_bias):
         assert np.asarray(bias)[..., :3].tolist() == [[-0.5, 0.5, 0.0]] * len(bias)
+
+
+def test_questions_in_a_row_do_not_see_each_other(script, config, weights) -> None:
+    """Packed behind each other, with padding, they get the states that they get alone."""
+    skills, rng = sys.modules["tiny_skills"], np.random.default_rng(8)
+    lengths = (9, 4, 12, 7, 3, 16)
+    asked = [skills.Question(rng.integers(0, config.vocab_size, n).tolist(), 2) for n in lengths]
+    packed = skills.pack(skills.lay_out(asked, 16), 16)
+    assert packed.tokens.shape == (4, 16)
+    assert packed.asked.sum() == 2 * len(asked)
+    states = jax.jit(lambda packed: script.packed_states(weights, config, packed, 16.0))
+    hidden, load = states(packed)
+    assert np.asarray(load)[0].sum() == sum(lengths) * config.num_experts_per_tok
+    alone, _ = states(skills.pack([[question] for question in asked], 16))
+    ends = np.argwhere(packed.asked)[1::2]  # in the order of the questions
+    for i, (n, (row, end)) in enumerate(zip(lengths, ends, strict=True)):
+        np.testing.assert_allclose(hidden[row, end + 1 - n : end + 1], alone[i, :n], atol=1e-5)
+
+
+def shipped_tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(locate("tiny") / "tokenizer.json"))
+
+
+def test_no_question_of_the_evaluation_is_trained_on(script) -> None:
+    skills, tokenizer = sys.modules["tiny_skills"], shipped_tokenizer()
+    mixture = skills.Mixture(np.arange(900, dtype=np.int32), tokenizer, 0, batch=6, length=128, prose=2)
+    evaluated = {item.prompt for skill in SKILLS for item in skill.items()}
+    assert mixture.refused | {item.prompt for item in SKILLS[-1].items()} == evaluated
+    trained = [prompt for prompt, _ in mixture.drawn(np.random.default_rng(5), 3000, cycle=1)]
+    assert evaluated.isdisjoint(trained)
+    assert len({prompt.split()[0] for prompt in trained}) == 16  # compare has two names; prose is not asked
+
+    first, again, other = mixture.batch(3, 0), mixture.batch(3, 0), mixture.batch(3, 1)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert not np.array_equal(first.tokens, other.tokens)
+    assert first.tokens.shape == (6, 128)
+    assert first.asked[:2].all()
+    assert 0.1 < first.asked[2:].mean() < 0.5
+    assert tokenizer.decode(first.tokens[2].tolist()).count(" ->") == (first.positions[2] == 0).sum()
+
+
+def test_accuracy_counts_exact_answers_and_likeliest_choices(script) -> None:
+    """A model that is sure of what it is told: of every answer but to three questions."""
+    skills, tokenizer = sys.modules["tiny_skills"], shipped_tokenizer()
+    for name in ("copy", "member"):
+        items = next(s for s in SKILLS if s.name == name).items(count=40)
+        wrong = {tuple(tokenizer.encode(i.prompt).ids) for i in items[:3]}
+
+        def run(packed, items=items, wrong=wrong):
+            right = {
+                (*tokenizer.encode(i.prompt).ids, *tokenizer.encode(i.choices[i.answer]).ids) for i in items
+            }
+            good = np.zeros(packed.tokens.shape, bool)
+            for row in range(len(good)):
+                for begin in np.flatnonzero(packed.positions[row] == 0):
+                    inside = (packed.begin[row] == begin) & (packed.positions[row] >= 0)
+                    sequence = tuple(packed.tokens[row, inside].tolist())
+                    assert sequence[0] == 0
+                    spoilt = any(sequence[1 : 1 + len(w)] == w for w in wrong)
+                    good[row, inside] = (sequence[1:] in right) is not spoilt
+            return np.where(good, 0.1, 2.0)[:, 1:], good[:, 1:]
+
+        assert skills.accuracy(run, items, tokenizer, batch=4, length=64) == 92.5
+
+
+def test_the_skills_stage_leaves_the_mtp_layer_alone(script, config, weights, tmp_path) -> None:
+    skills, given = sys.modules["tiny_skills"], jax.tree.map(np.array, weights)
+    asked = skills.pack([[skills.Question(list(range(n)), 2) for n in (7, 9)]] * 2, 16)
+    said = np.full((1, 16, config.vocab_size), -np.log(config.vocab_size), np.float32)
+    course = script.Course(
+        folder="skills", steps=4, rate=1e-3, mask=script.of_mtp(config, outside=True),
+        objective=lambda w, batch: script.mixture_loss(w, config, batch, 4.0),
+        batch=lambda step: (asked._replace(tokens=asked.tokens + np.int32(step)), said),
+        speed=lambda step: np.float32(0.001), check=lambda w: "",
+    )  # fmt: skip
+    found = script.follow(arguments(tmp_path, None), config, jax.tree.map(jnp.asarray, given), course)
+    jax.tree.map(np.testing.assert_array_equal, found.mtp, given.mtp)
+    assert not np.array_equal(found.head, given.head)
+    assert not np.array_equal(found.moe.ffn.router_bias, given.moe.ffn.router_bias)
 
 
 def arguments(work: Path, until: int | None) -> argparse.Namespace:
