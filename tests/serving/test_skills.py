@@ -1,5 +1,6 @@
 """Sixteen kinds of questions: their answers, found again by other means, and what guessing gets."""
 
+import json
 import re
 from collections import Counter
 from functools import cache
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+import cmx_jax
 from cmx_jax.serving.eval.skills import EVAL_ITEMS, SKILLS, Item, Skill, prose
 from cmx_jax.serving.model import locate
 
@@ -142,3 +144,16 @@ def test_prompts_and_answers_are_tokenised_apart_and_fit() -> None:
     both = tokenizer.encode_batch([a + b for a, b in zip(texts[::2], texts[1::2], strict=True)])
     assert [e.ids for e in both] == [a + b for a, b in zip(ids[::2], ids[1::2], strict=True)]
     assert max(len(e.ids) for e in both) <= 64
+
+
+def test_the_shipped_model_answers_as_its_report_says() -> None:
+    """Well above chance in at least twelve skills; three of them are asked here, as a user would."""
+    report = json.loads((locate("tiny") / "training.json").read_text())["skills"]["accuracy_percent"]
+    assert list(report) == list(BY_NAME)
+    assert sum(report[name] > 100 * BY_NAME[name].chance + 25 for name in BY_NAME) >= 12
+    llm = cmx_jax.from_pretrained("tiny", ranks=1, max_num_seqs=20, max_model_len=64)
+    for name in ("copy", "after", "sum"):
+        items = BY_NAME[name].items(count=20)
+        written = llm.generate(["<|endoftext|>" + item.prompt for item in items], max_new_tokens=12)
+        right = [out.text.startswith(item.choices[0]) for out, item in zip(written, items, strict=True)]
+        assert np.mean(right) > report[name] / 100 - 0.2
