@@ -155,5 +155,5 @@ def test_the_shipped_model_answers_as_its_report_says() -> None:
     for name in ("copy", "after", "sum"):
         items = BY_NAME[name].items(count=20)
         written = llm.generate(["<|endoftext|>" + item.prompt for item in items], max_new_tokens=12)
-        right = [out.text.startswith(item.choices[0]) for out, item in zip(written, items, strict=True)]
-        assert np.mean(right) > report[name] / 100 - 0.2
+        hits = [out.text.startswith(item.choices[0]) for out, item in zip(written, items, strict=True)]
+        assert np.mean(hits) > report[name] / 100 - 0.2
