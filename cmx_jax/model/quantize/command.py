@@ -11,6 +11,7 @@ weights are rounded as they are.
 import hashlib
 import json
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ REPORT = "quantization.json"
 BUDGET = 0.08  # of the INT8 bytes, for what stays in floats
 THRESHOLD = 5e-4  # nats that rounding a field must cost at least for it to stay
 MEASURED = 4  # sequences of the calibration text on which that is measured
+FUSED = (  # servers that read such checkpoints make one matrix of each (vLLM), and refuse two kinds of it
+    ("attn.q", "attn.k", "attn.v"),
+    ("attn.q_a", "attn.kv_a"),
+    ("ffn.experts.gate_up", "ffn.experts.down"),
+)
 Fields = frozenset[tuple[str, str]]
 
 
@@ -76,7 +82,8 @@ def quantize(
     seen = fingerprint(src)
     checkpoint = open_checkpoint(src)
     work = hashlib.sha256(f"{seen} {sorted(parts)} {budget}".encode())
-    work.update(b"" if tokens is None else repr(tokens.tolist()).encode())
+    if tokens is not None:
+        work.update(f"{tokens.shape}".encode() + np.ascontiguousarray(tokens).tobytes())
     try:
         fields, costs = _fields(checkpoint, dst, work.hexdigest(), tokens, parts, budget, progress)
         wanted = Manifest(
@@ -126,10 +133,20 @@ def _fields(
     walk = Walk(PieceReader(checkpoint), tokens[:MEASURED], parts, possible)
     c = checkpoint.config
     leaves = [x for x in all_leaves(c, c.n_routed_experts) if (x.stack, x.path) in possible]
-    sizes = {f"{x.stack}/{x.path}": math.prod(x.shape) for x in leaves}
-    costs = sensitivity(walk, progress)
-    kept = keep_precision(costs, sizes, budget, threshold=THRESHOLD)
-    return frozenset(field for field in possible if "/".join(field) not in kept), costs
+    sizes: Counter[str] = Counter()
+    for leaf in leaves:
+        sizes[_together(f"{leaf.stack}/{leaf.path}")] += math.prod(leaf.shape)
+    costs, together = sensitivity(walk, progress), defaultdict[str, float](float)
+    for name, cost in costs.items():
+        together[_together(name)] += cost
+    kept = keep_precision(together, sizes, budget, threshold=THRESHOLD)
+    return frozenset(field for field in possible if _together("/".join(field)) not in kept), costs
+
+
+def _together(field: str) -> str:
+    """The first of the fields of which this one is of one precision."""
+    stack, _, path = field.partition("/")
+    return f"{stack}/{next((paths[0] for paths in FUSED if path in paths), path)}"
 
 
 class Int8Writer(SafetensorsWriter):
