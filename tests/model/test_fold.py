@@ -60,6 +60,7 @@ def test_a_layer_transformed_computes_what_it_did(case: str, tmp_path: Path, mon
     checkpoint = open_checkpoint(WRITTEN[case](tmp_path) if case in WRITTEN else path)
     walk = Walk(PieceReader(checkpoint), TEXT, FOLDED, int8_fields(checkpoint.config, checkpoint.mtp))
     monkeypatch.setattr(layer, "search_scales", any_scales)
+    monkeypatch.setattr(layer, "FEWEST_ROWS", 4)  # of so little text
     layers = checkpoint.config.num_hidden_layers
     for number in range(layers + checkpoint.mtp):
         exact = behind(walk, number, frozenset())
