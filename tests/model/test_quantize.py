@@ -14,7 +14,7 @@ from cmx_jax.model.checkpoint import open_checkpoint
 from cmx_jax.model.checkpoint.convert import convert
 from cmx_jax.model.families import read_config
 from cmx_jax.model.quantize import command
-from cmx_jax.model.quantize.command import PARTS, quantize
+from cmx_jax.model.quantize.command import PARTS, REPORT, quantize
 from cmx_jax.model.weights import int8_fields
 from model.quantized import run
 
@@ -32,7 +32,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 def test_errors_are_smaller_than_those_of_rounding_alone(done: tuple[Path, dict[str, Any]]) -> None:
     out, result = done
-    report = json.loads((out / command.REPORT).read_text())
+    report = json.loads((out / REPORT).read_text())
     assert report == {name: result[name] for name in ("sensitivity", "layers")}
     assert result["layers"].keys() == {"layers.0", "layers.1", "layers.2"}
     errors = [e for found in result["layers"].values() for e in found.values()]

@@ -1,5 +1,6 @@
 """`cmx quantize`: what breaks it off costs nothing finished, what it cannot use is one line."""
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from support import BASE
 
 import cmx_jax
 from cmx_jax.cli import main
-from cmx_jax.model.quantize.command import PARTS
+from cmx_jax.model.quantize.command import PARTS, REPORT, quantize
 from cmx_jax.serving.calibration import calibration
 from cmx_jax.serving.model import Model
 from model.quantized import FOLDED, ROUNDED, TEXT, files, run
@@ -72,6 +73,13 @@ def test_killed_in_the_middle_of_a_file_it_ends_with_the_same_bytes(whole: Path,
     assert list(out.glob("*.safetensors.unfinished"))
     assert run(BASE, out)["units_resumed"] == 2
     assert files(out) == files(whole)
+
+
+def test_the_report_is_of_this_run_not_of_the_source(whole: Path, tmp_path: Path) -> None:
+    result = run(whole, tmp_path / "out", FOLDED)
+    assert result["layers"] != json.loads((whole / REPORT).read_text())
+    assert quantize(whole, tmp_path / "plain")["layers"] == {}
+    assert not (tmp_path / "plain" / REPORT).exists()
 
 
 def test_done_again_nothing_is_written_again(whole: Path) -> None:

@@ -22,7 +22,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.model.checkpoint.declared import DESCRIPTION, compressed_int8
 from cmx_jax.model.checkpoint.load import Checkpoint, open_checkpoint
-from cmx_jax.model.checkpoint.manifest import FORMATS, NAME, UNFINISHED, Manifest, read_manifest
+from cmx_jax.model.checkpoint.manifest import FORMATS, NAME, REPORT, UNFINISHED, Manifest, read_manifest
 from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
 from cmx_jax.model.checkpoint.writer import DTYPES, PieceReader, linear
 from cmx_jax.model.fields import read_json
@@ -320,7 +320,7 @@ def _verify(dst: Path, writer: UnitWriter, manifest: Manifest, progress: Callabl
 def _finish(src: Path, dst: Path, manifest: Manifest, writer: UnitWriter) -> None:
     """Everything beside the weights; the config comes last."""
     for path in sorted(src.iterdir()):
-        skipped = path.name in ("config.json", NAME, LOCK, DESCRIPTION) or ".index.json" in path.name
+        skipped = path.name in ("config.json", NAME, LOCK, DESCRIPTION, REPORT) or ".index.json" in path.name
         skipped = skipped or path.suffix in _WEIGHTS or not path.is_file()
         if not skipped and path.stat().st_size < _MOST_COPIED:
             shutil.copyfile(path, dst / path.name)

@@ -11,6 +11,7 @@ from cmx_jax.model.fields import read_json
 
 NAME = "conversion.json"
 UNFINISHED = f"{NAME}.unfinished"
+REPORT = "quantization.json"  # of a quantisation, beside it: each matrix's error
 FORMATS = ("safetensors", "orbax")
 
 

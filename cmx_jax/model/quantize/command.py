@@ -22,7 +22,7 @@ from jaxtyping import Int
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint import open_checkpoint
 from cmx_jax.model.checkpoint.convert import begun, check_directories, fingerprint, run_conversion
-from cmx_jax.model.checkpoint.manifest import Manifest
+from cmx_jax.model.checkpoint.manifest import REPORT, Manifest
 from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
 from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.checkpoint.writer import PieceReader, Unit
@@ -32,7 +32,6 @@ from cmx_jax.model.quantize.walk import Walk
 from cmx_jax.model.weights import all_leaves, int8_fields
 from cmx_jax.quant.sensitivity import keep_precision
 
-REPORT = "quantization.json"
 BUDGET = 0.08  # of the INT8 bytes, for what stays in floats
 THRESHOLD = 5e-4  # nats that rounding a field must cost at least for it to stay
 MEASURED = 4  # sequences of the calibration text on which that is measured
