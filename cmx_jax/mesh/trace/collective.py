@@ -8,6 +8,7 @@ operand of `n` bytes a rank. They are those of the algorithms that move least:
     reduce_scatter      n (G - 1) / G         a reduced part is of n / G
     all_reduce          2 n (G - 1) / G       reduce-scatter, then all-gather
     permute             n                     where a rank sends at all, to another than itself
+    broadcast           n (G - 1) / G         the mean: all but one get it, passed on from rank to rank
     ragged_all_to_all   n (G - 1) / G         at most: how much is sent is data
 """
 
@@ -16,7 +17,15 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-OPS = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce", "permute", "ragged_all_to_all")
+OPS = (
+    "all_to_all",
+    "all_gather",
+    "reduce_scatter",
+    "all_reduce",
+    "permute",
+    "broadcast",
+    "ragged_all_to_all",
+)
 
 
 @dataclass(frozen=True)
