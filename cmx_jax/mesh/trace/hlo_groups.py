@@ -1,0 +1,154 @@
+"""Who takes part in a collective: HLO's replica groups as devices, and the mesh axes that make such groups.
+
+A device's number is its place in the mesh, row-major. With `R` replicas of `P` partitions it is `r P + p`.
+"""
+
+import itertools
+import math
+import re
+from functools import cache
+
+import numpy as np
+
+from cmx_jax.mesh.trace.hlo_text import Instruction
+
+Groups = tuple[tuple[int, ...], ...]
+Axes = tuple[tuple[str, int], ...]
+
+GROUPS = (
+    r"replica_groups=(\{(?:\s*\{[\d,\s]*\},?)*\s*\}"  # {{0,1},{2,3}}
+    r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"  # [2,4]<=[8], [4,2]<=[2,4]T(1,0)
+    r"|mesh\[.*?\](?:, device_ids=\(.*?\))? \{.*?\})"  # mesh['a'=2,'b'=4] {'b'}
+)
+PAIRS = r"source_target_pairs=(\{(?:\s*\{[\d,\s]*\},?)*\s*\})"
+
+
+def groups_of(instruction: Instruction, replicas: int, partitions: int) -> Groups:
+    """Devices of each group; none where the text leaves it to a number of devices that it does not tell."""
+    given = read_groups(instruction.attribute(GROUPS) or "{}")
+    return devices_of(given, *_scope(instruction), replicas, partitions)
+
+
+def pairs_of(instruction: Instruction, replicas: int, partitions: int) -> Groups:
+    """(source, target) of a permute, as devices."""
+    given = read_groups(instruction.attribute(PAIRS) or "{}")
+    return devices_of(given, *_scope(instruction), replicas, partitions)
+
+
+def _scope(instruction: Instruction) -> tuple[bool, bool | None]:
+    """Whether it has a channel and global ids (None: this op never says), by which XLA tells what ids are."""
+    says = re.match(r"all-gather|all-reduce|reduce-scatter", instruction.op)
+    ids = instruction.attribute(r"(use_global_device_ids=true)") is not None if says else None
+    return instruction.attribute(r"(\bchannel_id=)") is not None, ids
+
+
+@cache
+def devices_of(
+    given: Groups, channel: bool, global_ids: bool | None, replicas: int, partitions: int
+) -> Groups:
+    """Groups of replicas, of partitions or of devices, all as devices."""
+    rs, ps = range(replicas), range(partitions)
+    if replicas * partitions == 1 or (channel and global_ids):
+        return given or (() if replicas * partitions == 1 else (tuple(range(replicas * partitions)),))
+    of_partitions = channel and global_ids is None
+    given = given or (tuple(ps if of_partitions else rs),)
+    if max(map(max, given)) >= (partitions if of_partitions else replicas):
+        return given  # devices, whatever else it says
+    if of_partitions:
+        return tuple(tuple(r * partitions + p for p in group) for r in rs for group in given)
+    if channel:
+        return tuple(tuple(r * partitions + p for r in group for p in ps) for group in given)
+    return tuple(tuple(r * partitions + p for r in group) for p in ps for group in given)
+
+
+@cache
+def read_groups(text: str) -> Groups:
+    """Groups as they are written: listed, iota, or axes of a mesh."""
+    if text.startswith("mesh"):
+        return _read_mesh(text)
+    if text.startswith("["):
+        shape, rest = text.split("<=")
+        return _rows(_iota(rest).reshape(_numbers(shape)))
+    return tuple(_numbers(group) for group in re.findall(r"\{([\d,\s]+)\}", text))
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: numbers in that shape, transposed."""
+    sizes, _, order = text.partition("T")
+    numbers = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return numbers.transpose(_numbers(order)) if order else numbers
+
+
+def _read_mesh(text: str) -> Groups:
+    """`mesh['a'=2,'b'=8] {'a','b':(2)4}`: axes, of which `(2)4` is a part: 4 behind the first 2."""
+    mesh, ids, chosen = re.match(  # type: ignore[union-attr]
+        r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}$", text
+    ).groups()
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)}
+    parts: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
+    for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen):
+        parts[name].append((int(before or 1), int(size or sizes[name])))
+    shape, inside = [], []
+    for name, whole in sizes.items():
+        done = 1
+        for before, size in sorted(parts[name]):
+            shape += [before // done, size]
+            inside.append(len(shape) - 1)
+            done = before * size
+        shape.append(whole // done)
+    numbers = np.arange(math.prod(sizes.values()))
+    if ids:
+        numbers = (_iota(ids) if ids.startswith("[") else np.array(_numbers(ids))).reshape(-1)
+    last = range(len(shape) - len(inside), len(shape))
+    size = math.prod(shape[axis] for axis in inside)
+    return _rows(np.moveaxis(numbers.reshape(shape), inside, tuple(last)).reshape(-1, size))
+
+
+def _rows(numbers: np.ndarray) -> Groups:
+    return tuple(map(tuple, numbers.tolist()))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))
+
+
+@cache
+def axes_of_groups(groups: Groups, mesh_axes: Axes) -> tuple[str, ...]:
+    """The axes over which a collective has these groups, outermost first; () if there are none such."""
+    sizes = [size for _, size in mesh_axes]
+    if not groups or sum(map(len, groups)) != math.prod(sizes):
+        return ()
+    chosen = _varying([groups[0]], sizes)
+    numbers = np.moveaxis(np.arange(math.prod(sizes)).reshape(sizes), chosen, range(-len(chosen), 0))
+    expected = _rows(numbers.reshape(-1, math.prod(sizes[axis] for axis in chosen)))
+    same = set(map(frozenset, expected)) == set(map(frozenset, groups))
+    return tuple(mesh_axes[axis][0] for axis in chosen) if same else ()
+
+
+@cache
+def axes_of_pairs(pairs: Groups, mesh_axes: Axes) -> tuple[str, ...]:
+    """The axes along which messages travel, outermost first."""
+    sizes = [size for _, size in mesh_axes]
+    if max(itertools.chain((0,), *pairs)) >= math.prod(sizes):
+        return ()
+    return tuple(mesh_axes[axis][0] for axis in _varying(pairs, sizes))
+
+
+def _varying(groups: Groups | list[tuple[int, ...]], sizes: list[int]) -> list[int]:
+    """Axes in which members of some group differ."""
+    found = set()
+    for group in groups:
+        if max(group) >= math.prod(sizes):
+            return []
+        places = np.array(np.unravel_index(np.array(group), sizes)).reshape(len(sizes), -1)
+        found |= set(np.flatnonzero((places != places[:, :1]).any(1)).tolist())
+    return sorted(found)
+
+
+def connected(pairs: Groups) -> Groups:
+    """Devices between which there is a way."""
+    group_of: dict[int, set[int]] = {}
+    for source, target in pairs:
+        joined = group_of.get(source, {source}) | group_of.get(target, {target})
+        group_of |= dict.fromkeys(joined, joined)
+    return tuple(sorted({tuple(sorted(group)) for group in group_of.values()}))
