@@ -1,0 +1,57 @@
+"""FLOPs of HLO's matrix products: two for each product that is summed."""
+
+import math
+import re
+from functools import cache
+
+import numpy as np
+from jax import numpy as jnp
+
+from cmx_jax.mesh.trace.hlo_text import Instruction, arrays
+
+PRODUCTS = frozenset(("dot", "scaled-dot", "convolution"))
+
+
+def flops_of(instruction: Instruction) -> tuple[str, int]:
+    """The type of its inputs (the wider, if they differ), and the FLOPs of one execution on one rank."""
+    inputs = [arrays(instruction.operand(number).type)[0] for number in (0, 1)]
+    dtype = max((dtype for dtype, _ in inputs), key=lambda dtype: jnp.dtype(dtype).itemsize)
+    (_, result), (_, left), (_, right) = arrays(instruction.type)[0], *inputs
+    if instruction.op == "convolution":
+        return dtype, 2 * _convolution(instruction, result, left, right)
+    contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+    summed = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+    return dtype, 2 * math.prod(result) * summed
+
+
+def _convolution(instruction: Instruction, out: tuple, left: tuple, right: tuple) -> int:
+    """Products of a convolution: those with padding and with holes between elements are none.
+
+    Compilers write batched matrix products in this form, a batch axis as a window that meets itself only.
+    """
+    labels = instruction.attribute(r"dim_labels=(\w+_\w+->\w+)") or "bf_io->bf"
+    of_left, of_right, of_out = re.split(r"_|->", labels)
+    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
+    fields = dict(item.split("=") for item in window.split())
+    products = out[of_out.index("b")] * math.prod(right[of_right.index(label)] for label in "io")
+    spatial = sorted(label for label in of_left if label.isdigit())
+    for label in spatial:
+        own = {key: value.split("x")[int(label)] for key, value in fields.items()}
+        low = int(own.get("pad", "0_0").split("_")[0])
+        stride, holes, spread = (int(own.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        sizes = (left[of_left.index(label)], right[of_right.index(label)], out[of_out.index(label)])
+        products *= _meetings(*sizes, stride, low, holes, spread)
+    return products
+
+
+@cache
+def _meetings(size: int, kernel: int, out: int, stride: int, low: int, holes: int, spread: int) -> int:
+    """Pairs of a place of the window and an element under it, along one axis."""
+    if holes == 1 and low <= 0 and (out - 1) * stride + (kernel - 1) * spread - low < size:
+        return kernel * out
+    places = np.arange(out) * stride - low
+    found = 0
+    for step in range(kernel):
+        at = places + step * spread
+        found += int(((at >= 0) & (at % holes == 0) & (at // holes < size)).sum())
+    return found

@@ -1,0 +1,22 @@
+"""The user's scopes in what JAX names an operation."""
+
+import re
+
+# the program's own structure
+STRUCTURE = re.compile(
+    r"p?jit|(?:p?jit|pmap|core_call|xla_call)\(.*\)|shard_map|while|body|cond|scan|branch_\d+_fun|closed_call"
+    r"|checkpoint|remat\d?|rematted_computation|custom_[jv][jv]p_call\w*|(?:core|xla)_call"
+)
+# `transpose(jvp(Dispatch))`: the user's scope in a transformation
+WRAPPED = re.compile(r"(?:jvp|vjp|transpose|vmap|linearize|remat|checkpoint|rematted_computation)\((.*)\)")
+
+
+def scopes(op_name: str) -> str:
+    """The `named_scope`s of `jit(f)/while/body/jvp(Moe)/Dispatch/all_to_all`: `Moe/Dispatch`."""
+    kept = []
+    for part in op_name.split("/")[:-1]:  # the last is the operation
+        while wrapped := WRAPPED.fullmatch(part):
+            part = wrapped.group(1)
+        if part and not STRUCTURE.fullmatch(part):
+            kept.append(part)
+    return "/".join(kept)
