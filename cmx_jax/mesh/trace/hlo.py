@@ -1,7 +1,7 @@
 """Collectives and FLOPs of a compiled program, read from its optimised HLO.
 
-This is what the compiler made of a program for one target: it combines, splits, moves and widens collectives (CPU
-sends bfloat16 as float32, for example). The program's jaxpr has what was asked for.
+This is what the compiler made of a program for one target: it combines, splits, moves and widens collectives
+(CPU sends bfloat16 as float32, for example). The program's jaxpr has what was asked for.
 """
 
 import itertools
@@ -11,29 +11,12 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from cmx_jax.mesh.trace.collective import Collective
+from cmx_jax.mesh.trace.hlo_collectives import COLLECTIVES, collectives_of, starts_here
 from cmx_jax.mesh.trace.hlo_flops import PRODUCTS, flops_of
-from cmx_jax.mesh.trace.hlo_groups import (
-    Axes,
-    Groups,
-    axes_of_groups,
-    axes_of_pairs,
-    connected,
-    groups_of,
-    pairs_of,
-)
+from cmx_jax.mesh.trace.hlo_groups import Axes, Machine
 from cmx_jax.mesh.trace.hlo_loops import Loops
-from cmx_jax.mesh.trace.hlo_text import Array, Computation, Instruction, arrays, read_module
-from cmx_jax.mesh.trace.scope import scopes
+from cmx_jax.mesh.trace.hlo_text import Computation, Instruction, read_module
 
-COLLECTIVES = {
-    "all-to-all": "all_to_all",
-    "all-gather": "all_gather",
-    "all-reduce": "all_reduce",
-    "reduce-scatter": "reduce_scatter",
-    "collective-permute": "permute",
-    "collective-broadcast": "broadcast",
-    "ragged-all-to-all": "ragged_all_to_all",
-}
 CALLS = frozenset(("while", "conditional", "call", "fusion", "async", "custom-call"))
 STARTED = {f"{op}-start" for op in (*COLLECTIVES, *CALLS)}
 NOTABLE = frozenset((*COLLECTIVES, *CALLS, *STARTED, *PRODUCTS, "send", "ragged-dot"))
@@ -111,16 +94,9 @@ def read_hlo(text: str, mesh_axes: Axes | None = None) -> Program:
 class _Reader:
     def __init__(self, text: str, mesh_axes: Axes | None):
         self.module = read_module(text, NOTABLE)
-        self.replicas, self.partitions = (self._in_header(k) for k in ("replica_count", "num_partitions"))
-        self.devices = self.replicas * self.partitions
-        self.axes: Axes = mesh_axes or ()
         self.notes: list[str] = []
+        self.machine = self._machine(mesh_axes or ())
         self.contents: dict[str, Content] = {}
-        mesh = math.prod(size for _, size in self.axes)
-        if self.axes and self.devices not in (1, mesh):
-            self.notes.append(f"the program is for {self.devices} devices, the mesh has {mesh}: no axes")
-            self.axes = ()
-        self.devices = max(self.devices, mesh)
         callers: dict[str, list[Instruction]] = {}
         for computation in self.module.computations.values():
             for instruction in computation.notable:
@@ -129,18 +105,28 @@ class _Reader:
                         callers.setdefault(name, []).append(instruction)
         self.loops = Loops(self.module, callers)
 
-    def _in_header(self, key: str) -> int:
-        return int(self.module.header.partition(f"{key}=")[2].partition(",")[0].split(" ")[0] or 1)
+    def _machine(self, axes: Axes) -> Machine:
+        replicas, partitions = (
+            int(re.findall(rf"\b{key}=(\d+)", self.module.header + f" {key}=1")[0])
+            for key in ("replica_count", "num_partitions")
+        )
+        mesh = math.prod(size for _, size in axes)
+        if axes and replicas * partitions not in (1, mesh):
+            self.notes.append(
+                f"for {replicas * partitions} devices, but the mesh has {mesh}: axes are unknown"
+            )
+            axes, mesh = (), 1
+        return Machine(replicas, partitions, max(replicas * partitions, mesh), axes)
 
     def program(self) -> Program:
         content = self.content(self.module.entry)
         collectives = [
             replace(collective, count=count)
             for instruction, count in content.runs.items()
-            for collective in self.collectives(instruction)
+            for collective in collectives_of(instruction, self.machine)
         ]
         self._note_others()
-        return Program(self.devices, collectives, dict(content.flops), dict(content.once), self.notes)
+        return Program(self.machine.devices, collectives, dict(content.flops), dict(content.once), self.notes)
 
     def content(self, computation: Computation) -> Content:
         """Bottom up, each computation once."""
@@ -161,7 +147,7 @@ class _Reader:
                 for key in ("calls", "called_computations") if op != "call" else ("to_apply",):
                     for name in instruction.called().get(key, []):
                         found.add(self.content(self.module.computation(name)), times)
-            elif op in COLLECTIVES and _starts_here(instruction):
+            elif op in COLLECTIVES and starts_here(instruction):
                 found.runs[instruction] = 1
         return found
 
@@ -207,31 +193,8 @@ class _Reader:
         return Counter(
             (replace(collective, scope=""), count)
             for instruction, count in content.runs.items()
-            for collective in self.collectives(instruction)
+            for collective in collectives_of(instruction, self.machine)
         )
-
-    def collectives(self, instruction: Instruction) -> list[Collective]:
-        """One for each type of operand."""
-        op = COLLECTIVES[instruction.op.removesuffix("-start")]
-        share = 1.0
-        if op == "permute":
-            pairs = pairs_of(instruction, self.replicas, self.partitions)
-            groups, axes = connected(pairs), axes_of_pairs(pairs, self.axes)
-            devices = max(self.devices, sum(map(len, groups)))
-            share = sum(source != target for source, target in pairs) / devices
-            size = math.prod(n for name, n in self.axes if name in axes) if axes else _largest(groups)
-        else:
-            groups = groups_of(instruction, self.replicas, self.partitions)
-            groups = groups or (tuple(range(self.devices)),)
-            axes, size = axes_of_groups(groups, self.axes), _largest(groups)
-        by_type: dict[str, list[tuple[int, ...]]] = {}
-        for dtype, shape in _operands(op, instruction):
-            by_type.setdefault(dtype, []).append(shape)
-        scope = _scope(instruction)
-        return [
-            Collective(op, axes, size, dtype, _together(shapes), 1, scope, share, groups)
-            for dtype, shapes in by_type.items()
-        ]
 
     def _note_others(self) -> None:
         others: Counter[str] = Counter()
@@ -245,41 +208,3 @@ class _Reader:
         for name, count in others.items():
             if count:
                 self.notes.append(f"{count} x {name}: what it computes and sends is not counted")
-
-
-def _scope(instruction: Instruction) -> str:
-    name = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', instruction.rest)
-    return scopes(name.group(1)) if name else ""
-
-
-def _starts_here(instruction: Instruction) -> bool:
-    """TPU spreads a collective over fusions, of which each names it: the first starts it."""
-    if '"async_collective_fusion_config"' not in instruction.rest:
-        return True
-    return any('"AsyncCollectiveStart"' in other.rest for other in instruction.home.notable)
-
-
-def _operands(op: str, instruction: Instruction) -> list[Array]:
-    """What a rank sends from."""
-    first = arrays(instruction.operand(0).type)
-    if op == "ragged_all_to_all":  # then where to, and how much
-        return first
-    if op == "permute":  # of parts of a buffer: then the result's, and where they are
-        parts = instruction.attribute(r"slice_sizes=\{(\{.*?\})\}")
-        if parts:
-            sizes = [part.split(",") for part in parts.strip("{}").split("},{")]
-            return [(first[0][0], tuple(map(int, size))) for size in sizes]
-    return [
-        a for number in range(len(instruction.operands())) for a in arrays(instruction.operand(number).type)
-    ]
-
-
-def _largest(groups: Groups) -> int:
-    return max(map(len, groups), default=1)
-
-
-def _together(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    first, *others = shapes
-    if not others:
-        return first
-    return (len(shapes), *first) if set(others) == {first} else (sum(map(math.prod, shapes)),)

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,19 +24,29 @@ GROUPS = (
 PAIRS = r"source_target_pairs=(\{(?:\s*\{[\d,\s]*\},?)*\s*\})"
 
 
-def groups_of(instruction: Instruction, replicas: int, partitions: int) -> Groups:
-    """Devices of each group; none where the text leaves it to a number of devices that it does not tell."""
+class Machine(NamedTuple):
+    """Replicas of partitions; how many devices that is, as far as is known; the mesh's axes, if they are."""
+
+    replicas: int
+    partitions: int
+    devices: int
+    axes: Axes
+
+
+def groups_of(instruction: Instruction, machine: Machine) -> Groups:
+    """Devices of each group."""
     given = read_groups(instruction.attribute(GROUPS) or "{}")
-    return devices_of(given, *_scope(instruction), replicas, partitions)
+    groups = devices_of(given, *_ids(instruction), machine.replicas, machine.partitions)
+    return groups or (tuple(range(machine.devices)),)
 
 
-def pairs_of(instruction: Instruction, replicas: int, partitions: int) -> Groups:
+def pairs_of(instruction: Instruction, machine: Machine) -> Groups:
     """(source, target) of a permute, as devices."""
     given = read_groups(instruction.attribute(PAIRS) or "{}")
-    return devices_of(given, *_scope(instruction), replicas, partitions)
+    return devices_of(given, *_ids(instruction), machine.replicas, machine.partitions) if given else ()
 
 
-def _scope(instruction: Instruction) -> tuple[bool, bool | None]:
+def _ids(instruction: Instruction) -> tuple[bool, bool | None]:
     """Whether it has a channel and global ids (None: this op never says), by which XLA tells what ids are."""
     says = re.match(r"all-gather|all-reduce|reduce-scatter", instruction.op)
     ids = instruction.attribute(r"(use_global_device_ids=true)") is not None if says else None
@@ -46,7 +57,7 @@ def _scope(instruction: Instruction) -> tuple[bool, bool | None]:
 def devices_of(
     given: Groups, channel: bool, global_ids: bool | None, replicas: int, partitions: int
 ) -> Groups:
-    """Groups of replicas, of partitions or of devices, all as devices."""
+    """Groups of replicas, of partitions or of devices, all as devices; none where nobody says how many."""
     rs, ps = range(replicas), range(partitions)
     if replicas * partitions == 1 or (channel and global_ids):
         return given or (() if replicas * partitions == 1 else (tuple(range(replicas * partitions)),))

@@ -1,7 +1,7 @@
 """How often an HLO loop runs: as the compiler noted it, or by its counter, limit and step.
 
-Values are followed to the instruction that makes them, through copies, tuples, fusions, and loops that hand them on
-unchanged: compilers move constants far away from the loops that need them.
+Values are followed to the instruction that makes them, through copies, tuples, fusions, and loops that hand
+them on unchanged: compilers move constants far away from the loops that need them.
 """
 
 import re
