@@ -4,6 +4,7 @@ Texts are the CPU compiler's of today, the TPU compiler's as `scripts/make_hlo.p
 neither writes, by hand.
 """
 
+import contextlib
 import itertools
 import math
 from functools import cache
@@ -190,8 +191,8 @@ PARAMETER = "%p = f32[16,8]{1,0:T(8,128)} parameter(0)\n"
         (
             "permute",
             "%i = s32[] constant(0)\n"
-            "ROOT %c = f32[16,8] collective-permute(%p, %p, %i, %i), channel_id=1, \n"
-            "  slice_sizes={{2,8},{1,8}}, source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}",
+            "ROOT %c = f32[16,8] collective-permute(%p, %p, %i, %i), slice_sizes={{2,8},{1,8}},\n"
+            "  channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}",
             96,
         ),
     ],
@@ -468,6 +469,10 @@ def test_every_op_has_a_name() -> None:
         (module(PARAMETER)[:-3], "computation main has no end"),
         (module("ROOT %d = f32[16,8] dot(%p, %p), lhs_contracting_dims={1}"), "p of d is not in main"),
         (module(f"{PARAMETER}ROOT %d = f32[16,8] call(%p), to_apply=%gone"), "gone is called but not there"),
+        (
+            module(f"{PARAMETER}ROOT %d = f32[16] dot(%p, %p), lhs_contracting_dims={{2}}"),
+            "no sense in 'd = f32",
+        ),
         (module("%p = q7[2] parameter(0)\nROOT %r = q7[2] all-reduce(%p)"), "unknown type q7"),
     ],
 )
@@ -475,6 +480,16 @@ def test_what_is_no_hlo_is_said_in_one_line(text: str, expected: str) -> None:
     with pytest.raises(CmxError, match=expected) as error:
         read_hlo(text)
     assert "\n" not in str(error.value)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_whatever_is_lost_nothing_worse_comes_of_it(data: st.DataObject) -> None:
+    text = text_of(data.draw(st.sampled_from(["nested", "products", "layers"])), "tpu")
+    start = data.draw(st.integers(0, len(text) - 1))
+    lost, instead = data.draw(st.integers(0, 30)), data.draw(st.sampled_from(["", "(", "}", "%", "0", ","]))
+    with contextlib.suppress(CmxError):
+        read_hlo(text[:start] + instead + text[start + lost :], AXES)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.99])

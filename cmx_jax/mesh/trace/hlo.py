@@ -15,7 +15,7 @@ from cmx_jax.mesh.trace.hlo_collectives import COLLECTIVES, collectives_of, star
 from cmx_jax.mesh.trace.hlo_flops import PRODUCTS, flops_of
 from cmx_jax.mesh.trace.hlo_groups import Axes, Machine
 from cmx_jax.mesh.trace.hlo_loops import Loops
-from cmx_jax.mesh.trace.hlo_text import Computation, Instruction, read_module
+from cmx_jax.mesh.trace.hlo_text import Computation, Instruction, read_module, reading
 
 CALLS = frozenset(("while", "conditional", "call", "fusion", "async", "custom-call"))
 STARTED = {f"{op}-start" for op in (*COLLECTIVES, *CALLS)}
@@ -123,7 +123,7 @@ class _Reader:
         collectives = [
             replace(collective, count=count)
             for instruction, count in content.runs.items()
-            for collective in collectives_of(instruction, self.machine)
+            for collective in self._collectives(instruction)
         ]
         self._note_others()
         return Program(self.machine.devices, collectives, dict(content.flops), dict(content.once), self.notes)
@@ -134,22 +134,26 @@ class _Reader:
             return self.contents[computation.name]
         found = self.contents[computation.name] = Content()
         for instruction in computation.notable:
-            op = instruction.op.removesuffix("-start")
-            if op in PRODUCTS:
-                found.flops.update(dict((flops_of(instruction),)))
-            elif op == "while":
-                self._add_loop(found, instruction)
-            elif op == "conditional":
-                self._add_branches(found, instruction)
-            elif op in CALLS or (op in COLLECTIVES and "calls" in instruction.called()):
-                # a custom call decides for itself how often it calls
-                times = None if op == "custom-call" else 1
-                for key in ("calls", "called_computations") if op != "call" else ("to_apply",):
-                    for name in instruction.called().get(key, []):
-                        found.add(self.content(self.module.computation(name)), times)
-            elif op in COLLECTIVES and starts_here(instruction):
-                found.runs[instruction] = 1
+            with reading(instruction):
+                self._add(found, instruction)
         return found
+
+    def _add(self, found: Content, instruction: Instruction) -> None:
+        op = instruction.op.removesuffix("-start")
+        if op in PRODUCTS:
+            found.flops.update(dict((flops_of(instruction),)))
+        elif op == "while":
+            self._add_loop(found, instruction)
+        elif op == "conditional":
+            self._add_branches(found, instruction)
+        elif op in CALLS or "calls" in instruction.called():
+            # a custom call decides for itself how often it calls
+            times = None if op == "custom-call" else 1
+            for key in ("calls", "called_computations") if op != "call" else ("to_apply",):
+                for name in instruction.called().get(key, []):
+                    found.add(self.content(self.module.computation(name)), times)
+        elif op in COLLECTIVES and starts_here(instruction):
+            found.runs[instruction] = 1
 
     def _add_loop(self, found: Content, loop: Instruction) -> None:
         called = loop.called()
@@ -193,8 +197,12 @@ class _Reader:
         return Counter(
             (replace(collective, scope=""), count)
             for instruction, count in content.runs.items()
-            for collective in collectives_of(instruction, self.machine)
+            for collective in self._collectives(instruction)
         )
+
+    def _collectives(self, instruction: Instruction) -> list[Collective]:
+        with reading(instruction):
+            return collectives_of(instruction, self.machine)
 
     def _note_others(self) -> None:
         others: Counter[str] = Counter()

@@ -41,9 +41,7 @@ class Loops:
         if known := KNOWN.search(loop.rest):
             return int(known.group(1))
         condition, body = (self._called(loop, key) for key in ("condition", "body"))
-        if not condition.root:
-            return None
-        test = self._origin(Value(condition.root), condition)
+        test = self._origin(Value(condition.result()), condition)
         if test.made_by.op != "compare":
             return None
         counter, limit = (self._origin(value, condition) for value in self._operands(test))
@@ -63,8 +61,7 @@ class Loops:
 
     def _step(self, body: Computation, part: tuple[int, ...]) -> int | None:
         """What a body adds to a variable."""
-        assert body.root
-        made = self._origin(Value(body.root, part), body)
+        made = self._origin(Value(body.result(), part), body)
         if made.made_by.op not in ("add", "subtract"):
             return None
         left, right = (self._origin(value, body) for value in self._operands(made))
@@ -103,8 +100,8 @@ class Loops:
         if made.op == "tuple" and part:
             return Value(made.operand(part[0]), part[1:], sites)
         if made.op in ("fusion", "call"):
-            root = self._called(made, "calls" if made.op == "fusion" else "to_apply").root
-            return Value(root, part, (made, *sites)) if root else None
+            called = self._called(made, "calls" if made.op == "fusion" else "to_apply")
+            return Value(called.result(), part, (made, *sites))
         if made.op == "while":
             return Value(made.operand(0), part, sites) if self._hands_on(made, part) else None
         if made.op != "parameter":
@@ -125,9 +122,9 @@ class Loops:
         if (loop, part) not in self._kept:
             self._kept[loop, part] = False
             body = self._called(loop, "body")
-            made = self._origin(Value(body.root, part), body) if body.root else None
-            kept = made and made.made_by.op == "parameter" and made.made_by.home is body
-            self._kept[loop, part] = bool(kept and made and made.part == part and not made.sites)
+            made = self._origin(Value(body.result(), part), body)
+            kept = made.made_by.op == "parameter" and made.made_by.home is body
+            self._kept[loop, part] = kept and made.part == part
         return self._kept[loop, part]
 
     def _called(self, instruction: Instruction, key: str) -> Computation:

@@ -10,6 +10,7 @@ Optimised HLO has one instruction a line:
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -85,12 +86,17 @@ class Instruction:
 
 @dataclass(slots=True, eq=False)
 class Computation:
-    """Instructions by name; `root` is its result, `notable` are those of the ops that were asked for."""
+    """Instructions by name; `root` is the one marked so, or the last; `notable` are of the ops asked for."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
     root: Instruction | None = None
     notable: list[Instruction] = field(default_factory=list)
+
+    def result(self) -> Instruction:
+        if not self.root:
+            raise CmxError(f"HLO text: computation {self.name} is empty: part of the text is lost")
+        return self.root
 
 
 @dataclass(slots=True, eq=False)
@@ -135,6 +141,7 @@ def read_module(text: str, notable: frozenset[str]) -> Module:
             if op in notable:
                 home.notable.append(last)
         elif END.match(text, at, end):
+            home.root = home.root or last
             home = last = None
         elif last and last.op != "constant" and not text.startswith("//", at):
             last.rest += text[at:end]  # written by hand, over several lines
@@ -143,6 +150,22 @@ def read_module(text: str, notable: frozenset[str]) -> Module:
     if not entry:
         raise CmxError(f"HLO text: none of {len(computations)} computations is ENTRY: the text is cut short")
     return Module(begin.group().strip(), computations, entry)
+
+
+@contextmanager
+def reading(instruction: Instruction) -> Iterator[None]:
+    """Says which instruction it is that cannot be understood.
+
+    Raises:
+      CmxError: it could not.
+    """
+    try:
+        yield
+    except CmxError:
+        raise
+    except (LookupError, TypeError, ValueError, ZeroDivisionError):
+        line = f"{instruction.name} = {instruction.type} {instruction.op}({instruction.rest}"
+        raise CmxError(f"HLO text: no sense in {line[:90]!r}: damaged, or of an unknown form") from None
 
 
 def _lines(text: str, at: int) -> Iterator[tuple[int, int]]:
