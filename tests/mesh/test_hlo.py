@@ -95,6 +95,11 @@ def test_loops_in_loops_and_branches(target: str) -> None:
         ("all_reduce", "a", 2, n, 5 * 3, "", 1.0),  # in both branches
         ("all_reduce", "b", 4, n, None, "", 1.0),  # while data want it
     ]
+    assert {(c.op, c.axes): c.known for c in program.collectives} == {
+        ("all_gather", ("b",)): 5,
+        ("all_reduce", ("a",)): 5 * 3,
+        ("all_reduce", ("b",)): 1,
+    }
     assert [note.split(" ")[0] for note in program.notes] == ["branches", "loop"]
 
 
@@ -235,6 +240,20 @@ def test_what_is_called_from_several_places_is_counted_for_each() -> None:
         "ROOT %d = f32[16,8] conditional(%c, %b, %b), true_computation=%f, false_computation=%f"
     )
     assert only(module(body, before)).count == 3
+
+
+def test_products_that_data_decide_on() -> None:
+    product = "%r = f32[16,16] dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
+    before = f"%f {{\n{PARAMETER}{product}\n}}\n%g {{\n{PARAMETER}ROOT %n = f32[16,16] rng()\n}}\n"
+    body = (
+        f"{PARAMETER}%c = s32[] parameter(1)\n"
+        "ROOT %d = f32[16,16] conditional(%c, %p, %p, %p), branch_computations={%f, %SECOND, %f}"
+    )
+    alike = read_hlo(module(body.replace("SECOND", "f"), before))
+    assert (alike.flops, alike.flops_once, alike.notes) == ({"float32": 2 * 16 * 8 * 16}, {}, [])
+    differ = read_hlo(module(body.replace("SECOND", "g"), before))
+    assert (differ.flops, differ.flops_once) == ({}, {"float32": 2 * (2 * 16 * 8 * 16)})
+    assert differ.notes == ["branches of d: data decide which products run"]
 
 
 def test_custom_calls_are_named() -> None:

@@ -1,4 +1,4 @@
-"""Collectives and FLOPs of a compiled program, read from its optimised HLO.
+"""Collectives and products of a compiled program, read from its optimised HLO.
 
 This is what the compiler made of a program for one target: it combines, splits, moves and widens collectives
 (CPU sends bfloat16 as float32, for example). The program's jaxpr has what was asked for.
@@ -8,14 +8,16 @@ import itertools
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from cmx_jax.mesh.trace.collective import Collective
 from cmx_jax.mesh.trace.hlo_collectives import COLLECTIVES, collectives_of, starts_here
-from cmx_jax.mesh.trace.hlo_flops import PRODUCTS, flops_of
 from cmx_jax.mesh.trace.hlo_groups import Axes, Machine
 from cmx_jax.mesh.trace.hlo_loops import Loops
+from cmx_jax.mesh.trace.hlo_products import PRODUCTS, product_of
 from cmx_jax.mesh.trace.hlo_text import Computation, Instruction, read_module, reading
+from cmx_jax.mesh.trace.jaxpr import Product
 
 CALLS = frozenset(("while", "conditional", "call", "fusion", "async", "custom-call"))
 STARTED = {f"{op}-start" for op in (*COLLECTIVES, *CALLS)}
@@ -42,44 +44,48 @@ class Program:
       collectives: in the order in which they are started. One that moves several arrays of a type (combined
         all-reduces, an all-to-all with an operand for each peer) is one with all of them: `(N, *shape)`, or
         `(elements,)` where shapes differ; arrays of several types are one each.
-      flops: of matrix products and convolutions by their inputs' type, loops counted.
-      flops_once: of those whose number of executions is unknown, as if they ran once.
-      notes: what these numbers do not know.
+      products: matrix products and convolutions.
+      notes: what these do not know.
     """
 
     devices: int
     collectives: list[Collective]
-    flops: dict[str, int]
-    flops_once: dict[str, int]
+    products: list[Product]
     notes: list[str]
 
+    @property
+    def flops(self) -> dict[str, int]:
+        """Of products by their inputs' type, loops counted, without those that data decide on."""
+        return self._flops(lambda product: product.count or 0)
 
-@dataclass
-class Content:
-    """What one execution of a computation runs, with all that it calls; None: unknown how often."""
+    @property
+    def flops_once(self) -> dict[str, int]:
+        """Of products that data decide on, as if what they decide on ran once, all branches included."""
+        return self._flops(lambda product: product.known if product.count is None else 0)
 
-    runs: dict[Instruction, int | None] = field(default_factory=dict)
-    flops: Counter[str] = field(default_factory=Counter)
-    once: Counter[str] = field(default_factory=Counter)
+    def _flops(self, times: Callable[[Product], int]) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for product in self.products:
+            found[product.dtype] += product.flops * times(product)
+        return {dtype: flops for dtype, flops in found.items() if flops}
 
-    def __bool__(self) -> bool:
-        return bool(self.runs or self.flops or self.once)
 
-    def add(self, other: "Content", times: int | None) -> None:
-        for instruction, count in other.runs.items():
-            before = self.runs.get(instruction, 0)
-            unknown = before is None or count is None or times is None
-            self.runs[instruction] = None if unknown else before + count * times  # type: ignore[operator]
-        self.once.update(other.once)
-        for dtype, flops in other.flops.items():
-            if times is None:
-                self.once[dtype] += flops
-            else:
-                self.flops[dtype] += flops * times
+Content = dict[Instruction, tuple[int | None, int]]
+"""Collectives and products in one execution of a computation and of all that it calls: how often, and how
+often if what data decide on ran once."""
+
+
+def add(content: Content, other: Content, times: int | None) -> None:
+    """Adds what is run so many times (None: data decide)."""
+    for instruction, (count, known) in other.items():
+        before, known_before = content.get(instruction, (0, 0))
+        unknown = before is None or count is None or times is None
+        total = None if unknown else before + count * times  # type: ignore[operator]
+        content[instruction] = total, known_before + known * (1 if times is None else times)
 
 
 def read_hlo(text: str, mesh_axes: Axes | None = None) -> Program:
-    """The collectives and FLOPs of optimised HLO.
+    """The collectives and products of optimised HLO.
 
     Args:
       text: `compiled.as_text()`, or a dump of it.
@@ -119,20 +125,23 @@ class _Reader:
         return Machine(replicas, partitions, max(replicas * partitions, mesh), axes)
 
     def program(self) -> Program:
-        content = self.content(self.module.entry)
-        collectives = [
-            replace(collective, count=count)
-            for instruction, count in content.runs.items()
-            for collective in self._collectives(instruction)
-        ]
+        collectives: list[Collective] = []
+        products: list[Product] = []
+        for instruction, (count, known) in self.content(self.module.entry).items():
+            for one in self._described(instruction):
+                if isinstance(one, Collective):
+                    collectives.append(replace(one, count=count, known=known))
+                else:
+                    products.append(replace(one, count=count, known=known))
         self._note_others()
-        return Program(self.machine.devices, collectives, dict(content.flops), dict(content.once), self.notes)
+        return Program(self.machine.devices, collectives, products, self.notes)
 
     def content(self, computation: Computation) -> Content:
         """Bottom up, each computation once."""
         if computation.name in self.contents:
             return self.contents[computation.name]
-        found = self.contents[computation.name] = Content()
+        found: Content = {}
+        self.contents[computation.name] = found
         for instruction in computation.notable:
             with reading(instruction):
                 self._add(found, instruction)
@@ -140,9 +149,7 @@ class _Reader:
 
     def _add(self, found: Content, instruction: Instruction) -> None:
         op = instruction.op.removesuffix("-start")
-        if op in PRODUCTS:
-            found.flops.update(dict((flops_of(instruction),)))
-        elif op == "while":
+        if op == "while":
             self._add_loop(found, instruction)
         elif op == "conditional":
             self._add_branches(found, instruction)
@@ -151,9 +158,9 @@ class _Reader:
             times = None if op == "custom-call" else 1
             for key in ("calls", "called_computations") if op != "call" else ("to_apply",):
                 for name in instruction.called().get(key, []):
-                    found.add(self.content(self.module.computation(name)), times)
-        elif op in COLLECTIVES and starts_here(instruction):
-            found.runs[instruction] = 1
+                    add(found, self.content(self.module.computation(name)), times)
+        elif op in PRODUCTS or (op in COLLECTIVES and starts_here(instruction)):
+            found[instruction] = 1, 1
 
     def _add_loop(self, found: Content, loop: Instruction) -> None:
         called = loop.called()
@@ -165,43 +172,34 @@ class _Reader:
             count = self.loops.trip_count(loop)
             if count is None:
                 self.notes.append(f"loop {loop.name}: unknown how often it runs, data decide")
-            found.add(body, count)
-            found.add(condition, None if count is None else count + 1)
+            add(found, body, count)
+            add(found, condition, None if count is None else count + 1)
 
     def _add_branches(self, found: Content, choice: Instruction) -> None:
+        """What all branches have alike runs for certain."""
         called = choice.called()
         names = called.get("branch_computations") or [
             name for key in ("true_computation", "false_computation") for name in called.get(key, [])
         ]
         branches = [self.content(self.module.computation(name)) for name in names]
-        first, *others = branches
-        if all(self._sent(other) == self._sent(first) for other in others):
-            found.add(Content(first.runs), 1)
-        else:
-            for branch in branches:
-                found.add(Content(branch.runs), None)
-            self.notes.append(f"branches of {choice.name}: data decide which collectives run")
-        if all((other.flops, other.once) == (first.flops, first.once) for other in others):
-            found.add(Content({}, first.flops, first.once), 1)
-        else:
-            most = Counter[str]()
-            for branch in branches:
-                most |= branch.flops + branch.once
-            found.once.update(most)
-            self.notes.append(
-                f"branches of {choice.name}: data decide which FLOPs run; flops_once has the most"
-            )
+        for kind, computes in (("collectives", False), ("products", True)):
+            parts = [{i: runs for i, runs in b.items() if (i.op in PRODUCTS) == computes} for b in branches]
+            alike = all(self._facts(part) == self._facts(parts[0]) for part in parts)
+            for part in parts[:1] if alike else parts:
+                add(found, part, 1 if alike else None)
+            if not alike:
+                self.notes.append(f"branches of {choice.name}: data decide which {kind} run")
 
-    def _sent(self, content: Content) -> Counter[tuple[Collective, int | None]]:
+    def _facts(self, content: Content) -> Counter[tuple]:
         """What branches are compared by."""
         return Counter(
-            (replace(collective, scope=""), count)
-            for instruction, count in content.runs.items()
-            for collective in self._collectives(instruction)
+            (replace(one, scope=""), runs) for i, runs in content.items() for one in self._described(i)
         )
 
-    def _collectives(self, instruction: Instruction) -> list[Collective]:
+    def _described(self, instruction: Instruction) -> Sequence[Collective | Product]:
         with reading(instruction):
+            if instruction.op in PRODUCTS:
+                return [product_of(instruction)]
             return collectives_of(instruction, self.machine)
 
     def _note_others(self) -> None:

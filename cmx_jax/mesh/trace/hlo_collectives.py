@@ -1,7 +1,6 @@
 """What one collective instruction of HLO moves, and among whom."""
 
 import math
-import re
 
 from cmx_jax.mesh.trace.collective import Collective
 from cmx_jax.mesh.trace.hlo_groups import (
@@ -44,8 +43,7 @@ def collectives_of(instruction: Instruction, machine: Machine) -> list[Collectiv
     by_type: dict[str, list[tuple[int, ...]]] = {}
     for dtype, shape in _operands(op, instruction):
         by_type.setdefault(dtype, []).append(shape)
-    name = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', instruction.rest)
-    scope = scopes(name.group(1)) if name else ""
+    scope = scopes(instruction.op_name())
     return [
         Collective(op, axes, size, dtype, _together(shapes), 1, scope, share, groups)
         for dtype, shapes in by_type.items()

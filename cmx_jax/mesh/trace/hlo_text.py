@@ -78,6 +78,11 @@ class Instruction:
         found = re.search(pattern, self.attributes())
         return found.group(1) if found else None
 
+    def op_name(self) -> str:
+        """What JAX calls it."""
+        name = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', self.rest)
+        return name.group(1) if name else ""
+
     def called(self) -> dict[str, list[str]]:
         """Computations that it calls, by what for."""
         found = CALLED.findall(self.attributes())

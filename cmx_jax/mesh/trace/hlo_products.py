@@ -1,4 +1,4 @@
-"""FLOPs of HLO's matrix products: two for each product that is summed."""
+"""HLO's matrix products and convolutions: two FLOPs for each product that is summed."""
 
 import math
 import re
@@ -8,20 +8,26 @@ import numpy as np
 from jax import numpy as jnp
 
 from cmx_jax.mesh.trace.hlo_text import Instruction, arrays
+from cmx_jax.mesh.trace.jaxpr import Product
+from cmx_jax.mesh.trace.scope import scopes
 
 PRODUCTS = frozenset(("dot", "scaled-dot", "convolution"))
 
 
-def flops_of(instruction: Instruction) -> tuple[str, int]:
-    """The type of its inputs (the wider, if they differ), and the FLOPs of one execution on one rank."""
-    inputs = [arrays(instruction.operand(number).type)[0] for number in (0, 1)]
-    dtype = max((dtype for dtype, _ in inputs), key=lambda dtype: jnp.dtype(dtype).itemsize)
-    (_, result), (_, left), (_, right) = arrays(instruction.type)[0], *inputs
+def product_of(instruction: Instruction) -> Product:
+    """As one rank sees it, executed once; its type is the wider, if its inputs have two."""
+    (result,) = arrays(instruction.type)
+    left, right = (arrays(instruction.operand(number).type)[0] for number in (0, 1))
+    sizes = {array: math.prod(array[1]) * jnp.dtype(array[0]).itemsize for array in (left, right, result)}
+    dtype = max(left[0], right[0], key=lambda name: jnp.dtype(name).itemsize)
     if instruction.op == "convolution":
-        return dtype, 2 * _convolution(instruction, result, left, right)
-    contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
-    summed = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
-    return dtype, 2 * math.prod(result) * summed
+        products = _convolution(instruction, result[1], left[1], right[1])
+    else:
+        contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+        summed = math.prod(left[1][int(axis)] for axis in contracted.split(",") if axis)
+        products = math.prod(result[1]) * summed
+    moved = sum(sizes[array] for array in (left, right, result))
+    return Product(dtype, 2 * products, moved, 1, scopes(instruction.op_name()), 1)
 
 
 def _convolution(instruction: Instruction, out: tuple, left: tuple, right: tuple) -> int:
