@@ -141,14 +141,17 @@ PROGRAMS: dict[str, tuple[Program, tuple[Arg, ...], P | None]] = {  # result as 
 }
 
 
-def compiled(name: str, mesh: Mesh, **options: Any) -> str:
-    """Optimised HLO of a program."""
+def traced(name: str, mesh: Mesh) -> jax.stages.Traced:
+    """A program on devices, as it is written."""
     program, args, result = PROGRAMS[name]
     given = [jax.ShapeDtypeStruct(s, t, sharding=NamedSharding(mesh, spec)) for s, t, spec in args]
     if result is None:
-        whole = jax.jit(program, out_shardings=NamedSharding(mesh, P("a", None)))
-    else:
-        specs = tuple(spec for _, _, spec in args)
-        spread = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=result, check_vma=False)
-        whole = jax.jit(spread(program))
-    return whole.lower(*given).compile(compiler_options=options or None).as_text()
+        return jax.jit(program, out_shardings=NamedSharding(mesh, P("a", None))).trace(*given)
+    specs = tuple(spec for _, _, spec in args)
+    spread = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=result, check_vma=False)
+    return jax.jit(spread(program)).trace(*given)
+
+
+def compiled(name: str, mesh: Mesh, **options: Any) -> str:
+    """Its optimised HLO."""
+    return traced(name, mesh).lower().compile(compiler_options=options or None).as_text()

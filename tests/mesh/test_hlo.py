@@ -23,17 +23,20 @@ from cmx_jax.mesh.trace.hlo import Program, read_hlo
 from cmx_jax.mesh.trace.hlo_collectives import COLLECTIVES
 from cmx_jax.mesh.trace.hlo_loops import trips
 from cmx_jax.mesh.trace.hlo_text import arrays, numpy_dtype
+from cmx_jax.mesh.trace.jaxpr import read_jaxpr
 from cmx_jax.mesh.trace.scope import scopes
-from mesh.hlo_programs import AXES, compiled
+from mesh.hlo_programs import AXES, compiled, traced
 
 STORED = Path(__file__).parent / "hlo"
 
 
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"))
+
+
 @cache
 def text_of(name: str, target: str) -> str:
-    if target == "tpu":
-        return (STORED / f"tpu_{name}.txt").read_text()
-    return compiled(name, Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b")))
+    return (STORED / f"tpu_{name}.txt").read_text() if target == "tpu" else compiled(name, mesh())
 
 
 def program_of(name: str, target: str) -> Program:
@@ -121,6 +124,14 @@ def test_gathers_under_way_during_products_are_counted_once() -> None:
     )
     assert program.flops == {"bfloat16": 6 * 2 * (2 * 1024 * 2048 * 8192)}
     assert not program.notes
+
+
+@pytest.mark.parametrize("name", ["layers", "nested"])
+def test_what_nobody_combines_is_as_it_was_written(name: str) -> None:
+    hlo, jaxpr = program_of(name, "tpu"), read_jaxpr(traced(name, mesh()).jaxpr)
+    seen = [sorted((*facts(c), c.known) for c in source.collectives if c.count) for source in (hlo, jaxpr)]
+    assert seen[0] == seen[1]
+    assert hlo.flops == ({"bfloat16": sum(p.flops * p.known for p in jaxpr.products)} if hlo.flops else {})
 
 
 @both
@@ -358,8 +369,8 @@ def meshes(draw: st.DrawFn) -> tuple[tuple[tuple[str, int], ...], list[int]]:
 
 @settings(deadline=None)
 @given(meshes(), st.sampled_from(["listed", "iota", "mesh"]), st.randoms())
-def test_groups_of_any_axes_of_any_mesh(mesh: tuple, form: str, random: object) -> None:
-    axes, chosen = mesh
+def test_groups_of_any_axes_of_any_mesh(case: tuple, form: str, random: object) -> None:
+    axes, chosen = case
     sizes = [size for _, size in axes]
     places = list(itertools.product(*map(range, sizes)))
     by_rest: dict[tuple, list[int]] = {}

@@ -22,7 +22,7 @@ from cmx_jax.mesh.trace.jaxpr import Product
 CALLS = frozenset(("while", "conditional", "call", "fusion", "async", "custom-call"))
 STARTED = {f"{op}-start" for op in (*COLLECTIVES, *CALLS)}
 NOTABLE = frozenset((*COLLECTIVES, *CALLS, *STARTED, *PRODUCTS, "send", "ragged-dot"))
-# what places data, chooses among them or marks a collective's parts, but computes and sends nothing
+# these place data, choose among them, check indices or mark parts of a collective: no products, nothing sent
 PLAIN_CUSTOM_CALLS = (
     "Sharding",
     "SPMD",
@@ -32,6 +32,8 @@ PLAIN_CUSTOM_CALLS = (
     "MoveTo",
     "annotate_device_placement",
     "TopK",
+    "AssumeGatherIndicesInBound",
+    "GatherScatterIndicesBitpacked",
 )
 
 
