@@ -25,7 +25,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
-from mesh.hlo_programs import AXES, PROGRAMS, compiled  # noqa: E402
+from mesh.hlo_programs import AXES, RANKS, WHOLE, compiled  # noqa: E402
 
 TABLES = re.compile(r"\nFileNames\n.*?(?=\n%)", re.DOTALL)
 ASYNC = {
@@ -38,9 +38,10 @@ ASYNC = {
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
-    for name in PROGRAMS:
-        # v5p can gather while it multiplies
-        topology, options = ("v5p:2x2x2", ASYNC) if name == "layers" else ("v5e:2x4", {})
+    for name in RANKS | WHOLE:
+        # v5p can gather while it multiplies, and scatters what it sums
+        topology = "v5p:2x2x2" if name in ("layers", "projection") else "v5e:2x4"
+        options = ASYNC if name == "layers" else {}
         devices = topologies.get_topology_desc(topology, "tpu").devices
         mesh = Mesh(np.array(devices).reshape([size for _, size in AXES]), [axis for axis, _ in AXES])
         text = TABLES.sub("", compiled(name, mesh, **options))

@@ -101,11 +101,17 @@ def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     return jax.nn.relu(x @ up) @ down
 
 
+def projection(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [512, 512] of each rank meets w [512, 2048]; sums over b, of which a rank keeps its columns."""
+    with jax.named_scope("Project"):
+        return x @ w
+
+
 def _whole(shape: tuple[int, ...], dtype: Any) -> Arg:
     return (8 * shape[0], *shape[1:]), dtype, ALL
 
 
-PROGRAMS: dict[str, tuple[Program, tuple[Arg, ...], P | None]] = {  # result as None: left to the compiler
+RANKS: dict[str, tuple[Program, tuple[Arg, ...], P]] = {  # of one rank
     "exchange": (exchange, (_whole((8, 64, 256), jnp.float32), ((256, 256), jnp.float32, P())), ALL),
     "mixed": (mixed, (_whole((64, 128), jnp.float32),), ALL),
     "nested": (nested, (_whole((64, 128), jnp.float32), ((), jnp.int32, P())), ALL),
@@ -129,6 +135,8 @@ PROGRAMS: dict[str, tuple[Program, tuple[Arg, ...], P | None]] = {  # result as 
         ),
         ALL,
     ),
+}
+WHOLE: dict[str, tuple[Program, tuple[Arg, ...], P]] = {  # of whole arrays
     "mlp": (
         mlp,
         (
@@ -136,17 +144,22 @@ PROGRAMS: dict[str, tuple[Program, tuple[Arg, ...], P | None]] = {  # result as 
             ((512, 1024), jnp.float32, P(None, "b")),
             ((1024, 512), jnp.float32, P("b", None)),
         ),
-        None,
+        P("a", None),
+    ),
+    "projection": (
+        projection,
+        (((1024, 2048), jnp.bfloat16, P("a", "b")), ((2048, 2048), jnp.bfloat16, P("b", None))),
+        P("a", "b"),
     ),
 }
 
 
 def traced(name: str, mesh: Mesh) -> jax.stages.Traced:
     """A program on devices, as it is written."""
-    program, args, result = PROGRAMS[name]
+    program, args, result = (RANKS | WHOLE)[name]
     given = [jax.ShapeDtypeStruct(s, t, sharding=NamedSharding(mesh, spec)) for s, t, spec in args]
-    if result is None:
-        return jax.jit(program, out_shardings=NamedSharding(mesh, P("a", None))).trace(*given)
+    if name in WHOLE:
+        return jax.jit(program, out_shardings=NamedSharding(mesh, result)).trace(*given)
     specs = tuple(spec for _, _, spec in args)
     spread = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=result, check_vma=False)
     return jax.jit(spread(program)).trace(*given)

@@ -141,6 +141,13 @@ def test_a_sum_that_the_compiler_inserts(target: str) -> None:
     assert program.flops == {"float32": 2 * 2 * 128 * 512 * 256}
 
 
+def test_a_sum_of_which_each_keeps_its_part() -> None:
+    text = text_of("projection", "tpu")
+    assert " all-reduce(" in text
+    assert " reduce-scatter(" not in text
+    assert found(read_hlo(text, AXES)) == [("reduce_scatter", "b", 4, 512 * 2048 * 2, 1, "Project", 1.0)]
+
+
 @both
 def test_products(target: str) -> None:
     scores, codes = 2 * 16 * 128 * 256 * 64, 2 * 128 * 128 * 512

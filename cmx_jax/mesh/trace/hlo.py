@@ -105,13 +105,13 @@ class _Reader:
         self.notes: list[str] = []
         self.machine = self._machine(mesh_axes or ())
         self.contents: dict[str, Content] = {}
-        callers: dict[str, list[Instruction]] = {}
+        self.callers: dict[str, list[Instruction]] = {}
         for computation in self.module.computations.values():
             for instruction in computation.notable:
                 if instruction.op.removesuffix("-start") in CALLS:
                     for name in itertools.chain(*instruction.called().values()):
-                        callers.setdefault(name, []).append(instruction)
-        self.loops = Loops(self.module, callers)
+                        self.callers.setdefault(name, []).append(instruction)
+        self.loops = Loops(self.module, self.callers)
 
     def _machine(self, axes: Axes) -> Machine:
         replicas, partitions = (
@@ -202,7 +202,11 @@ class _Reader:
         with reading(instruction):
             if instruction.op in PRODUCTS:
                 return [product_of(instruction)]
-            return collectives_of(instruction, self.machine)
+            # in a computation of its own only what calls that may be named
+            named = (instruction, *self.callers.get(instruction.home.name, []))
+            return collectives_of(
+                instruction, self.machine, next(filter(None, (i.op_name() for i in named)), "")
+            )
 
     def _note_others(self) -> None:
         others: Counter[str] = Counter()

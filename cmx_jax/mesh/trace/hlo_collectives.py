@@ -26,9 +26,11 @@ COLLECTIVES = {
 }
 
 
-def collectives_of(instruction: Instruction, machine: Machine) -> list[Collective]:
+def collectives_of(instruction: Instruction, machine: Machine, op_name: str) -> list[Collective]:
     """One for each type of operand, executed once."""
     op = COLLECTIVES[instruction.op.removesuffix("-start")]
+    if op == "all_reduce" and instruction.home.name.startswith("all-reduce-scatter"):
+        op = "reduce_scatter"  # how TPU writes it: a fusion that sums, and keeps its own part
     share = 1.0
     if op == "permute":
         pairs = pairs_of(instruction, machine)
@@ -43,7 +45,7 @@ def collectives_of(instruction: Instruction, machine: Machine) -> list[Collectiv
     by_type: dict[str, list[tuple[int, ...]]] = {}
     for dtype, shape in _operands(op, instruction):
         by_type.setdefault(dtype, []).append(shape)
-    scope = scopes(instruction.op_name())
+    scope = scopes(op_name)
     return [
         Collective(op, axes, size, dtype, _together(shapes), 1, scope, share, groups)
         for dtype, shapes in by_type.items()
