@@ -173,9 +173,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
+    from cmx_jax.mesh import enable_compilation_cache
     from cmx_jax.model.quantize.command import PARTS, quantize
     from cmx_jax.serving.model import Model, locate
 
+    enable_compilation_cache()
     names = {"full": ",".join(PARTS), "plain": ""}.get(args.scheme, args.scheme)
     parts, show, tokens = frozenset(filter(None, names.split(","))), _progress(), None
     if parts:
