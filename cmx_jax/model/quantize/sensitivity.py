@@ -37,8 +37,18 @@ def sensitivity(walk: Walk, progress: Callable[[str], None]) -> dict[str, float]
         for field in hidden:
             w = layer_of(c, layer.stack, _served(layer, field))
             hidden[field] = outputs(c, layer.kind, number, w, hidden[field], routed.get(field))
-    exact = _log_probabilities(walk, hidden[""])
-    return {field: _divergence(exact, _log_probabilities(walk, hidden[field])) for field in fields}
+    head = walk.piece("", "embed", 0).T if c.tie_word_embeddings else walk.piece("", "head", 0)
+    weight, costs = walk.piece("", "norm", 0), dict.fromkeys(fields, 0.0)
+
+    def log_probabilities(field: str, i: int) -> np.ndarray:
+        states = np.asarray(norm(jnp.asarray(hidden[field][i]), jnp.asarray(weight), c))
+        return np.asarray(jax.nn.log_softmax(states @ head, axis=-1))
+
+    for i in range(len(walk.x)):  # a sequence at a time: a vocabulary is wide
+        exact = log_probabilities("", i)
+        for field in fields:
+            costs[field] += _divergence(exact, log_probabilities(field, i)) / len(walk.x)
+    return costs
 
 
 def _served(layer: Calibrated, field: str) -> Pieces:
@@ -57,6 +67,7 @@ def _routed(layer: Calibrated, hidden: Hidden, expert: Callable[[int], Pieces]) 
     for field, x in hidden.items():
         w = layer_of(c, layer.stack, _served(layer, field))
         each[field] = observe(c, layer.kind, layer.number, w, x)
+        each[field].inputs.clear()  # those of all variants would be the most memory that this takes
     routed = {field: np.zeros_like(seen.tokens) for field, seen in each.items()}
     for e in range(c.n_routed_experts):
         pieces = expert(e)
@@ -72,12 +83,6 @@ def _routed(layer: Calibrated, hidden: Hidden, expert: Callable[[int], Pieces]) 
             y = rows_through_int8(h) @ w if path == DOWN else h @ pieces[DOWN]
             routed[field][rows] += weights[:, None] * y
     return routed
-
-
-def _log_probabilities(walk: Walk, x: np.ndarray) -> np.ndarray:
-    head = walk.piece("", "embed", 0).T if walk.c.tie_word_embeddings else walk.piece("", "head", 0)
-    states = np.asarray(norm(jnp.asarray(x), jnp.asarray(walk.piece("", "norm", 0)), walk.c))
-    return np.asarray(jax.nn.log_softmax(states @ head, axis=-1))
 
 
 def _divergence(exact: np.ndarray, found: np.ndarray) -> float:
