@@ -20,14 +20,9 @@ class Int8Rows:
 
 def quantize_parts(x: Float[Array, "*N C"], widths: tuple[int, ...]) -> Int8Rows:
     """Each part of each row as `quantize_rows` has it; `widths` of the `S` parts make up `C`."""
-    q, scale = zip(*(_quantized(part) for part in _parts(x, widths)), strict=True)
+    parts = _parts(x, widths)
+    q, scale = zip(*(quantize_rows(part, jnp.ones(part.shape[:-1], bool)) for part in parts), strict=True)
     return Int8Rows(jnp.concatenate(q, axis=-1), jnp.stack(scale, axis=-1))
-
-
-def _quantized(part: Float[Array, "*N C"]) -> tuple[Array, Array]:
-    flat = part.reshape(-1, part.shape[-1])
-    q, scale = quantize_rows(flat, jnp.ones(flat.shape[0], bool))
-    return q.reshape(part.shape), scale.reshape(part.shape[:-1])
 
 
 def dequantize_parts(rows: Int8Rows, widths: tuple[int, ...], dtype: Any) -> Float[Array, "*N C"]:

@@ -23,9 +23,8 @@ class Trace:
 
     Attributes:
       collectives: a row for each place in the program, in its order: `op`, `axes`, `group_size`, `plane`,
-        `dtype`,
-        `shape`, `count`, `payload_bytes` and `wire_bytes` of all executions, `scope`. Where data decide how
-        often a loop runs `count` is None, and it is counted once.
+        `dtype`, `shape`, `count`, `payload_bytes` and `wire_bytes` of all executions, `scope`. Where data
+        decide how often a loop runs `count` is None, and it is counted once.
       flops: floating-point (or integer) operations of products by type; likewise.
       scopes: those operations by scope.
       notes: what is uncertain.

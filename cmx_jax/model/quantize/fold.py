@@ -4,6 +4,7 @@ A layer is its pieces by path, expert by expert where there are experts. Everyth
 the program that serves them is the same.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cmx_jax.model.config import MLAConfig, ModelConfig
-from cmx_jax.quant.rotate import rotation
+from cmx_jax.quant.rotate import fold_norm, rotate_inputs, rotate_outputs, rotation
 
 Pieces = dict[str, Any]
 """Arrays by path; a `QTensor` where one is served in INT8."""
@@ -53,15 +54,23 @@ def links(c: ModelConfig, pieces: Pieces) -> Iterator[Link]:
             yield Link(f"{path}.gate_up", (f"{path}.down",))
 
 
+def input_axes(path: str) -> int:
+    """How many of the first axes of a piece are its inputs."""
+    return 2 if path == "attn.o" else 1
+
+
+def matrix(path: str, piece: np.ndarray) -> np.ndarray:
+    """A piece as `[I, O]`."""
+    return piece.reshape(math.prod(piece.shape[: input_axes(path)]), -1)
+
+
 def scale_readers(pieces: Pieces, paths: tuple[str, ...], s: np.ndarray) -> None:
     """Multiplies the weights of each input by its scale, `s [I]`."""
     for path in paths:
         if path == "ffn.router":  # [E, D]
             pieces[path] = pieces[path] * s
         elif path in pieces:
-            w = pieces[path]
-            lead = w.shape[:2] if path == "attn.o" else w.shape[:1]
-            pieces[path] = w * s.reshape(lead + (1,) * (w.ndim - len(lead)))
+            pieces[path] = (matrix(path, pieces[path]) * s[:, None]).reshape(pieces[path].shape)
 
 
 def scale_writer(pieces: Pieces, path: str, s: np.ndarray) -> None:
@@ -84,8 +93,12 @@ def rotate(c: ModelConfig, pieces: Pieces, int8: frozenset[str]) -> None:
     """
     if {"attn.q_a", "attn.q_b"} <= pieces.keys() and "attn.q_b" in int8 and "attn.q_a_bias" not in pieces:
         r = rotation(pieces["attn.q_norm"].shape[0])
-        pieces["attn.q_a"] = _f32(pieces["attn.q_a"].astype(np.float64) @ r)
-        pieces["attn.q_b"] = _f32(np.einsum("ir,i,i...->r...", r, pieces["attn.q_norm"], pieces["attn.q_b"]))
+        q_b, folded = (
+            pieces["attn.q_b"],
+            fold_norm(pieces["attn.q_norm"], matrix("attn.q_b", pieces["attn.q_b"])),
+        )
+        pieces["attn.q_a"] = _f32(rotate_outputs(pieces["attn.q_a"], r))
+        pieces["attn.q_b"] = _f32(rotate_inputs(folded, r)).reshape(q_b.shape)
         pieces["attn.q_norm"] = np.ones_like(pieces["attn.q_norm"])
     if "attn.o" in int8:
         mla = isinstance(c.attention, MLAConfig)

@@ -8,7 +8,16 @@ import numpy as np
 from jaxtyping import Float
 
 from cmx_jax.model.config import LayerKind, ModelConfig
-from cmx_jax.model.quantize.fold import Pieces, links, rotate, scale_readers, scale_writer
+from cmx_jax.model.quantize.fold import (
+    Link,
+    Pieces,
+    input_axes,
+    links,
+    matrix,
+    rotate,
+    scale_readers,
+    scale_writer,
+)
 from cmx_jax.model.quantize.observe import Seen, layer_of, observe, outputs, rows_of
 from cmx_jax.quant.clip import search_clip
 from cmx_jax.quant.compensate import compensate
@@ -124,17 +133,17 @@ def calibrated(
     return layer
 
 
-def _scale(layer: Calibrated, link: Any, experts: Experts) -> None:
+def _scale(layer: Calibrated, link: Link, experts: Experts) -> None:
     """Searches the scales of a link, and moves them."""
     seen, pieces = layer.seen, layer.pieces
     readers = [path for path in link.readers if path in seen.inputs]
     x = seen.inputs[readers[0]] if readers else seen.tokens
-    maps = [_matrix(path, pieces[path]) for path in readers if path in layer.int8]
+    maps = [matrix(path, pieces[path]) for path in readers if path in layer.int8]
     routed = "ffn.router" in link.floats  # the router reads what the experts do
     if routed and EXPERTS in layer.int8:
         counts = np.bincount(seen.chosen[seen.chosen >= 0].reshape(-1), minlength=layer.c.n_routed_experts)
         busiest = np.argsort(-counts, kind="stable")[:SAMPLED_EXPERTS]
-        maps += [_matrix(EXPERTS, experts(int(e))[EXPERTS]) for e in busiest]
+        maps += [matrix(EXPERTS, experts(int(e))[EXPERTS]) for e in busiest]
     s = search_scales(x, maps).s
     scale_readers(pieces, (*readers, *link.floats), s)
     scale_writer(pieces, link.writer, s)
@@ -142,12 +151,6 @@ def _scale(layer: Calibrated, link: Any, experts: Experts) -> None:
         seen.inputs[path] = seen.inputs[path] / s
     if routed:
         seen.tokens, layer.shared_scale = seen.tokens / s, s
-
-
-def _matrix(path: str, piece: np.ndarray) -> np.ndarray:
-    """A piece as `[I, O]`; its inputs are its first axes."""
-    inputs = piece.shape[:2] if path == "attn.o" else piece.shape[:1]
-    return piece.reshape(int(np.prod(inputs)), -1)
 
 
 def round_piece(
@@ -158,7 +161,7 @@ def round_piece(
     Raises:
       ValueError: a number that is not finite.
     """
-    w, x = _matrix(path, piece), checked(path, x)
+    w, x = matrix(path, piece), checked(path, x)
     scale = channel_scale(w)
     q = quantize(w, scale[None])
     plain, clipped = _error(x, w, q, scale), 0.0
@@ -172,7 +175,7 @@ def round_piece(
         if error < plain:
             q, scale, clipped = found, best, float(np.mean(best < scale))
         error = min(error, plain)
-    inputs = 2 if path == "attn.o" else 1
+    inputs = input_axes(path)
     shape = (1,) * inputs + piece.shape[inputs:]
     return Rounded(q.reshape(piece.shape), scale.reshape(shape), plain, error, clipped)
 

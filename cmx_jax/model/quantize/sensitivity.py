@@ -12,7 +12,7 @@ from cmx_jax.model.quantize.fold import Pieces
 from cmx_jax.model.quantize.layer import DOWN, EXPERTS, Calibrated, hidden_of, round_piece
 from cmx_jax.model.quantize.observe import layer_of, observe, outputs, rows_of
 from cmx_jax.model.quantize.walk import Walk
-from cmx_jax.model.weights import int8_fields
+from cmx_jax.model.weights import Layer, int8_fields
 from cmx_jax.quant import QTensor
 from cmx_jax.quant.weights import rows_through_int8
 
@@ -33,9 +33,9 @@ def sensitivity(walk: Walk, progress: Callable[[str], None]) -> dict[str, float]
         progress(f"measuring layer {number} ({number + 1} of {c.num_hidden_layers})")
         walk.x = hidden[""]
         layer, expert = walk.calibrated(number, frozenset())
-        routed = _routed(layer, hidden, expert) if layer.kind.moe else {}
-        for field in hidden:
-            w = layer_of(c, layer.stack, _served(layer, field))
+        served = {field: layer_of(c, layer.stack, _served(layer, field)) for field in hidden}
+        routed = _routed(layer, hidden, served, expert) if layer.kind.moe else {}
+        for field, w in served.items():
             hidden[field] = outputs(c, layer.kind, number, w, hidden[field], routed.get(field))
     head = walk.piece("", "embed", 0).T if c.tie_word_embeddings else walk.piece("", "head", 0)
     weight, costs = walk.piece("", "norm", 0), dict.fromkeys(fields, 0.0)
@@ -61,12 +61,13 @@ def _served(layer: Calibrated, field: str) -> Pieces:
     return layer.pieces | {path: rounded}
 
 
-def _routed(layer: Calibrated, hidden: Hidden, expert: Callable[[int], Pieces]) -> Hidden:
+def _routed(
+    layer: Calibrated, hidden: Hidden, weights_of: dict[str, Layer], expert: Callable[[int], Pieces]
+) -> Hidden:
     """Of each variant the experts' answers."""
     c, each = layer.c, {}
     for field, x in hidden.items():
-        w = layer_of(c, layer.stack, _served(layer, field))
-        each[field] = observe(c, layer.kind, layer.number, w, x)
+        each[field] = observe(c, layer.kind, layer.number, weights_of[field], x)
         each[field].inputs.clear()  # those of all variants would be the most memory that this takes
     routed = {field: np.zeros_like(seen.tokens) for field, seen in each.items()}
     for e in range(c.n_routed_experts):
