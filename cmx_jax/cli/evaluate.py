@@ -1,0 +1,44 @@
+"""`cmx eval`."""
+
+import argparse
+from typing import Any
+
+from cmx_jax.cli.common import OPTIONS, add_exchange_options, add_json, add_model_options, progress, show
+
+
+def add(verbs: Any) -> None:
+    """The verb and its flags."""
+    verb = verbs.add_parser("eval", help="how well a model does, and what another one changes")
+    verb.set_defaults(run=_eval)
+    verb.add_argument("model", metavar="MODEL", help="a Hugging Face or Orbax directory, or tiny")
+    verb.add_argument("--against", metavar="OTHER", help="compared with MODEL on the same items")
+    quants = "how OTHER is computed: auto, int8 or none; alone it compares MODEL with itself"
+    verb.add_argument("--against-quant", help=quants)
+    suites = "skills, text, all (default: both), or lm-eval:TASK[,TASK] of lm-evaluation-harness"
+    verb.add_argument("--suite", default="all", help=suites)
+    verb.add_argument("--items", type=int, default=200, help="of each skill or task (default 200)")
+    verb.add_argument("--seed", type=int, default=0, help="of the skills' items (default 0)")
+    verb.add_argument("--text", metavar="FILE", help="UTF-8 (default: documentation held out of tiny)")
+    verb.add_argument("--window", type=int, help="tokens of a window of text (default 256)")
+    add_model_options(verb)
+    add_exchange_options(verb)
+    add_json(verb)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from cmx_jax.serving.eval import evaluate, report
+    from cmx_jax.serving.llm import from_pretrained
+
+    tell, chosen = progress(), {name: getattr(args, name) for name in ("suite", "items", "seed")}
+    chosen |= {"text": args.text, "window": args.window}
+    evaluate.check(**chosen)
+    options = {name: getattr(args, name) for name in OPTIONS}
+    if not args.suite.startswith(evaluate.HARNESS):  # nothing is generated: no cache is needed
+        options |= {"max_num_seqs": 1, "max_model_len": 1}
+    tell("loading")
+    models = [from_pretrained(args.model, **options)]
+    if args.against is not None or args.against_quant is not None:
+        quant = args.against_quant or args.quant
+        models.append(from_pretrained(args.against or args.model, **{**options, "quant": quant}))
+    result = evaluate.evaluate(*models, **chosen, progress=tell)
+    show(result, args.json, report.render)

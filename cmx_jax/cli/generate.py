@@ -1,0 +1,98 @@
+"""`cmx demo` and `cmx generate`: requests in, text out."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from cmx_jax.cli.common import (
+    add_exchange_options,
+    add_json,
+    add_model_options,
+    add_spread_options,
+    parallelism,
+    progress,
+    show,
+)
+
+
+def add(verbs: Any) -> None:
+    """The verbs and their flags."""
+    demo = verbs.add_parser("demo", help="serve built-in prompts on the whole 384-device mesh")
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--model", default="tiny", help="a directory, or tiny (default)")
+    demo.add_argument("--max-tokens", type=int, default=32, help="tokens to generate for each prompt")
+    demo.add_argument("--prefill-instances", type=int, default=6, help="how many of the six to start")
+    add_exchange_options(demo, exchange="hierarchical")
+    add_json(demo)
+    add_spread_options(demo, num_speculative_tokens=1)
+
+    generate = verbs.add_parser("generate", help="continue prompts")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or tiny")
+    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    generate.add_argument("--max-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    add_model_options(generate)
+    add_exchange_options(generate)
+    add_json(generate)
+    add_spread_options(generate)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from cmx_jax.serving import demo
+
+    result = demo.run(
+        name_or_path=args.model,
+        max_tokens=args.max_tokens,
+        prefill=args.prefill_instances,
+        progress=progress(),
+        **parallelism(args),
+    )
+    show(result, args.json, demo.render)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from cmx_jax.serving.llm import from_pretrained
+
+    tell = progress()
+    tell("loading")
+    llm = from_pretrained(
+        args.model,
+        runner=args.runner,
+        ranks=args.ranks,
+        dtype=args.dtype,
+        quant=args.quant,
+        **parallelism(args),
+    )
+    tell("generating (the first time compiles)")
+    completions = llm.generate(
+        args.prompt,
+        max_new_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    rows = [
+        {
+            "prompt": prompt,
+            "text": c.text,
+            "prompt_tokens": len(c.prompt_tokens),
+            "output_tokens": len(c.tokens),
+            "tokens": c.tokens,
+            "finish_reason": c.finish_reason,
+            "ttft_s": round(c.ttft_s, 4),
+            "tpot_s": round(c.tpot_s, 4),
+        }
+        for prompt, c in zip(args.prompt, completions, strict=True)
+    ]
+    notes = {"mtp": "named in the config, not stored"} if llm.model.mtp_missing else {}
+    if notes:
+        print(f"cmx: {args.model}: MTP layers are {notes['mtp']}; loaded without", file=sys.stderr)
+    result = {"model": args.model, "runner": args.runner, "ranks": args.ranks, "requests": rows, **notes}
+    result |= {"exchange": llm.instance.exchange_bytes(), "rebalanced": [asdict(move) for move in llm.moves]}
+    show(result, args.json, lambda r: "\n\n".join(row["prompt"] + row["text"] for row in r["requests"]))
