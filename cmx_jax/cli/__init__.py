@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args)
         sys.stdout.flush()
     except CmxError as error:
         text = " ".join(str(error).split())
@@ -37,4 +37,5 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(130)  # XLA may be compiling in threads that do not survive an orderly end
     except BrokenPipeError:  # whoever read us has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        code = 0
+    return code or 0

@@ -1,15 +1,23 @@
 """Steps of a model of any size, traced without weights: what their collectives move."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.mesh.message import message_bytes
+from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
+from cmx_jax.mesh.targets import target_devices
 from cmx_jax.mesh.trace.collective import Collective
 from cmx_jax.mesh.trace.jaxpr import Product
-from cmx_jax.mesh.trace.table import Trace, trace
+from cmx_jax.mesh.trace.program import trace
+from cmx_jax.mesh.trace.table import Trace, View
 from cmx_jax.model.abstract import trace_step
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.sharding import shared_in_slots
@@ -74,6 +82,10 @@ def trace_model(
     drafts: int = 0,
     ranks_per_npu: int = 1,
     dtype: str = "bfloat16",
+    source: str = "jaxpr",
+    target: str = "cpu",
+    dump: Path | None = None,
+    machine: Supernode = CLOUDMATRIX384,
 ) -> Trace:
     """A step's collectives and products on one rank.
 
@@ -89,6 +101,8 @@ def trace_model(
       drafts: MTP drafts of a decode step; in prefill whether the MTP layer runs.
       ranks_per_npu: 2 where a rank is a die.
       dtype: of weights and cache.
+      source, target, dump: as of `cmx_jax.mesh.trace.trace`.
+      machine: whose nodes the ranks sit on.
 
     Raises:
       CmxError: the batch does not divide over an NPU's ranks, or the context is beyond the model's.
@@ -100,7 +114,14 @@ def trace_model(
         raise CmxError(f"context is {context}, expected 1 to the model's {c.max_position_embeddings}")
     sequences = batch * shared // ranks_per_npu
     given: dict[str, Any] = {"sequences": sequences, "context": context, "drafts": drafts, "dtype": dtype}
+    mesh = None
+    if source == "hlo":
+        devices = np.array(target_devices(target, layout.ranks))
+        mesh = Mesh(devices.reshape([n for _, n in layout.axes]), [name for name, _ in layout.axes])
+        given |= {"mesh": mesh, "in_order": target != "cpu"}
+    began = time.perf_counter()
     traced = trace_step(c, layout, step, length=context, **given)
+    took = time.perf_counter() - began
     tokens = sequences * (context if step == "prefill" else 1 + drafts) // shared
     copies = c.num_experts_per_tok + shared_in_slots(c, layout)
 
@@ -122,4 +143,7 @@ def trace_model(
             return tokens * copies * c.hidden_size * (4 if back == "float32" else 2) / layout.microbatches
         return None
 
-    return trace(traced, ranks_per_npu=ranks_per_npu, payload=payload, useful=useful)
+    view = View(machine, ranks_per_npu, payload=payload, useful=useful)
+    found = trace(traced, source=source, target=target, dump=dump, view=view)
+    found.seconds["trace"] += took
+    return found

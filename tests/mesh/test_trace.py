@@ -4,25 +4,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import CLOUDMATRIX384
+from cmx_jax.mesh.trace import Trace, View, render, trace
 from cmx_jax.mesh.trace.place import groups_of, plane
-from cmx_jax.mesh.trace.table import Trace, render, trace
 
 MESH = AbstractMesh((4, 8), ("node", "npu"))
+SOURCES = ("jaxpr", "stablehlo", "hlo")
 
 
 def shape(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
 
 
-def mapped(fn: Any, ins: Any, outs: Any) -> Any:
-    return jax.jit(jax.shard_map(fn, mesh=MESH, in_specs=ins, out_specs=outs, check_vma=False))
+def devices() -> Mesh:
+    return Mesh(np.array(jax.devices()[:32]).reshape(4, 8), MESH.axis_names)
+
+
+def mapped(fn: Any, ins: Any, outs: Any, source: str = "jaxpr") -> Any:
+    """On devices only where a compiler needs them."""
+    mesh = devices() if source == "hlo" else MESH
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False))
 
 
 def rows(t: Trace) -> list[tuple[Any, ...]]:
@@ -30,7 +38,17 @@ def rows(t: Trace) -> list[tuple[Any, ...]]:
     return [(r["op"], tuple(r["axes"]), r["plane"], r["count"], r["wire_bytes"]) for r in t.collectives]
 
 
-def test_a_data_parallel_training_step_reduces_each_gradient_once() -> None:
+def wire(t: Trace) -> dict[Any, float]:
+    """Bytes by operation, axes and type: compilers put collectives together."""
+    found: dict[Any, float] = {}
+    for r in t.collectives:
+        key = r["op"], tuple(r["axes"]), r["dtype"]
+        found[key] = found.get(key, 0) + r["wire_bytes"]
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_data_parallel_training_step_reduces_each_gradient_once(source: str) -> None:
     opt = optax.sgd(1e-3, momentum=0.9)
     params = {"w": shape(64, 16), "b": shape(16)}
 
@@ -44,18 +62,17 @@ def test_a_data_parallel_training_step_reduces_each_gradient_once() -> None:
 
     state = jax.eval_shape(opt.init, params)
     data = P(("node", "npu"))
-    found = trace(mapped(step, (P(), P(), data, data), P()), params, state, shape(320, 64), shape(320, 16))
+    program = mapped(step, (P(), P(), data, data), P(), source)
+    found = trace(program, params, state, shape(320, 64), shape(320, 16), source=source)
     both, factor = ("node", "npu"), 2 * 31 / 32
-    reduced = [r for r in rows(found) if r[4] > 8]
-    assert sorted(reduced) == [
-        ("all_reduce", both, "nodes", 1, 16 * 4 * factor),
-        ("all_reduce", both, "nodes", 1, 64 * 16 * 4 * factor),
-    ]
+    assert wire(found) == {("all_reduce", both, "float32"): (64 + 1) * 16 * 4 * factor}
+    assert {(r["plane"], r["count"]) for r in found.collectives} == {("nodes", 1)}
     forward = 2 * 10 * 64 * 16  # of one rank's ten rows; the gradient of w costs as much again
     assert found.flops == {"float32": 2 * forward}
 
 
-def test_ring_attention_sends_keys_and_values_round_the_ring() -> None:
+@pytest.mark.parametrize("source", SOURCES)
+def test_ring_attention_sends_keys_and_values_round_the_ring(source: str) -> None:
     def attend(q: Any, k: Any, v: Any) -> Any:
         ring = [(i, (i + 1) % 8) for i in range(8)]
 
@@ -68,15 +85,24 @@ def test_ring_attention_sends_keys_and_values_round_the_ring() -> None:
             (_, out), _ = lax.scan(turn, ((k, v), jnp.zeros_like(q)), None, length=8)
         return out
 
-    x = shape(4 * 8 * 16, 32, dtype="bfloat16")
+    x = shape(4 * 8 * 16, 32)
     spec = P(("node", "npu"))
-    found = trace(mapped(attend, (spec,) * 3, spec), x, x, x)
-    assert rows(found) == [("permute", ("npu",), "node", 8, 8 * 16 * 32 * 2)] * 2
-    assert {r["scope"] for r in found.collectives} == {"Ring"}
-    assert found.flops == {"bfloat16": 8 * 2 * (2 * 16 * 16 * 32)}
+    found = trace(mapped(attend, (spec,) * 3, spec, source), x, x, x, source=source)
+    assert wire(found) == {("permute", ("npu",), "float32"): 2 * 8 * 16 * 32 * 4}
+    assert {(r["plane"], r["count"], r["scope"]) for r in found.collectives} == {("node", 8, "Ring")}
+    assert found.flops == {"float32": 8 * 2 * (2 * 16 * 16 * 32)}
+    assert [note for note in found.notes if "only in" in note] == []
 
 
-def test_a_pipeline_s_last_stage_sends_nothing() -> None:
+def test_cpu_s_wider_types_are_said() -> None:
+    program = mapped(lambda x: lax.all_to_all(x, "npu", 0, 0), (P(),), P(), "hlo")
+    found = trace(program, shape(8, 64, dtype="bfloat16"), source="hlo")
+    assert wire(found) == {("all_to_all", ("npu",), "float32"): 8 * 64 * 4 * 7 / 8}
+    assert "bfloat16 as float32" in found.notes[-1]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_pipeline_s_last_stage_sends_nothing(source: str) -> None:
     def stages(x: Any, w: Any) -> Any:
         chain = [(i, i + 1) for i in range(3)]
 
@@ -85,11 +111,32 @@ def test_a_pipeline_s_last_stage_sends_nothing() -> None:
 
         return lax.scan(tick, x, None, length=7)[0]
 
-    found = trace(mapped(stages, (P("npu"), P("node")), P("npu")), shape(64, 32), shape(4, 32, 32))
+    program = mapped(stages, (P("npu"), P("node")), P("npu"), source)
+    found = trace(program, shape(64, 32), shape(4, 32, 32), source=source)
     assert rows(found) == [("permute", ("node",), "nodes", 7, 7 * 8 * 32 * 4 * 3 / 4)]
 
 
-def test_nested_loops_multiply_and_data_decide_on_branches_and_whiles() -> None:
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_matmul_whose_sum_the_compiler_inserts(source: str) -> None:
+    mesh = devices()
+    left, right = (
+        jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for sizes, spec in (((64, 512), P("node", "npu")), ((512, 128), P("npu")))
+    )
+    found = trace(jnp.matmul, left, right, source=source)
+    if source == "hlo":
+        assert wire(found) == {("all_reduce", ("npu",), "float32"): 16 * 128 * 4 * 2 * 7 / 8}
+        assert found.flops == {"float32": 2 * 16 * 64 * 128}
+        assert found.memory["arguments"] == (16 * 64 + 64 * 128) * 4
+        assert any("only in hlo" in note for note in found.notes)
+    else:
+        assert not found.collectives
+        assert found.flops == {"float32": 2 * 64 * 512 * 128}
+        assert source != "jaxpr" or "source hlo" in found.notes[0]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_nested_loops_multiply_and_data_decide_on_branches_and_whiles(source: str) -> None:
     def program(x: Any, n: Any) -> Any:
         def inner(x: Any, _: Any) -> Any:
             return lax.all_to_all(x, "npu", 0, 0, tiled=True), None
@@ -102,7 +149,8 @@ def test_nested_loops_multiply_and_data_decide_on_branches_and_whiles() -> None:
         return lax.fori_loop(0, n[0], lambda _, x: lax.pmax(x, "node"), x)
 
     spec = P(("node", "npu"))
-    found = trace(mapped(program, (spec, P()), spec), shape(32 * 8, 4), shape(1, dtype="int32"))
+    given = shape(32 * 8, 4), shape(1, dtype="int32")
+    found = trace(mapped(program, (spec, P()), spec, source), *given, source=source)
     size = 8 * 4 * 4
     assert rows(found) == [
         ("all_to_all", ("npu",), "node", 15, 15 * size * 7 / 8),
@@ -128,7 +176,7 @@ def test_gathers_scatters_and_groups() -> None:
         y = lax.psum_scatter(x, ("node", "npu"), tiled=True)
         return lax.all_gather(y, "npu", axis_index_groups=pairs, tiled=True)
 
-    found = trace(mapped(program, (P(),), P("node")), shape(320, 4, dtype="int8"), ranks_per_npu=2)
+    found = trace(mapped(program, (P(),), P("node")), shape(320, 4, dtype="int8"), view=View(ranks_per_npu=2))
     scatter, gather = found.collectives
     assert (scatter["op"], scatter["wire_bytes"], scatter["plane"]) == (
         "reduce_scatter",
@@ -155,4 +203,4 @@ def test_planes_of_a_die_pair_and_beyond_the_supernode() -> None:
 
 def test_the_table_has_a_line_for_each_collective() -> None:
     found = trace(mapped(lambda x: lax.psum(x, "npu"), (P(),), P()), shape(4))
-    assert len(render(found).splitlines()) == 2
+    assert len(render(found).splitlines()) == 4

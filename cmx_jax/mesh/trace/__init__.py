@@ -1,8 +1,20 @@
 """What a program moves and computes, read from the program itself."""
 
 from cmx_jax.mesh.trace.collective import Collective
+from cmx_jax.mesh.trace.differences import differences
 from cmx_jax.mesh.trace.hlo import read_hlo
 from cmx_jax.mesh.trace.jaxpr import read_jaxpr
-from cmx_jax.mesh.trace.table import Trace, render, trace
+from cmx_jax.mesh.trace.program import SOURCES, trace
+from cmx_jax.mesh.trace.table import Trace, View, render
 
-__all__ = ["Collective", "Trace", "read_hlo", "read_jaxpr", "render", "trace"]
+__all__ = [
+    "SOURCES",
+    "Collective",
+    "Trace",
+    "View",
+    "differences",
+    "read_hlo",
+    "read_jaxpr",
+    "render",
+    "trace",
+]

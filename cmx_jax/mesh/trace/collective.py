@@ -13,7 +13,7 @@ operand of `n` bytes a rank. They are those of the algorithms that move least:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
@@ -43,6 +43,8 @@ class Collective:
       scope: `named_scope`s around it, outermost first, with `/` between.
       share: of ranks that send anything (permute).
       groups: ranks of each group, where the source has them.
+      at: place in the order of the program, among products too.
+      done: where it is awaited, if something else may run beside it.
     """
 
     op: str
@@ -55,6 +57,8 @@ class Collective:
     share: float = 1.0
     groups: tuple[tuple[int, ...], ...] | None = None
     known: int = 1
+    at: int = field(default=0, compare=False)
+    done: int | None = field(default=None, compare=False)
 
     @property
     def operand_bytes(self) -> int:

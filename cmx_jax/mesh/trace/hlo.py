@@ -21,7 +21,8 @@ from cmx_jax.mesh.trace.jaxpr import Product
 
 CALLS = frozenset(("while", "conditional", "call", "fusion", "async", "custom-call"))
 STARTED = {f"{op}-start" for op in (*COLLECTIVES, *CALLS)}
-NOTABLE = frozenset((*COLLECTIVES, *CALLS, *STARTED, *PRODUCTS, "send", "ragged-dot"))
+DONE = {op.replace("-start", "-done") for op in STARTED}
+NOTABLE = frozenset((*COLLECTIVES, *CALLS, *STARTED, *DONE, *PRODUCTS, "send", "ragged-dot"))
 # these place data, choose among them, check indices or mark parts of a collective: no products, nothing sent
 PLAIN_CUSTOM_CALLS = (
     "Sharding",
@@ -112,6 +113,7 @@ class _Reader:
                     for name in itertools.chain(*instruction.called().values()):
                         self.callers.setdefault(name, []).append(instruction)
         self.loops = Loops(self.module, self.callers)
+        self.starts: dict[Instruction, Instruction] = {}  # of collectives in computations of their own
 
     def _machine(self, axes: Axes) -> Machine:
         replicas, partitions = (
@@ -129,12 +131,15 @@ class _Reader:
     def program(self) -> Program:
         collectives: list[Collective] = []
         products: list[Product] = []
-        for instruction, (count, known) in self.content(self.module.entry).items():
+        content = self.content(self.module.entry)
+        awaited = {i.operand(0): at for at, i in enumerate(content) if i.op in DONE}
+        for at, (instruction, (count, known)) in enumerate(content.items()):
             for one in self._described(instruction):
                 if isinstance(one, Collective):
-                    collectives.append(replace(one, count=count, known=known))
+                    done = awaited.get(self.starts.get(instruction, instruction))
+                    collectives.append(replace(one, count=count, known=known, at=at, done=done))
                 else:
-                    products.append(replace(one, count=count, known=known))
+                    products.append(replace(one, count=count, known=known, at=at))
         self._note_others()
         return Program(self.machine.devices, collectives, products, self.notes)
 
@@ -155,12 +160,17 @@ class _Reader:
             self._add_loop(found, instruction)
         elif op == "conditional":
             self._add_branches(found, instruction)
+        elif instruction.op in DONE:
+            found[instruction] = 1, 1
         elif op in CALLS or "calls" in instruction.called():
             # a custom call decides for itself how often it calls
             times = None if op == "custom-call" else 1
             for key in ("calls", "called_computations") if op != "call" else ("to_apply",):
                 for name in instruction.called().get(key, []):
-                    add(found, self.content(self.module.computation(name)), times)
+                    inner = self.content(self.module.computation(name))
+                    add(found, inner, times)
+                    if op == "async":
+                        self.starts |= dict.fromkeys(inner, instruction)
         elif op in PRODUCTS or (op in COLLECTIVES and starts_here(instruction)):
             found[instruction] = 1, 1
 
@@ -200,6 +210,8 @@ class _Reader:
 
     def _described(self, instruction: Instruction) -> Sequence[Collective | Product]:
         with reading(instruction):
+            if instruction.op in DONE:
+                return []
             if instruction.op in PRODUCTS:
                 return [product_of(instruction)]
             # in a computation of its own only what calls that may be named

@@ -1,11 +1,13 @@
 """Collectives and products of a program, from its jaxpr: what was written, before any compiler."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmx_jax.mesh.trace.collective import Collective
+from cmx_jax.mesh.trace.scope import joined
 
 OPS = {  # primitive -> operation
     "all_to_all": "all_to_all",
@@ -22,11 +24,13 @@ OPS = {  # primitive -> operation
     "ppermute": "permute",
     "ragged_all_to_all": "ragged_all_to_all",
 }
+PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
 
 @dataclass(frozen=True)
 class Product:
-    """A matmul or convolution as one rank sees it: type of its operands, operations and bytes once."""
+    """A matmul or convolution as one rank sees it: type of its operands, operations and bytes once; `at` is
+    its place in the order of the program, among collectives too."""
 
     dtype: str
     flops: int
@@ -34,19 +38,24 @@ class Product:
     count: int | None
     scope: str
     known: int
+    at: int = field(default=0, compare=False)
 
 
 @dataclass
 class Found:
-    """What a jaxpr holds, in its order; `axes` are the mesh's of its `shard_map`s."""
+    """What a program holds, in its order (`order` counts); `axes` are the mesh's of its `shard_map`s,
+    `arguments` the bytes that a rank gives to the first of them."""
 
     collectives: list[Collective] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     axes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    arguments: int = 0
+    order: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
 
 @dataclass(frozen=True)
-class _At:
+class At:
     """Where we are: executions (None: as the data want; by known loops alone), scopes, sizes of axes."""
 
     count: int | None = 1
@@ -54,7 +63,8 @@ class _At:
     scope: str = ""
     axes: tuple[tuple[str, int], ...] = ()
 
-    def times(self, n: int | None) -> "_At":
+    def times(self, n: int | None) -> "At":
+        """In a loop (None: data decide how often it runs)."""
         count = None if n is None or self.count is None else self.count * n
         return replace(self, count=count, known=self.known * (1 if n is None else n))
 
@@ -66,18 +76,18 @@ def read_jaxpr(jaxpr: Any) -> Found:
     the same way in the others, has count None: data decide.
     """
     found = Found()
-    _walk(getattr(jaxpr, "jaxpr", jaxpr), _At(), found)
+    _walk(getattr(jaxpr, "jaxpr", jaxpr), At(), found)
     return found
 
 
-def _walk(jaxpr: Any, at: _At, found: Found) -> None:
+def _walk(jaxpr: Any, at: At, found: Found) -> None:
     for eqn in jaxpr.eqns:
-        here = replace(at, scope=_joined(at.scope, str(eqn.source_info.name_stack)))
+        here = replace(at, scope=joined(at.scope, str(eqn.source_info.name_stack)))
         name = eqn.primitive.name
         if name in OPS:
-            found.collectives += _collectives(eqn, OPS[name], here)
-        elif name in ("dot_general", "conv_general_dilated"):
-            found.products.append(_product(eqn, here))
+            found.collectives += _collectives(eqn, OPS[name], here, found)
+        elif name in PRODUCTS:
+            found.products.append(_product(eqn, here, found))
         elif name == "scan":
             _walk(eqn.params["jaxpr"].jaxpr, here.times(eqn.params["length"]), found)
         elif name == "while":
@@ -88,14 +98,12 @@ def _walk(jaxpr: Any, at: _At, found: Found) -> None:
         elif name == "shard_map":
             sizes = tuple(eqn.params["mesh"].shape.items())
             found.axes |= dict(sizes)
+            given = (v.aval for v in eqn.params["jaxpr"].invars)
+            found.arguments = found.arguments or sum(a.size * a.dtype.itemsize for a in given)
             _walk(eqn.params["jaxpr"], replace(here, axes=sizes), found)
         else:
             for inner in _inner(eqn.params.values()):
                 _walk(inner, here, found)
-
-
-def _joined(outer: str, inner: str) -> str:
-    return "/".join(part for part in (outer, inner) if part)
 
 
 def _inner(values: Any) -> Iterator[Any]:
@@ -107,13 +115,16 @@ def _inner(values: Any) -> Iterator[Any]:
             yield getattr(value, "jaxpr", value)
 
 
-def _branches(branches: Any, at: _At, found: Found) -> None:
-    """Every branch; what all have alike is sure."""
+def _branches(branches: Any, at: At, found: Found) -> None:
     each = []
     for branch in branches:
-        part = Found()
-        _walk(branch.jaxpr, at, part)
-        each.append(part)
+        each.append(Found(order=found.order))
+        _walk(branch.jaxpr, at, each[-1])
+    merge_branches(each, found)
+
+
+def merge_branches(each: list[Found], found: Found) -> None:
+    """Adds what every branch of a condition holds; what all have alike is sure."""
     same = all(part.collectives == each[0].collectives for part in each)
     for i, part in enumerate(each):
         found.axes |= part.axes
@@ -126,7 +137,7 @@ def _branches(branches: Any, at: _At, found: Found) -> None:
         found.products += part.products if alike else [replace(p, count=None) for p in part.products]
 
 
-def _collectives(eqn: Any, op: str, at: _At) -> Iterator[Collective]:
+def _collectives(eqn: Any, op: str, at: At, found: Found) -> Iterator[Collective]:
     """One for each operand: several may travel together."""
     given = eqn.params.get("axes", eqn.params.get("axis_name"))
     names = tuple(
@@ -143,16 +154,21 @@ def _collectives(eqn: Any, op: str, at: _At) -> Iterator[Collective]:
     operands = eqn.invars[:1] if op == "ragged_all_to_all" else eqn.invars
     for operand in operands:
         dtype, shape = str(operand.aval.dtype), tuple(operand.aval.shape)
-        yield Collective(op, names, size, dtype, shape, at.count, at.scope, share, known=at.known)
+        yield Collective(
+            op, names, size, dtype, shape, at.count, at.scope, share, known=at.known, at=next(found.order)
+        )
 
 
-def _product(eqn: Any, at: _At) -> Product:
+def _product(eqn: Any, at: At, found: Found) -> Product:
     a, b, out = (v.aval for v in (*eqn.invars[:2], eqn.outvars[0]))
-    if eqn.primitive.name == "dot_general":
+    if eqn.primitive.name == "ragged_dot_general":  # each row meets one group's matrix
+        numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        each = math.prod(a.shape[i] for i in numbers[0][0])
+    elif eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         each = math.prod(a.shape[i] for i in contracted)
     else:
         kernel = eqn.params["dimension_numbers"].rhs_spec
         each = math.prod(b.shape[i] for i in kernel[1:])
     flops, moved = 2 * math.prod(out.shape) * each, sum(x.size * x.dtype.itemsize for x in (a, b, out))
-    return Product(str(a.dtype), flops, moved, at.count, at.scope, at.known)
+    return Product(str(a.dtype), flops, moved, at.count, at.scope, at.known, next(found.order))

@@ -11,6 +11,11 @@ STRUCTURE = re.compile(
 WRAPPED = re.compile(r"(?:jvp|vjp|transpose|vmap|linearize|remat|checkpoint|rematted_computation)\((.*)\)")
 
 
+def joined(outer: str, inner: str) -> str:
+    """One scope in another."""
+    return "/".join(part for part in (outer, inner) if part)
+
+
 def scopes(op_name: str) -> str:
     """The `named_scope`s of `jit(f)/while/body/jvp(Moe)/Dispatch/all_to_all`: `Moe/Dispatch`."""
     kept = []

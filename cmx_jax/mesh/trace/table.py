@@ -1,14 +1,12 @@
 """A program's collectives and products as rows: for people, and for JSON."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
-
-import jax
 
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
 from cmx_jax.mesh.trace.collective import Collective
-from cmx_jax.mesh.trace.jaxpr import Product, read_jaxpr
+from cmx_jax.mesh.trace.jaxpr import Found, Product
 from cmx_jax.mesh.trace.place import groups_of, plane
 
 Payload = Callable[[Collective], float | None]
@@ -18,56 +16,67 @@ Flops = Callable[[Product], float | None]
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What one rank moves and computes in one run of a program.
+class View:
+    """What rows say beyond the program.
 
     Attributes:
-      collectives: a row for each place in the program, in its order: `op`, `axes`, `group_size`, `plane`,
-        `dtype`, `shape`, `count`, `payload_bytes` and `wire_bytes` of all executions, `scope`. Where data
-        decide how often a loop runs `count` is None, and it is counted once.
-      flops: floating-point (or integer) operations of products by type; likewise.
-      scopes: those operations by scope.
-      notes: what is uncertain.
-    """
-
-    collectives: list[dict[str, Any]]
-    flops: dict[str, int]
-    scopes: dict[str, int]
-    notes: list[str] = field(default_factory=list)
-
-
-def trace(
-    fn: Any,
-    *args: Any,
-    machine: Supernode = CLOUDMATRIX384,
-    ranks_per_npu: int = 1,
-    first_npu: int = 0,
-    payload: Payload = lambda _: None,
-    useful: Flops = lambda _: None,
-) -> Trace:
-    """Traces a function of any arguments (arrays, or `jax.ShapeDtypeStruct`s); nothing is computed or
-    compiled.
-
-    Args:
-      fn: jitted or not, with `shard_map` inside; or what `jax.jit(fn).trace(...)` returns.
-      args: its arguments.
       machine: whose nodes the ranks sit on, node by node.
       ranks_per_npu: 2 where a rank is a die.
       first_npu: on which the mesh begins.
       payload: what of an operand is useful, where that is less.
       useful: what of a product is useful.
     """
-    traced = fn if hasattr(fn, "jaxpr") else (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args)
-    found = read_jaxpr(traced.jaxpr)
+
+    machine: Supernode = CLOUDMATRIX384
+    ranks_per_npu: int = 1
+    first_npu: int = 0
+    payload: Payload = lambda _: None
+    useful: Flops = lambda _: None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one rank moves and computes in one run of a program.
+
+    Attributes:
+      source: `jaxpr`, `stablehlo` or `hlo`.
+      collectives: a row for each place in the program, in its order: `op`, `axes`, `group_size`, `plane`,
+        `dtype`, `shape`, `count`, `payload_bytes` and `wire_bytes` of all executions, `scope`. Where data
+        decide how often a loop runs `count` is None, and it is counted once.
+      flops: floating-point (or integer) operations of products by type; likewise.
+      scopes: `flops` and `bytes` (operands and results) of products by scope and type; likewise.
+      memory: bytes of a rank: `arguments`; of a compiled program also `temporaries`, `results` that are in no
+        argument's place, and `peak`, the sum.
+      seconds: what it took to `trace`, `lower` and `compile`.
+      notes: what is uncertain, and where sources differ.
+      found: what the rows are of.
+    """
+
+    source: str
+    collectives: list[dict[str, Any]]
+    flops: dict[str, int]
+    scopes: dict[str, dict[str, dict[str, int]]]
+    memory: dict[str, int]
+    seconds: dict[str, float]
+    notes: list[str]
+    found: Found = field(repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "found"}
+
+
+def rows_of(found: Found, view: View) -> list[dict[str, Any]]:
+    """`Trace.collectives`."""
 
     def row(c: Collective) -> dict[str, Any]:
-        part = payload(c)
-        where = plane(c.groups or groups_of(c.axes, found.axes), machine, ranks_per_npu, first_npu)
+        part = view.payload(c)
+        groups = c.groups or groups_of(c.axes, found.axes)
         return {
             "op": c.op,
             "axes": list(c.axes),
             "group_size": c.group_size,
-            "plane": where,
+            "plane": plane(groups, view.machine, view.ranks_per_npu, view.first_npu),
             "dtype": c.dtype,
             "shape": list(c.shape),
             "count": c.count,
@@ -76,36 +85,50 @@ def trace(
             "scope": c.scope,
         }
 
-    rows = [row(c) for c in found.collectives]
-    notes = []
+    return [row(c) for c in found.collectives]
+
+
+def table(source: str, found: Found, view: View, memory: dict[str, int], seconds: dict[str, float]) -> Trace:
+    """The rows of what a source holds."""
+    notes = list(found.notes)
     if any(x.count is None for x in (*found.collectives, *found.products)):
         notes.append("count None: in a loop or branch that data decide; counted once")
     flops: dict[str, int] = {}
-    scopes: dict[str, int] = {}
+    scopes: dict[str, dict[str, dict[str, int]]] = {}
     for p in found.products:
-        part = useful(p)
+        part = view.useful(p)
         done = int(p.known * (p.flops if part is None else part))
         flops[p.dtype] = flops.get(p.dtype, 0) + done
-        scopes[p.scope] = scopes.get(p.scope, 0) + done
-    return Trace(rows, flops, scopes, notes)
+        of = scopes.setdefault(p.scope, {}).setdefault(p.dtype, {"flops": 0, "bytes": 0})
+        of["flops"] += done
+        of["bytes"] += p.known * p.bytes
+    return Trace(source, rows_of(found, view), flops, scopes, memory, seconds, notes, found)
 
 
 def render(t: Trace) -> str:
     """A table of the collectives, and the operations of products."""
     titles = ("op", "axes", "plane", "operand", "count", "payload MB", "wire MB", "scope")
-    rows = [titles]
+    rows: list[tuple[str, ...]] = [titles]
     for r in t.collectives:
         count = "data" if r["count"] is None else str(r["count"])
         sizes = (f"{r[of] / 1e6:,.3f}" for of in ("payload_bytes", "wire_bytes"))
-        axes, operand = ",".join(r["axes"]), f"{r['dtype']}{r['shape']}"
+        axes, operand = ",".join(r["axes"]) or f"of {r['group_size']}", f"{r['dtype']}{r['shape']}"
         rows.append((r["op"], axes, r["plane"], operand, count, *sizes, r["scope"]))
+    lines = aligned(rows, right={4, 5, 6})
+    lines += [f"products: {flops / 1e12:,.3f} T operations in {dtype}" for dtype, flops in t.flops.items()]
+    if t.memory:
+        sizes = (f"{name} {size / 1e9:,.3f}" for name, size in t.memory.items())
+        lines.append(f"memory of a rank, GB: {', '.join(sizes)}")
+    lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in t.seconds.items()))
+    return "\n".join([*lines, *t.notes])
+
+
+def aligned(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
+    """Lines of a table; `right`: columns of numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = {4, 5, 6}
-    lines = [
+    return [
         "  ".join(
             x.rjust(w) if i in right else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in rows
     ]
-    lines += [f"products: {flops / 1e12:,.3f} T operations in {dtype}" for dtype, flops in t.flops.items()]
-    return "\n".join([*(line.rstrip() for line in lines), *t.notes])

@@ -1,0 +1,133 @@
+"""Anyone's function to trace, as a command line names it: where it is, its mesh, its arguments' shapes."""
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.targets import target_devices
+from cmx_jax.mesh.trace.program import trace
+from cmx_jax.mesh.trace.table import Trace, View
+
+ARRAY = re.compile(r"(\w+)\[([\d,\s]*)\](?:@(.+))?")
+FORM = "such as float32[1024,4096]@-,x (a dimension over no axis, one over x; a+b: over both)"
+
+
+def trace_function(
+    name: str,
+    args: Sequence[str],
+    mesh: str | None = None,
+    *,
+    source: str = "jaxpr",
+    target: str = "cpu",
+    dump: Path | None = None,
+    view: View = View(),  # noqa: B008 (frozen)
+) -> Trace:
+    """Traces `package.module:function`, which may lie in the current folder.
+
+    Args:
+      name: of the function, jitted or not.
+      args: for each of its arguments `dtype[shape]`, and behind `@` how it is split over the mesh; or only
+        `package.module:function` again, of a function that returns all arguments (a tuple of pytrees).
+      mesh: `axis=size,...`; None if the function brings its own. `jax.shard_map` without a mesh has it, too.
+      source, target, dump, view: as of `cmx_jax.mesh.trace.trace`.
+
+    Raises:
+      CmxError: there is no such function, an argument or the mesh makes no sense, or the function fails.
+    """
+    axes = read_mesh(mesh)
+    on = _mesh(axes, target if source == "hlo" else None)
+    fn, given = load(name), read_args(args, on)
+    with jax.set_mesh(on) if isinstance(on, Mesh) else jax.sharding.use_abstract_mesh(on):
+        try:
+            traced = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*given)
+        except Exception as error:  # whatever it raises
+            raise _failed(name, error) from None
+        return trace(traced, *given, source=source, target=target, dump=dump, view=view)
+
+
+def read_mesh(text: str | None) -> dict[str, int]:
+    """`node=4,npu=8` to sizes by axis."""
+    found: dict[str, int] = {}
+    for part in filter(None, (text or "").split(",")):
+        axis, _, size = part.partition("=")
+        if not axis.isidentifier() or not size.isdecimal() or int(size) < 1 or axis in found:
+            raise CmxError(f"mesh {text!r}, expected different axes and sizes such as node=4,npu=8")
+        found[axis] = int(size)
+    return found
+
+
+def _mesh(axes: dict[str, int], target: str | None) -> Mesh | AbstractMesh:
+    """Of devices of a target, or of none."""
+    sizes, names = tuple(axes.values()), tuple(axes)
+    if target is None:
+        return AbstractMesh(sizes, names)
+    return Mesh(np.array(target_devices(target, math.prod(sizes))).reshape(sizes), names)
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function `package.module:function` (or `:object.method`)."""
+    module, _, path = name.partition(":")
+    if not module or not path:
+        raise CmxError(f"function {name!r}, expected package.module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # whatever the module does when imported
+        raise _failed(name, error) from None
+    if not callable(found):
+        raise CmxError(f"{name} is a {type(found).__name__}, expected a function")
+    return found
+
+
+def read_args(args: Sequence[str], mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
+    """Shapes from their texts, or from a function."""
+    if len(args) == 1 and ":" in args[0]:
+        made = load(args[0])()
+        return made if isinstance(made, tuple) else (made,)
+    return tuple(_array(text, mesh) for text in args)
+
+
+def _array(text: str, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStruct:
+    match = ARRAY.fullmatch(text.strip())
+    if not match:
+        raise CmxError(f"argument {text!r}, expected dtype[shape] and how it is split, {FORM}")
+    shape = tuple(int(size) for size in match[2].split(",") if size.strip())
+    split = [part.split("+") if part != "-" else [] for part in (match[3] or "").split(",") if part]
+    for size, axes in zip(shape, split, strict=False):
+        if unknown := [axis for axis in axes if axis not in mesh.shape]:
+            raise CmxError(f"argument {text!r}: no axis {unknown[0]!r}, expected one of {list(mesh.shape)}")
+        if size % (parts := math.prod(mesh.shape[axis] for axis in axes)):
+            raise CmxError(f"argument {text!r}: {size} does not divide over {parts} ranks of {axes}")
+    try:
+        sharding = NamedSharding(mesh, P(*(tuple(axes) or None for axes in split))) if split else None
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(match[1]), sharding=sharding)
+    except (TypeError, ValueError) as error:
+        raise CmxError(f"argument {text!r}: {_first_line(error)}") from None
+
+
+def _failed(name: str, error: Exception) -> CmxError:
+    if isinstance(error, CmxError):
+        return error
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    where = f" ({Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno})" if at is not None else ""
+    return CmxError(f"{name}: {type(error).__name__}: {_first_line(error)}{where}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(filter(None, str(error).splitlines()), "no reason given")

@@ -1,0 +1,151 @@
+"""What a program moves and computes, from one of three sources: its jaxpr, its StableHLO, its optimised HLO.
+
+The jaxpr is what was written, StableHLO what the compiler is given, HLO what it made of it for one target.
+In that order they are trusted to say what was meant; where they differ, that is said.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.targets import compiler_options
+from cmx_jax.mesh.trace.differences import differences
+from cmx_jax.mesh.trace.hlo import read_hlo
+from cmx_jax.mesh.trace.jaxpr import Found, read_jaxpr
+from cmx_jax.mesh.trace.perfetto import write_timeline
+from cmx_jax.mesh.trace.stablehlo import read_stablehlo
+from cmx_jax.mesh.trace.table import Trace, View, rows_of, table
+
+SOURCES = ("jaxpr", "stablehlo", "hlo")
+
+
+def trace(
+    fn: Any,
+    *args: Any,
+    source: str = "jaxpr",
+    target: str = "cpu",
+    dump: Path | None = None,
+    view: View = View(),  # noqa: B008 (frozen)
+) -> Trace:
+    """Traces a function of any arguments (arrays, or `jax.ShapeDtypeStruct`s); nothing is computed.
+
+    Args:
+      fn: jitted or not, with `shard_map` inside or shardings for the compiler to decide (GSPMD); or what
+        `jax.jit(fn).trace(...)` returns.
+      args: its arguments.
+      source: one of `SOURCES`. For `hlo` the mesh must be of devices: of CPU, or of a topology
+        (`cmx_jax.mesh.targets.target_devices`). Only there are collectives that the compiler inserts.
+      target: what it is compiled for, a name in the sense of `target_devices`.
+      dump: a folder for the program's texts, and its schedule as a trace for ui.perfetto.dev.
+      view: where ranks sit, and what is useful of what they move.
+
+    Raises:
+      CmxError: the source is unknown, or the program cannot be compiled.
+    """
+    if source not in SOURCES:
+        raise CmxError(f"source {source!r}, expected one of {', '.join(SOURCES)}")
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "trace"):
+        traced = fn if hasattr(fn, "jaxpr") else (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args)
+        asked = found = read_jaxpr(traced.jaxpr)
+    memory, texts = ({"arguments": asked.arguments} if asked.arguments else {}), {"jaxpr.txt": traced.jaxpr}
+    if source != "jaxpr":
+        found, more, memory_of = _lowered(traced, asked, source, target, seconds)
+        texts, memory = texts | more, memory | memory_of
+    result = table(source, found, view, memory, seconds)
+    if source != "jaxpr":
+        result.notes.extend(_compared(rows_of(asked, view), result, target))
+    elif not asked.axes and any(_parts(a) > 1 for a in jax.tree.leaves(args)):
+        result.notes.append(
+            "arguments are split, but there is no shard_map: the compiler will insert collectives, which "
+            "source hlo shows; products are those of all devices together"
+        )
+    if dump is not None:
+        _dump(dump, texts, result, view)
+    return result
+
+
+class _timed:  # noqa: N801 (a context manager)
+    """Notes how long something took."""
+
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds[self.name] = time.perf_counter() - self.began
+
+
+def _parts(arg: Any) -> int:
+    """Into how many different parts an argument is split."""
+    sharding = getattr(arg, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return 1
+    return arg.size // max(math.prod(sharding.shard_shape(arg.shape)), 1)
+
+
+def _lowered(
+    traced: Any, asked: Found, source: str, target: str, seconds: dict[str, float]
+) -> tuple[Found, dict[str, Any], dict[str, int]]:
+    """What StableHLO or HLO holds, the texts, and memory."""
+    try:
+        with _timed(seconds, "lower"):
+            # nothing but the platform is needed for StableHLO, no device
+            platform = (
+                {} if source == "hlo" else {"lowering_platforms": ("cpu" if target == "cpu" else "tpu",)}
+            )
+            lowered = traced.lower(**platform)
+        texts = {"stablehlo.mlir": lowered}
+        if source == "stablehlo":
+            return read_stablehlo(lowered.compiler_ir("stablehlo")), texts, {}
+        with _timed(seconds, "compile"):
+            compiled = lowered.compile(compiler_options=compiler_options(target))
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
+        raise CmxError(f"the program cannot be compiled for {target}: {reason}") from None
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    axes = asked.axes or _mesh_of(compiled)
+    program = read_hlo(text, tuple(axes.items()))
+    found = Found(program.collectives, program.products, axes, program.notes)
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
+    sizes["results"] = results
+    return found, texts | {"hlo.txt": text}, sizes | {"peak": sum(sizes.values())}
+
+
+def _mesh_of(compiled: Any) -> dict[str, int]:
+    """Of a program without `shard_map`: the mesh that its arguments lie on."""
+    for sharding in jax.tree.leaves((compiled.input_shardings, compiled.output_shardings)):
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return dict(sharding.mesh.shape)
+    return {}
+
+
+def _compared(asked: list[dict[str, Any]], result: Trace, target: str) -> list[str]:
+    """Where the source and the jaxpr do not agree."""
+    found = differences(asked, result.collectives, ("jaxpr", result.source), by=("op", "axes"))
+    halves = {"bfloat16", "float16"}
+    if target == "cpu" and any(r["dtype"] in halves for r in asked) and result.source == "hlo" and found:
+        found.append(
+            "XLA:CPU computes and sends bfloat16 as float32: the jaxpr has the bytes that were meant"
+        )
+    return found
+
+
+def _dump(folder: Path, texts: dict[str, Any], result: Trace, view: View) -> None:
+    """Writes what there is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            written = text.as_text(debug_info=True) if hasattr(text, "as_text") else str(text)
+            (folder / name).write_text(written)
+        write_timeline(folder / "schedule.perfetto.json", result.found, view)
+    except OSError as error:
+        raise CmxError(f"--dump {folder}: {error.strerror}; give a folder that can be written") from None

@@ -1,0 +1,74 @@
+"""How often a loop of StableHLO runs, where it counts."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from jax.extend.mlir import ir
+
+ITERATES = {"LT": 0, "LE": 1, "GT": 0, "GE": 1}  # whether the last value is met, too
+
+
+def trips(loop: Any) -> int | None:
+    """How often a loop runs, if it counts from one number to another; None: data decide."""
+    condition, body = (region.blocks[0] for region in loop.regions)
+    results = list(body.operations[len(body.operations) - 1].operation.operands)
+    test = _made_by(_last(condition).operands[0])
+    if test is None or test.name != "stablehlo.compare":
+        return None
+
+    def constant(value: Any, block: Any) -> int | None:
+        """Of a value in a block; of what the loop hands on unchanged, what it began with."""
+        op = _made_by(value)
+        if op is not None:
+            return _constant(op)
+        number = _argument(value, block)
+        if number is None or _argument(results[number], body) != number:
+            return None
+        start = _made_by(loop.operands[number])
+        return None if start is None else _constant(start)
+
+    counter, limit = (test.operands[i] for i in (0, 1))
+    number, end = _argument(counter, condition), constant(limit, condition)
+    step = None if number is None else _step(results[number], number, body, constant)
+    start = None if number is None else _made_by(loop.operands[number])
+    begin = None if start is None else _constant(start)
+    direction = re.search(r"comparison_direction (\w+)", str(test.attributes["comparison_direction"]))
+    if begin is None or end is None or not step or not direction or direction[1] not in ITERATES:
+        return None
+    if (step > 0) != (direction[1] in ("LT", "LE")):
+        return None
+    return max(0, -(-(end - begin + ITERATES[direction[1]] * (1 if step > 0 else -1)) // step))
+
+
+def _step(result: Any, number: int, body: Any, constant: Callable[[Any, Any], int | None]) -> int | None:
+    """What is added to the counter in a round."""
+    op = _made_by(result)
+    if op is None or op.name not in ("stablehlo.add", "stablehlo.subtract"):
+        return None
+    left, right = op.operands
+    if op.name == "stablehlo.add" and _argument(left, body) != number:
+        left, right = right, left
+    step = constant(right, body) if _argument(left, body) == number else None
+    return -step if step is not None and op.name == "stablehlo.subtract" else step
+
+
+def _last(block: Any) -> Any:
+    return block.operations[len(block.operations) - 1].operation
+
+
+def _made_by(value: Any) -> Any:
+    """The operation whose result it is; None of a block's argument."""
+    owner = value.owner
+    return None if isinstance(owner, ir.Block) else owner.operation
+
+
+def _argument(value: Any, block: Any) -> int | None:
+    """Its number among a block's arguments."""
+    return next((i for i, other in enumerate(block.arguments) if other == value), None)
+
+
+def _constant(op: Any) -> int | None:
+    if op.name != "stablehlo.constant" or not re.match(r"dense<-?\d+>", str(op.attributes["value"])):
+        return None
+    return int(re.match(r"dense<(-?\d+)>", str(op.attributes["value"]))[1])  # type: ignore[index]
