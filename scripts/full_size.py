@@ -13,10 +13,8 @@ With 160 decode ranks a rank is one of the paper's NPUs, which are two dies each
 """
 
 import argparse
-import importlib.util
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -26,12 +24,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh import Layout, expert_parallel, request_devices
+from cmx_jax.mesh import Layout, expert_parallel
 from cmx_jax.mesh.exchange import EXCHANGES, WIRES, message_bytes
+from cmx_jax.mesh.targets import compiler_options, target_devices
 from cmx_jax.model.abstract import PAGE_WIDTH, trace_step
 from cmx_jax.model.cache import KV_CACHE_DTYPES, abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
@@ -53,7 +51,6 @@ PAPER = {  # bytes a die with weights in INT8 (sections 4.2.1 and 9); of decode 
     },
     "prefill": {"experts": 25.5 * GB},
 }
-TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": "true"}  # by default nothing runs beside an all-to-all
 NOTE = """\
 Weights in BF16 are twice the paper's INT8, but for embedding and head; with --quant int8 only what absorbed
 attention is made of stays in BF16. The paper's are of DeepSeek-R1 on a die of 64 GB: of 320 in decode, with
@@ -61,30 +58,6 @@ one expert, 96 tokens a step and 48 sequences of 4,096 tokens; of 32 in prefill,
 CPU_NOTE = (
     "XLA:CPU keeps float32 copies of BF16 weights and of the cache: its temporaries are no accelerator's."
 )
-
-
-def devices(target: str, count: int) -> list[Any]:
-    """Devices to compile for: CPU's, or those of a topology that nobody has.
-
-    Raises:
-      CmxError: the topology is unknown or too small, or there is no compiler for it.
-    """
-    if target == "cpu":
-        request_devices(count)
-        return list(jax.devices("cpu")[:count])
-    if importlib.util.find_spec("libtpu") is None:
-        raise CmxError(f"target {target}: the TPU compiler is missing: pip install 'cmx_jax[tpu-aot]'")
-    # libtpu asks where it runs, unless it is told
-    for name, value in (("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_WORKER_HOSTNAMES", "localhost")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    try:
-        found = list(topologies.get_topology_desc(target, "tpu").devices)
-    except Exception as error:  # the compiler's own, of several types
-        raise CmxError(f"target {target!r} is no topology: {str(error).splitlines()[0]}") from None
-    if len(found) < count:
-        raise CmxError(f"target {target} has {len(found)} devices, {count} are needed")
-    return found[:count]
 
 
 def part(leaf: Leaf) -> str:
@@ -187,7 +160,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         shared_slots=args.shared_slots,
         share_sequences=args.share_sequences,
     )
-    found = devices(args.target, ranks)
+    found = target_devices(args.target, ranks)
     shape, names = [n for _, n in layout.axes], [name for name, _ in layout.axes]
     mesh = Mesh(np.array(found).reshape(shape), names)
     times = [time.perf_counter()]
@@ -207,7 +180,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     lowered = step.lower()
     times.append(time.perf_counter())
     try:
-        compiled = lowered.compile(compiler_options={} if args.target == "cpu" else TPU_OPTIONS)
+        compiled = lowered.compile(compiler_options=compiler_options(args.target))
     except jax.errors.JaxRuntimeError as error:
         raise CmxError(f"{args.target} does not compile it: {str(error).splitlines()[0]}") from None
     times.append(time.perf_counter())

@@ -1,11 +1,19 @@
-"""Full-size steps' collectives against closed forms of the model's fields."""
+"""Steps' collectives against closed forms of the model's fields; full-size ones against what they were."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.trace.table import Trace
+from cmx_jax.mesh import Layout, expert_parallel
+from cmx_jax.mesh.trace import SOURCES, Trace
 from cmx_jax.model.families import preset
 from cmx_jax.model.trace import ready, trace_model
+from model.small import config
 
 R1 = preset("deepseek-r1")
 WIDTH, TOP_K, MOE, LAYERS, HEADS, VALUE = 7168, 8, 58, 61, 128, 128
@@ -69,3 +77,98 @@ def test_a_batch_that_does_not_divide_and_a_context_beyond_the_model_are_refused
         traced("ep320", context=200000)
     with pytest.raises(CmxError, match=r"layout 'tp8', expected ep and a number of ranks"):
         ready("tp8")
+
+
+def wire(found: Trace) -> dict[tuple[str, str], float]:
+    """Wire bytes by operation and scope, of what moves more than the number of rounds."""
+    sums: dict[tuple[str, str], float] = {}
+    for r in found.collectives:
+        if r["shape"]:
+            key = r["op"], r["scope"].rsplit("/", 1)[-1]
+            sums[key] = sums.get(key, 0) + r["wire_bytes"]
+    return sums
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("exchange", ["flat", "hierarchical", "allgather"])
+def test_decode_of_a_small_model_moves_the_same_in_every_source(source: str, exchange: str) -> None:
+    c = config()
+    layout = expert_parallel(16, c.n_routed_experts, exchange=exchange, wire="int8", mailbox_rows=0)
+    tokens, wide, moe = 3, c.hidden_size, c.num_moe_layers
+    found = trace_model(c, layout, "decode", batch=tokens, context=128, dtype="float32", source=source)
+    message, rows = wide + 4 + 2, layout.rows(tokens, c.num_experts_per_tok)
+    if exchange == "allgather":
+        gathered = tokens * (message + c.num_experts_per_tok * (4 + 4)) * 15
+        expected = {
+            ("all_gather", "Dispatch"): moe * gathered,
+            ("reduce_scatter", "Combine"): moe * 16 * tokens * wide * 4 * 15 / 16,
+        }
+    else:
+        tiers = [16] if exchange == "flat" else [2, 8]  # each byte moves once a tier
+        out = moe * 16 * rows * sum((n - 1) / n for n in tiers)
+        back = 4 if source == "hlo" else 2  # CPU sends BF16 as F32
+        expected = {("all_to_all", "Dispatch"): out * message, ("all_to_all", "Combine"): out * wide * back}
+    assert wire(found) == pytest.approx(expected, rel=1e-12)
+    if source == "hlo":
+        assert found.memory["peak"] > found.memory["arguments"] > 0
+        assert any("bfloat16 as float32" in note for note in found.notes) == (exchange != "allgather")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_prefill_of_shared_sequences_moves_the_same_in_every_source(source: str) -> None:
+    c = config()
+    a, ranks, context = c.attention, 3, 63
+    layout = expert_parallel(ranks, c.n_routed_experts, wire="float32", share_sequences=True)
+    found = trace_model(c, layout, "prefill", batch=2, context=context, dtype="float32", source=source)
+    sequences, share, layers = 2 * ranks, context // ranks, c.num_hidden_layers
+    moved = wire(found)
+    latents = layers * sequences * share * (a.q_lora_rank + a.kv_lora_rank + a.qk_rope_head_dim) * 4
+    assert moved["all_gather", "GatherLatents"] == latents * (ranks - 1)
+    heads = layers * sequences * context * c.num_attention_heads // ranks * a.v_head_dim * 4
+    assert moved["all_to_all", "HeadsToTokens"] == heads * (ranks - 1) / ranks
+
+
+BASELINES = Path(__file__).parents[1] / "baselines"
+
+
+@pytest.mark.parametrize("path", sorted(BASELINES.glob("*.json")), ids=lambda path: path.stem)
+def test_full_size_steps_move_what_they_did(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If that is meant to change: `cmx trace ... --save` of the same flags."""
+    flags = {name: json.loads(path.read_text())[name] for name in ("layout", "step", "batch", "context")}
+    given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    assert main(["trace", "deepseek-r1", *given, "--check", str(path)]) == 0, capsys.readouterr().out
+
+
+def test_a_changed_collective_is_shown_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["trace", "tiny", "--layout", "ep4", "--batch", "2"]
+    assert main([*given, "--save", str(tmp_path / "base.json")]) == 0
+    saved = json.loads((tmp_path / "base.json").read_text())
+    first = saved["collectives"][0]
+    first["scope"] = "another name is no change"
+    check = [*given, "--check", str(tmp_path / "base.json")]
+    (tmp_path / "base.json").write_text(json.dumps(saved))
+    assert main(check) == 0
+    first["shape"] = [1, *first["shape"]]
+    (tmp_path / "base.json").write_text(json.dumps(saved))
+    capsys.readouterr()
+    assert main(check) == 1
+    said = capsys.readouterr().out
+    assert f"of {first['dtype']}{first['shape']}: only in baseline" in said
+    assert "only in now" in said
+    assert main([*check, "--batch", "3"]) == 2
+    assert "of another program: batch 2 (now 3)" in capsys.readouterr().err
+
+
+def test_what_a_dump_holds(tmp_path: Path) -> None:
+    c = config()
+    layout: Layout = expert_parallel(4, c.n_routed_experts)
+    given: Any = {"batch": 2, "context": 64, "dtype": "float32", "dump": tmp_path / "new"}
+    found = trace_model(c, layout, "decode", **given, source="stablehlo")
+    assert "stablehlo.all_to_all" in (tmp_path / "new" / "stablehlo.mlir").read_text()
+    assert "all_to_all[" in (tmp_path / "new" / "jaxpr.txt").read_text()
+    events = json.loads((tmp_path / "new" / "schedule.perfetto.json").read_text())["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    assert len(slices) == len(found.found.collectives) + len(found.found.products)
+    moved = [event for event in slices if event["name"].startswith("all_to_all")]
+    assert len(moved) == sum(r["op"] == "all_to_all" for r in found.collectives)
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-6 for a, b in pairwise(slices))
