@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ def add(verbs: Any) -> None:
     verb.add_argument("--batch", type=int, help="sequences of an NPU (default: the paper's)")
     contexts = "tokens of a sequence (default 4096, or what the model has)"
     verb.add_argument("--context", type=int, help=contexts)
+    verb.add_argument(
+        "--quant", default="none", choices=("none", "int8"), help="weights (default none: BF16)"
+    )
     verb.add_argument("--num-speculative-tokens", type=int, default=0, help="MTP drafts (default 0)")
 
     function = verb.add_argument_group("instead of MODEL, a function of your own")
@@ -66,9 +70,11 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _of_model(args: argparse.Namespace) -> Any:
     from cmx_jax.model.trace import ready, trace_model
+    from cmx_jax.model.weights import int8_fields
     from cmx_jax.serving.model import config_of
 
     c, found = config_of(args.model), ready(args.layout)
+    c = replace(c, int8=int8_fields(c)) if args.quant == "int8" else c
     layout, step = found.make(c.n_routed_experts), args.step or found.step
     batch = found.batch if args.batch is None else args.batch
     context = min(4096, c.max_position_embeddings) if args.context is None else args.context
@@ -85,8 +91,8 @@ def _of_model(args: argparse.Namespace) -> Any:
         dump=args.dump,
     )
     given = {"model": args.model, "layout": args.layout, "about": found.about, "step": step, "batch": batch}
-    drafts = {"num_speculative_tokens": args.num_speculative_tokens}
-    return given | {"context": context, "ranks": layout.ranks, "target": args.target} | drafts, result
+    given |= {"context": context, "quant": args.quant, "target": args.target, "ranks": layout.ranks}
+    return given | {"num_speculative_tokens": args.num_speculative_tokens}, result
 
 
 def _of_function(args: argparse.Namespace) -> Any:
@@ -101,7 +107,7 @@ def _of_function(args: argparse.Namespace) -> Any:
 
 
 IDENTITY = (
-    "model", "layout", "step", "batch", "context", "num_speculative_tokens",
+    "model", "layout", "step", "batch", "context", "quant", "num_speculative_tokens",
     "function", "args", "mesh", "source", "target",
 )  # fmt: skip
 

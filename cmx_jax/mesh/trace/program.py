@@ -19,7 +19,7 @@ from cmx_jax.mesh.trace.hlo import read_hlo
 from cmx_jax.mesh.trace.jaxpr import Found, read_jaxpr
 from cmx_jax.mesh.trace.perfetto import write_timeline
 from cmx_jax.mesh.trace.stablehlo import read_stablehlo
-from cmx_jax.mesh.trace.table import Trace, View, rows_of, table
+from cmx_jax.mesh.trace.table import Trace, View, scaled, table
 
 SOURCES = ("jaxpr", "stablehlo", "hlo")
 
@@ -59,7 +59,7 @@ def trace(
         texts, memory = texts | more, memory | memory_of
     result = table(source, found, view, memory, seconds)
     if source != "jaxpr":
-        result.notes.extend(_compared(rows_of(asked, view), result, target))
+        result.notes.extend(_compared(table("jaxpr", asked, view, {}, {}), result, target))
     elif not asked.axes and any(_parts(a) > 1 for a in jax.tree.leaves(args)):
         result.notes.append(
             "arguments are split, but there is no shard_map: the compiler will insert collectives, which "
@@ -128,11 +128,15 @@ def _mesh_of(compiled: Any) -> dict[str, int]:
     return {}
 
 
-def _compared(asked: list[dict[str, Any]], result: Trace, target: str) -> list[str]:
+def _compared(asked: Trace, result: Trace, target: str) -> list[str]:
     """Where the source and the jaxpr do not agree."""
-    found = differences(asked, result.collectives, ("jaxpr", result.source), by=("op", "axes"))
-    halves = {"bfloat16", "float16"}
-    if target == "cpu" and any(r["dtype"] in halves for r in asked) and result.source == "hlo" and found:
+    names = (asked.source, result.source)
+    found = differences(asked.collectives, result.collectives, names, by=("op", "axes"))
+    sums = [sum(t.flops.values()) for t in (asked, result)]
+    if asked.found.axes and sums[0] != sums[1]:
+        found.append(f"products: {names[0]} {scaled(sums[0])}FLOP, {names[1]} {scaled(sums[1])}FLOP")
+    types = {x.dtype for x in (*asked.found.collectives, *asked.found.products)}
+    if target == "cpu" and result.source == "hlo" and types & {"bfloat16", "float16"}:
         found.append(
             "XLA:CPU computes and sends bfloat16 as float32: the jaxpr has the bytes that were meant"
         )

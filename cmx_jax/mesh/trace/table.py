@@ -115,12 +115,22 @@ def render(t: Trace) -> str:
         axes, operand = ",".join(r["axes"]) or f"of {r['group_size']}", f"{r['dtype']}{r['shape']}"
         rows.append((r["op"], axes, r["plane"], operand, count, *sizes, r["scope"]))
     lines = aligned(rows, right={4, 5, 6})
-    lines += [f"products: {flops / 1e12:,.3f} T operations in {dtype}" for dtype, flops in t.flops.items()]
+    lines += [f"products: {scaled(flops)}FLOP in {dtype}" for dtype, flops in t.flops.items()]
     if t.memory:
-        sizes = (f"{name} {size / 1e9:,.3f}" for name, size in t.memory.items())
-        lines.append(f"memory of a rank, GB: {', '.join(sizes)}")
+        sizes = (f"{name} {scaled(size)}B" for name, size in t.memory.items())
+        lines.append(f"memory of a rank: {', '.join(sizes)}")
     lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in t.seconds.items()))
     return "\n".join([*lines, *t.notes])
+
+
+def scaled(number: float) -> str:
+    """`7.04 T`, `1.2 k`: in front of a unit."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return (
+                f"{number / size:,.3g} {prefix}" if number < 1000 * size else f"{number / size:,.0f} {prefix}"
+            )
+    return f"{number:,.3g} "
 
 
 def aligned(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
