@@ -124,6 +124,8 @@ def test_gathers_under_way_during_products_are_counted_once() -> None:
     )
     assert program.flops == {"bfloat16": 6 * 2 * (2 * 1024 * 2048 * 8192)}
     assert not program.notes
+    (swap,) = (c for c in program.collectives if c.op == "all_to_all")
+    assert (swap.done or 0) > swap.at
 
 
 @pytest.mark.parametrize("name", ["layers", "nested"])
@@ -236,7 +238,9 @@ def test_asynchronous_computations() -> None:
         "%u = ((f32[16,8]{1,0}), f32[16,8]{1,0}, u32[]) async-update(%s), calls=%wrapped\n"
         "ROOT %d = f32[16,8]{1,0} async-done(%u), calls=%wrapped"
     )
-    assert facts(only(module(body, before))) == ("all_to_all", "b", 4, 512, 1, "Dispatch", 1.0)
+    found = only(module(body, before))
+    assert facts(found) == ("all_to_all", "b", 4, 512, 1, "Dispatch", 1.0)
+    assert (found.at, found.done) == (0, 1)
 
 
 def test_arrays_of_several_types_and_shapes() -> None:

@@ -107,6 +107,11 @@ def _array(text: str, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStruct:
         raise CmxError(f"argument {text!r}, expected dtype[shape] and how it is split, {FORM}")
     shape = tuple(int(size) for size in match[2].split(",") if size.strip())
     split = [part.split("+") if part != "-" else [] for part in (match[3] or "").split(",") if part]
+    used = [axis for axes in split for axis in axes]
+    if len(split) > len(shape) or len(set(used)) < len(used):
+        raise CmxError(
+            f"argument {text!r}: expected at most {len(shape)} dimensions to be split, an axis for one"
+        )
     for size, axes in zip(shape, split, strict=False):
         if unknown := [axis for axis in axes if axis not in mesh.shape]:
             raise CmxError(f"argument {text!r}: no axis {unknown[0]!r}, expected one of {list(mesh.shape)}")

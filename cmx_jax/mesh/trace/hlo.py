@@ -100,6 +100,13 @@ def read_hlo(text: str, mesh_axes: Axes | None = None) -> Program:
     return _Reader(text, mesh_axes).program()
 
 
+def _started(instruction: Instruction) -> Instruction:
+    """What a `-done` awaits, past updates."""
+    while instruction.op.endswith(("-done", "-update")):
+        instruction = instruction.operand(0)
+    return instruction
+
+
 class _Reader:
     def __init__(self, text: str, mesh_axes: Axes | None):
         self.module = read_module(text, NOTABLE)
@@ -132,7 +139,7 @@ class _Reader:
         collectives: list[Collective] = []
         products: list[Product] = []
         content = self.content(self.module.entry)
-        awaited = {i.operand(0): at for at, i in enumerate(content) if i.op in DONE}
+        awaited = {_started(i): at for at, i in enumerate(content) if i.op in DONE}
         for at, (instruction, (count, known)) in enumerate(content.items()):
             for one in self._described(instruction):
                 if isinstance(one, Collective):

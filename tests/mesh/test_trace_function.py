@@ -1,0 +1,91 @@
+"""`cmx trace --function`: functions that are not ours, and every mistake in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from jax.sharding import AbstractMesh
+
+from cmx_jax.cli import main
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.trace.function import read_args, trace_function
+
+MINE = """
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+def ring(x):
+    def turn(x, _):
+        return jax.lax.ppermute(x, "x", [(i, (i + 1) % 4) for i in range(4)]), None
+    turns = lambda x: jax.lax.scan(turn, x, None, length=4)[0]
+    return jax.shard_map(turns, in_specs=P("x"), out_specs=P("x"))(x)
+
+def shapes():
+    return jax.ShapeDtypeStruct((8, 16), jnp.bfloat16)
+
+def broken(x):
+    raise TypeError("of no use\\nand more")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"mine_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+@pytest.mark.parametrize("args", [["bfloat16[8,16]@x"], ["shapes"]])
+def test_a_module_of_the_current_folder(mine: str, args: list[str]) -> None:
+    given = [f"{mine}:{arg}" if arg == "shapes" else arg for arg in args]
+    found = trace_function(f"{mine}:ring", given, "x=4")
+    assert [(r["op"], r["axes"], r["count"], r["wire_bytes"]) for r in found.collectives] == [
+        ("permute", ["x"], 4, 4 * 2 * 16 * 2)
+    ]
+
+
+def test_what_the_compiler_inserts_into_a_library_s_function(capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss whose classes lie on eight ranks: a maximum and two sums over them, and the label's logit."""
+    name = "optax.losses:softmax_cross_entropy_with_integer_labels"
+    given = ["--mesh", "x=8", "--args", "float32[64,4096]@-,x", "int32[64]"]
+    assert main(["trace", "--function", name, *given, "--source", "hlo", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {(r["op"], tuple(r["axes"]), tuple(r["shape"])) for r in found["collectives"]} >= {
+        ("all_reduce", ("x",), (64,))
+    }
+    assert found["mesh"] == "x=8"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "mesh", "said"),
+    [
+        ("nothing", [], None, "function 'nothing', expected package.module:function"),
+        ("no_such_module:f", [], None, "no_such_module:f: ModuleNotFoundError"),
+        ("jax.numpy:no_such", [], None, "AttributeError"),
+        ("jax.numpy:pi", [], None, "jax.numpy:pi is a float, expected a function"),
+        ("jax.numpy:sin", ["float32[4"], None, r"argument 'float32\[4', expected dtype\[shape\]"),
+        ("jax.numpy:sin", ["float33[4]"], None, r"argument 'float33\[4\]'"),
+        ("jax.numpy:sin", ["float32[4]@y"], "x=2", r"no axis 'y', expected one of \['x'\]"),
+        ("jax.numpy:sin", ["float32[5]@x"], "x=2", "5 does not divide over 2 ranks"),
+        ("jax.numpy:sin", ["float32[4]@x,x"], "x=2", r"argument 'float32\[4\]@x,x'"),
+        ("jax.numpy:sin", ["float32[4]"], "x=two", "mesh 'x=two', expected different axes and sizes"),
+        ("jax.numpy:matmul", ["float32[4,3]", "float32[4,3]"], None, "TypeError: dot_general requires"),
+    ],
+)
+def test_a_mistake_is_one_line(name: str, args: list[str], mesh: str | None, said: str) -> None:
+    with pytest.raises(CmxError, match=said) as caught:
+        trace_function(name, args, mesh)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_function_that_fails_says_where(mine: str) -> None:
+    with pytest.raises(CmxError, match=rf"{mine}:broken: TypeError: of no use \({mine}.py:15\)"):
+        trace_function(f"{mine}:broken", ["float32[1]"])
+
+
+def test_an_argument_over_two_axes() -> None:
+    mesh = AbstractMesh((2, 4), ("a", "b"))
+    (found,) = read_args(["int8[16,3]@a+b"], mesh)
+    assert found.sharding.shard_shape(found.shape) == (2, 3)
