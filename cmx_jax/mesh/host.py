@@ -3,6 +3,7 @@
 This is the one place that does so. Nothing here starts the backend, except `host_devices`.
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -59,6 +60,37 @@ def _started(have: int, count: int) -> CmxError:
         f"JAX has already started with {have} CPU device(s), {count} are needed: call "
         f"cmx_jax.mesh.request_devices({count}) before the first JAX computation"
     )
+
+
+def has_exactly(count: int) -> bool:
+    """Whether JAX has exactly `count` devices, all CPU devices. Starts it only where it would have them."""
+    forced = re.search(rf"{_COUNT_FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    configured = jax.config.jax_num_cpu_devices
+    if configured < 0:
+        configured = int(forced[1]) if forced else 1
+    return configured == count and [d.platform for d in jax.devices()] == ["cpu"] * count
+
+
+def request_exactly(count: int) -> None:
+    """Starts JAX with exactly `count` CPU devices and no others, whatever was asked for before.
+
+    Raises:
+      CmxError: it has already started with others.
+    """
+    if has_exactly(count):
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = re.sub(rf"\s*--{_COUNT_FLAG}=\d+", "", flags).strip()
+    with contextlib.suppress(RuntimeError, CmxError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_platforms", "cpu")
+        request_devices(count)
+    if not has_exactly(count):
+        have = jax.devices()
+        raise CmxError(
+            f"JAX has already started with {len(have)} {have[0].platform} device(s), exactly {count} CPU "
+            "devices are needed: compute nothing before, such as while modules are imported"
+        )
 
 
 def host_devices(count: int) -> list[jax.Device]:

@@ -67,6 +67,13 @@ def test_xla_flags_decide_and_fewer_than_needed_are_refused(count: int) -> None:
         assert "CmxError: XLA_FLAGS asks for 3 host devices, 4 are needed" in done.stderr.splitlines()[-1]
 
 
+def test_exactly_so_many_are_had_whatever_was_asked_for_before_and_refused_once_jax_has_started() -> None:
+    lines = "from cmx_jax.mesh.host import request_exactly; request_exactly(2); request_exactly(2)", DEVICES
+    done = child(*lines, "request_exactly(1)", XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    assert done.stdout == "2\n"
+    assert "already started with 2 cpu device(s), exactly 1 CPU" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
