@@ -11,7 +11,7 @@ import cmx_jax
 from cmx_jax.serving.model import locate
 
 ROOT = Path(cmx_jax.__file__).parent
-FLOORS = ("errors", "quant", "mesh", "model", "serving", "cli")
+FLOORS = ("errors", "quant", "mesh", "model", "serving", "cli", "testing")
 
 
 def imports(path: Path) -> set[str]:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from cmx_jax.mesh import make_runner
 from cmx_jax.mesh.exchange import Axis, exchange, worst_case_rows
 from cmx_jax.mesh.message import Wire
+from cmx_jax.testing import rank_coded
 
 TOKENS, TOP_K = 3, 2  # of each rank
 WORST = 0  # rows: as many as a peer can ever need
@@ -68,10 +69,9 @@ def longest_queue(slots: np.ndarray, ranks: int, slots_per_rank: int) -> int:
 
 
 def coded(slots: np.ndarray, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[source rank + 1, index + 1, 1]` (NaN where inactive) and small whole weights."""
+    """Rank-coded tokens of width 3 (NaN where inactive) and small whole weights."""
     t = np.arange(len(slots))
-    per_rank = len(slots) // ranks
-    x = np.stack([t // per_rank + 1, t % per_rank + 1, np.ones_like(t)], 1).astype(np.float32)
+    x = rank_coded(ranks, (len(slots) // ranks, 3))
     x[(slots < 0).all(1)] = np.nan
     return x, (1 + np.add.outer(t, 2 * np.arange(slots.shape[1])) % 3).astype(np.float32)
 

@@ -52,5 +52,11 @@ def _title(key: dict[str, Any]) -> str:
 def _said(of: dict[str, Any] | None) -> str:
     assert of is not None
     count = "as often as data decide" if of["count"] is None else f"{of['count']} x"
-    sizes = f"payload {of['payload_bytes'] / 1e6:,.3f} MB, wire {of['wire_bytes'] / 1e6:,.3f} MB"
+    size, unit = unit_of(of["wire_bytes"])
+    sizes = f"payload {of['payload_bytes'] / size:,.3f} {unit}, wire {of['wire_bytes'] / size:,.3f} {unit}"
     return f"{count} {'/'.join(sorted(of['dtypes']))} ({sizes})"
+
+
+def unit_of(largest: float) -> tuple[float, str]:
+    """The unit in which bytes are written, by the most of them: MB, or less where there are few."""
+    return (1e6, "MB") if largest >= 1e6 else (1e3, "kB") if largest >= 1e3 else (1.0, "B")

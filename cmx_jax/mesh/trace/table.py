@@ -6,6 +6,7 @@ from typing import Any
 
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
 from cmx_jax.mesh.trace.collective import Collective
+from cmx_jax.mesh.trace.differences import unit_of
 from cmx_jax.mesh.trace.jaxpr import Found, Product
 from cmx_jax.mesh.trace.place import groups_of, plane
 
@@ -107,11 +108,12 @@ def table(source: str, found: Found, view: View, memory: dict[str, int], seconds
 
 def render(t: Trace) -> str:
     """A table of the collectives, and the operations of products."""
-    titles = ("op", "axes", "plane", "operand", "count", "payload MB", "wire MB", "scope")
+    size, unit = unit_of(max((r["wire_bytes"] for r in t.collectives), default=0))
+    titles = ("op", "axes", "plane", "operand", "count", f"payload {unit}", f"wire {unit}", "scope")
     rows: list[tuple[str, ...]] = [titles]
     for r in t.collectives:
         count = "data" if r["count"] is None else str(r["count"])
-        sizes = (f"{r[of] / 1e6:,.3f}" for of in ("payload_bytes", "wire_bytes"))
+        sizes = (f"{r[of] / size:,.3f}" for of in ("payload_bytes", "wire_bytes"))
         axes, operand = ",".join(r["axes"]) or f"of {r['group_size']}", f"{r['dtype']}{r['shape']}"
         rows.append((r["op"], axes, r["plane"], operand, count, *sizes, r["scope"]))
     lines = aligned(rows, right={4, 5, 6})

@@ -1,0 +1,24 @@
+"""For other people's tests: virtual devices, meshes, runners, rank-coded inputs, collectives.
+
+`plugin.py` is the pytest plugin; importing it, or this package, imports neither JAX nor NumPy.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmx_jax.testing.coded import rank_coded, where_from
+    from cmx_jax.testing.collectives import assert_collectives
+
+__all__ = ["assert_collectives", "rank_coded", "where_from"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "assert_collectives":  # loaded on first use: they need JAX
+        from cmx_jax.testing import collectives
+
+        return collectives.assert_collectives
+    if name in __all__:
+        from cmx_jax.testing import coded
+
+        return getattr(coded, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
