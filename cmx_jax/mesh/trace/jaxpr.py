@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmx_jax.mesh.trace.collective import Collective
-from cmx_jax.mesh.trace.scope import joined
+from cmx_jax.mesh.trace.scope import joined, scopes
 
 OPS = {  # primitive -> operation
     "all_to_all": "all_to_all",
@@ -82,7 +82,7 @@ def read_jaxpr(jaxpr: Any) -> Found:
 
 def _walk(jaxpr: Any, at: At, found: Found) -> None:
     for eqn in jaxpr.eqns:
-        here = replace(at, scope=joined(at.scope, str(eqn.source_info.name_stack)))
+        here = replace(at, scope=joined(at.scope, scopes(f"{eqn.source_info.name_stack}/{eqn.primitive}")))
         name = eqn.primitive.name
         if name in OPS:
             found.collectives += _collectives(eqn, OPS[name], here, found)

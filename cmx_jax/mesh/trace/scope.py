@@ -1,6 +1,7 @@
 """The user's scopes in what JAX names an operation."""
 
 import re
+from functools import cache
 
 # the program's own structure
 STRUCTURE = re.compile(
@@ -16,10 +17,11 @@ def joined(outer: str, inner: str) -> str:
     return "/".join(part for part in (outer, inner) if part)
 
 
+@cache
 def scopes(op_name: str) -> str:
     """The `named_scope`s of `jit(f)/while/body/jvp(Moe)/Dispatch/all_to_all`: `Moe/Dispatch`."""
     kept = []
-    for part in op_name.split("/")[:-1]:  # the last is the operation
+    for part in op_name.split(";")[0].split("/")[:-1]:  # the last is the operation, of the first of several
         while wrapped := WRAPPED.fullmatch(part):
             part = wrapped.group(1)
         if part and not STRUCTURE.fullmatch(part):
