@@ -61,7 +61,7 @@ def test_the_training_graph_computes_the_served_logits(script, config, raw, weig
     (tmp_path / "config.json").write_text(json.dumps(raw))
     write_weights(tmp_path, config, weights, np.float32)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)).astype(np.int32)
-    main, _, load = script.forward(weights, config, jnp.asarray(tokens), capacity=16.0)
+    main, _, load = jax.jit(lambda t: script.forward(weights, config, t, capacity=16.0))(tokens)
     served = from_pretrained(tmp_path, ranks=4)
     np.testing.assert_allclose(np.asarray(main), served.logits(tokens), atol=1e-5)
     moe_layers = config.num_moe_layers + config.num_nextn_predict_layers
@@ -75,6 +75,7 @@ def test_gradients_are_those_of_finite_differences(script, config, weights) -> N
     direction[:, :-1] = 0
     direction = direction.astype(np.float32)
 
+    @jax.jit
     def loss(step: float) -> jax.Array:
         ffn = weights.moe.ffn
         experts = ffn.experts.replace(down=ffn.experts.down + step * direction)
@@ -82,7 +83,7 @@ def test_gradients_are_those_of_finite_differences(script, config, weights) -> N
         main, draft, _ = script.forward(moved, config, tokens, 16.0)
         return script.losses(main, draft, tokens)[0].mean()
 
-    slope = jax.grad(loss)(np.float32(0))
+    slope = jax.jit(jax.grad(loss))(np.float32(0))
     width = np.float32(1e-3)
     assert slope == pytest.approx(float(loss(width) - loss(-width)) / (2 * width), rel=1e-2)
     assert abs(slope) > 1e-3
