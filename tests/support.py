@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.serving.engine import Engine
 from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.llm import LLM
 from cmx_jax.serving.model import Model
 from cmx_jax.serving.request import SamplingParams
 
@@ -21,6 +24,14 @@ def instance(
     return model.instance(
         name, layout, make_runner(runner, layout.axes, first_device), Capacity(page_width=8, **capacity)
     )
+
+
+def logits_of(llm: LLM, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """Logits of texts `[B, T]` of several lengths by one program: what stands behind changes nothing."""
+    longest = max(tokens.shape[1] for tokens in rows)
+    padded = [np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1]))) for tokens in rows]
+    found = np.split(llm.logits(np.concatenate(padded)), np.cumsum([len(tokens) for tokens in rows])[:-1])
+    return [part[:, : tokens.shape[1]] for part, tokens in zip(found, rows, strict=True)]
 
 
 def serve(engine: Engine, prompts: list[list[int]], max_tokens: int, **params: float) -> list[list[int]]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from reference import dense, pangu
 from safetensors.numpy import load_file, save_file
+from support import logits_of
 
 import cmx_jax
 
@@ -41,10 +42,10 @@ def tokens_of(seed: int, *shape: int) -> np.ndarray:
 def test_logits_and_greedy_tokens_equal_the_reference(case: str, tmp_path: Path) -> None:
     path, seed = pangu.write_tiny(tmp_path / case, **CASES[case]), CASES[case]["seed"]
     llm = cmx_jax.from_pretrained(path, ranks=4, max_num_seqs=4)
-    for length in LENGTHS:
-        tokens = tokens_of(seed, BATCH, length)
+    rows = [tokens_of(seed, BATCH, length) for length in LENGTHS]
+    for tokens, found in zip(rows, logits_of(llm, rows), strict=True):
         expected = np.stack([pangu.logits(path, row) for row in tokens])
-        np.testing.assert_allclose(llm.logits(tokens), expected, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
     prompt = tokens_of(seed, PROMPT).tolist()
     [completion] = llm.generate([prompt], max_new_tokens=NEW, ignore_eos=True)
     assert completion.tokens == pangu.greedy(path, prompt, NEW)
