@@ -122,9 +122,24 @@ def finite(values: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     """
     with np.errstate(over="ignore"):  # what overflows is refused
         array = values.astype(dtype, copy=False)
+    _check_finite(array, name)
+    return array
+
+
+def fill_finite(out: np.ndarray, values: np.ndarray, name: str) -> None:
+    """Numbers written into an array of another type: without a copy of that type.
+
+    Raises:
+      CmxError: one is not finite, or not in that type.
+    """
+    with np.errstate(over="ignore"):
+        out[...] = values
+    _check_finite(out, name)
+
+
+def _check_finite(array: np.ndarray, name: str) -> None:
     if not np.isfinite(array).all():
         raise CmxError(f"{name} holds NaN or infinity as {array.dtype}, expected finite numbers")
-    return array
 
 
 def read_headers(file: Path) -> dict[str, Header]:

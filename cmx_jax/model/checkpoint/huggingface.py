@@ -9,7 +9,7 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.declared import DESCRIPTION, Declared, declared
-from cmx_jax.model.checkpoint.files import FLOATS, Header, TensorFiles, finite
+from cmx_jax.model.checkpoint.files import FLOATS, Header, TensorFiles, fill_finite, finite
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
 from cmx_jax.model.checkpoint.schemes import Stored, plain, stored
 from cmx_jax.model.config import ModelConfig
@@ -117,7 +117,8 @@ class HuggingFace:
           CmxError: a number or scale is not finite.
         """
         for s in self._pieces[piece]:
-            out[s.part] = s.view(self.tensor(s.name, out.dtype))
+            tensor = self.stored[s.name]
+            fill_finite(out[s.part], s.view(tensor.decode()), f"tensor {tensor.name}")
 
     def fill_int8(self, piece: Piece, q: np.ndarray, scale: np.ndarray) -> bool:
         """See `cmx_jax.model.checkpoint.source.Checkpoint`."""

@@ -24,7 +24,7 @@ import tensorstore as ts
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.model.checkpoint.files import finite
+from cmx_jax.model.checkpoint.files import fill_finite
 from cmx_jax.model.checkpoint.manifest import Manifest
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.checkpoint.source import FloatsOnly
@@ -220,4 +220,4 @@ class OrbaxDirectory(FloatsOnly):
             unit, at = f"{unit}.slots.{start}-{stop - 1}", slot - start
         where = self.directory / "units" / unit
         values = _read(where, path, self._array(unit, path), at)
-        out[...] = finite(values, out.dtype, f"{where}: array {path}")
+        fill_finite(out, values, f"{where}: array {path}")

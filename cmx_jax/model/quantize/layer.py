@@ -109,8 +109,11 @@ def calibrated(
     experts: Experts,
     parts: frozenset[str],
     int8: frozenset[str],
+    *,
+    compare: bool = False,
 ) -> Calibrated:
-    """A layer observed on hidden states `x`, and transformed without a change of what it computes.
+    """A layer observed on hidden states `x`, and transformed without a change of what it computes; `before`
+    only to `compare`.
 
     Raises:
       ValueError: a number that is not finite.
@@ -120,12 +123,12 @@ def calibrated(
     def look() -> Seen:
         return observe(c, kind, number, layer_of(c, stack, pieces), x)
 
-    seen = look()
-    before = {path: round_piece(path, pieces[path], seen.inputs[path]).error for path in seen.inputs}
+    before = {}
+    if compare:
+        before = {path: round_piece(path, pieces[path], x).error for path, x in look().inputs.items()}
     if "rotation" in parts:
         rotate(c, pieces, int8)
-        seen = look()
-    layer = Calibrated(c, kind, number, stack, pieces, seen, parts, int8, before)
+    layer = Calibrated(c, kind, number, stack, pieces, look(), parts, int8, before)
     if "scales" in parts:
         for link in links(c, pieces):
             if int8 & {*link.readers, *((EXPERTS,) if link.floats else ())}:
@@ -147,8 +150,7 @@ def _scale(layer: Calibrated, link: Link, experts: Experts) -> None:
     s = search_scales(x, maps).s
     scale_readers(pieces, (*readers, *link.floats), s)
     scale_writer(pieces, link.writer, s)
-    for path in readers:
-        seen.inputs[path] = seen.inputs[path] / s
+    seen.inputs.update(dict.fromkeys(readers, x / s))  # they read the same
     if routed:
         seen.tokens, layer.shared_scale = seen.tokens / s, s
 
@@ -175,9 +177,19 @@ def round_piece(
         if error < plain:
             q, scale, clipped = found, best, float(np.mean(best < scale))
         error = min(error, plain)
+    return Rounded(q.reshape(piece.shape), _as_piece(path, piece, scale), plain, error, clipped)
+
+
+def rounded_plainly(path: str, piece: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and scales of a matrix in INT8 as it is; see `Rounded`."""
+    w = matrix(path, piece)
+    scale = channel_scale(w)
+    return quantize(w, scale[None]).reshape(piece.shape), _as_piece(path, piece, scale)
+
+
+def _as_piece(path: str, piece: np.ndarray, scale: np.ndarray) -> np.ndarray:
     inputs = input_axes(path)
-    shape = (1,) * inputs + piece.shape[inputs:]
-    return Rounded(q.reshape(piece.shape), scale.reshape(shape), plain, error, clipped)
+    return scale.reshape((1,) * inputs + piece.shape[inputs:])
 
 
 def _error(x: np.ndarray, w: np.ndarray, q: np.ndarray, scale: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """One layer on calibration text: what its matrices are given, and what it makes of the hidden states."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -56,11 +57,11 @@ def _observed(tree: Any, wanted: frozenset[str], seen: dict[str, Any], path: str
     return Observed(tree, path, seen) if path in wanted and isinstance(tree, jax.Array) else tree
 
 
-@partial(jax.jit, static_argnames=("c", "kind"))
+@partial(jax.jit, static_argnames=("c", "kind", "noted"))
 def _run(
-    w: Layer, x: Any, routed: Any, number: Any, *, c: ModelConfig, kind: LayerKind
+    w: Layer, x: Any, routed: Any, number: Any, *, c: ModelConfig, kind: LayerKind, noted: bool
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The layer on one sequence `[1, T, D]`, experts having answered `routed`."""
+    """The layer on one sequence `[1, T, D]`, experts having answered `routed`; inputs only if `noted`."""
     inputs: dict[str, Any] = {}
     given: dict[str, Any] = {}
 
@@ -72,7 +73,7 @@ def _run(
     length = x.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     stream = Stream(None, jnp.ones((1, length), bool), local(Where(positions), length, c))
-    wanted = frozenset(path for _, path in int8_fields(c))
+    wanted = frozenset(path for _, path in int8_fields(c)) if noted else frozenset()
     marked = w.replace(
         attn=_observed(w.attn, wanted, inputs, "attn"), ffn=_observed(w.ffn, wanted, inputs, "ffn")
     )
@@ -81,16 +82,24 @@ def _run(
     return done.hidden, inputs, given
 
 
-def observe(c: ModelConfig, kind: LayerKind, number: int, w: Layer, x: Float[np.ndarray, "B T D"]) -> Seen:
-    """What each matrix of a layer is given by hidden states `x`."""
-    found = [_run(w, one[None], None, np.int32(number), c=c, kind=kind)[1:] for one in x]
-
-    def joined(parts: list[Any]) -> np.ndarray:
-        return np.concatenate([np.asarray(part).reshape(-1, part.shape[-1]) for part in parts])
-
-    inputs = {path: joined([inputs[path] for inputs, _ in found]) for path in found[0][0]}
-    given = {name: joined([given[name] for _, given in found]) for name in found[0][1]}
-    return Seen(inputs, **given)
+def observe(
+    c: ModelConfig,
+    kind: LayerKind,
+    number: int,
+    w: Layer,
+    x: Float[np.ndarray, "B T D"],
+    *,
+    inputs: bool = True,
+) -> Seen:
+    """What each matrix of a layer is given by hidden states `x`; without `inputs` only what experts are."""
+    each, on_device = defaultdict[str, list[Any]](list), jax.device_put(w)
+    for one in x:
+        _, noted, given = _run(on_device, one[None], None, np.int32(number), c=c, kind=kind, noted=inputs)
+        for name, part in {**noted, **given}.items():
+            each[name].append(np.asarray(part).reshape(-1, part.shape[-1]))
+    del on_device
+    joined = {name: np.concatenate(each.pop(name)) for name in list(each)}
+    return Seen(**{name: joined.pop(name) for name in given}, inputs=joined)
 
 
 def outputs(
@@ -103,11 +112,10 @@ def outputs(
 ) -> Float[np.ndarray, "B T D"]:
     """The hidden states behind the layer, its experts having answered `routed` (rows as `Seen.tokens`)."""
     parts: Any = [None] * len(x) if routed is None else np.split(routed, len(x))
-    each = [
-        _run(w, one[None], part, np.int32(number), c=c, kind=kind)[0]
-        for one, part in zip(x, parts, strict=True)
-    ]
-    return np.concatenate([np.asarray(h) for h in each])
+    each, w = np.empty_like(x), jax.device_put(w)  # once: each call would copy what it is given
+    for i, part in enumerate(parts):
+        each[i] = _run(w, x[i][None], part, np.int32(number), c=c, kind=kind, noted=False)[0][0]
+    return each
 
 
 def rows_of(seen: Seen, expert: int) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import norm
 from cmx_jax.model.quantize.fold import Pieces
-from cmx_jax.model.quantize.layer import DOWN, EXPERTS, Calibrated, hidden_of, round_piece
-from cmx_jax.model.quantize.observe import layer_of, observe, outputs, rows_of
+from cmx_jax.model.quantize.layer import DOWN, EXPERTS, Experts, hidden_of, rounded_plainly
+from cmx_jax.model.quantize.observe import Seen, layer_of, observe, outputs, rows_of
 from cmx_jax.model.quantize.walk import Walk
-from cmx_jax.model.weights import Layer, int8_fields
+from cmx_jax.model.weights import int8_fields
 from cmx_jax.quant import QTensor
+from cmx_jax.quant.measure import checked
 from cmx_jax.quant.weights import rows_through_int8
 
 Hidden = dict[str, np.ndarray]
@@ -32,11 +34,15 @@ def sensitivity(walk: Walk, progress: Callable[[str], None]) -> dict[str, float]
     for number in range(c.num_hidden_layers):
         progress(f"measuring layer {number} ({number + 1} of {c.num_hidden_layers})")
         walk.x = hidden[""]
-        layer, expert = walk.calibrated(number, frozenset())
-        served = {field: layer_of(c, layer.stack, _served(layer, field)) for field in hidden}
-        routed = _routed(layer, hidden, served, expert) if layer.kind.moe else {}
+        (pieces, expert), stack, kind = walk.pieces(number), walk.stack(number)[0], c.layers[number]
+        served = {field: layer_of(c, stack, _served(stack, pieces, field)) for field in hidden}
+        seen = {
+            f: observe(c, kind, number, w, hidden[f], inputs=False) for f, w in served.items() if kind.moe
+        }
+        routed = _routed(c, stack, seen, expert) if kind.moe else {}
         for field, w in served.items():
-            hidden[field] = outputs(c, layer.kind, number, w, hidden[field], routed.get(field))
+            hidden[field] = outputs(c, kind, number, w, hidden[field], routed.pop(field, None))
+        checked(f"layer {number}: hidden states", hidden[""].reshape(-1, c.hidden_size))
     head = walk.piece("", "embed", 0).T if c.tie_word_embeddings else walk.piece("", "head", 0)
     weight, costs = walk.piece("", "norm", 0), dict.fromkeys(fields, 0.0)
 
@@ -51,31 +57,24 @@ def sensitivity(walk: Walk, progress: Callable[[str], None]) -> dict[str, float]
     return costs
 
 
-def _served(layer: Calibrated, field: str) -> Pieces:
+def _served(stack: str, pieces: Pieces, field: str) -> Pieces:
     """A layer's pieces with one field as it would be served."""
-    stack, _, path = field.partition("/")
-    if stack != layer.stack or path not in layer.pieces:
-        return layer.pieces
-    r = round_piece(path, layer.pieces[path], layer.seen.inputs[path][:1])
-    rounded: Any = QTensor(jnp.asarray(r.q), jnp.asarray(r.scale))
-    return layer.pieces | {path: rounded}
+    of, _, path = field.partition("/")
+    if of != stack or path not in pieces:
+        return pieces
+    rounded: Any = QTensor(*map(jnp.asarray, rounded_plainly(path, pieces[path])))
+    return pieces | {path: rounded}
 
 
-def _routed(
-    layer: Calibrated, hidden: Hidden, weights_of: dict[str, Layer], expert: Callable[[int], Pieces]
-) -> Hidden:
+def _routed(c: ModelConfig, stack: str, each: dict[str, Seen], expert: Experts) -> Hidden:
     """Of each variant the experts' answers."""
-    c, each = layer.c, {}
-    for field, x in hidden.items():
-        each[field] = observe(c, layer.kind, layer.number, weights_of[field], x)
-        each[field].inputs.clear()  # those of all variants would be the most memory that this takes
     routed = {field: np.zeros_like(seen.tokens) for field, seen in each.items()}
     for e in range(c.n_routed_experts):
         pieces = expert(e)
         served = {}
         for path in (EXPERTS, DOWN):
-            r = round_piece(path, pieces[path], np.zeros((1, pieces[path].shape[0]), np.float32))
-            served[f"{layer.stack}/{path}"] = path, r.q * r.scale
+            q, scale = rounded_plainly(path, pieces[path])
+            served[f"{stack}/{path}"] = path, q * scale
         for field, seen in each.items():
             rows, weights = rows_of(seen, e)
             path, w = served.get(field, ("", None))

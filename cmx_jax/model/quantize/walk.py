@@ -1,7 +1,7 @@
 """Calibration text on its way through a model's layers, one layer in memory at a time."""
 
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from functools import lru_cache
 
 import jax.numpy as jnp
@@ -13,7 +13,15 @@ from cmx_jax.model.checkpoint.names import Source
 from cmx_jax.model.checkpoint.writer import PieceReader, Unit
 from cmx_jax.model.decoder import norm
 from cmx_jax.model.quantize.fold import Pieces
-from cmx_jax.model.quantize.layer import DOWN, EXPERTS, Calibrated, Rounded, calibrated, round_piece
+from cmx_jax.model.quantize.layer import (
+    DOWN,
+    EXPERTS,
+    Calibrated,
+    Experts,
+    Rounded,
+    calibrated,
+    round_piece,
+)
 from cmx_jax.model.weights import all_leaves
 
 Errors = dict[str, dict[str, float]]
@@ -53,23 +61,30 @@ class Walk:
         moe = self.c.layers[number].moe
         return ("moe" if moe else "dense"), sum(kind.moe == moe for kind in self.c.layers[:number])
 
-    def calibrated(self, number: int, parts: frozenset[str]) -> tuple[Calibrated, Callable[[int], Pieces]]:
-        """A layer before which the text stands."""
+    def pieces(self, number: int) -> tuple[Pieces, Experts]:
+        """A layer as it is stored."""
         stack, index = self.stack(number)
-        pieces = {path: self.piece(stack, path, index) for path in self.paths[stack]}
 
-        @lru_cache(1)  # gate, up and down of an expert come one behind the other
         def expert(e: int) -> Pieces:
             return {path: self.piece(stack, path, index, e) for path in (EXPERTS, DOWN)}
 
+        return {path: self.piece(stack, path, index) for path in self.paths[stack]}, expert
+
+    def calibrated(
+        self, number: int, parts: frozenset[str], *, compare: bool = False
+    ) -> tuple[Calibrated, Experts]:
+        """A layer before which the text stands; see `cmx_jax.model.quantize.layer.calibrated`."""
+        stack = self.stack(number)[0]
+        pieces, expert = self.pieces(number)
         x, joined = self._draft(pieces) if stack == "mtp" else (self.x, None)
         try:
             int8 = frozenset(path for of, path in self.int8 if of == stack)
-            layer = calibrated(self.c, stack, number, pieces, x, expert, parts, int8)
+            layer = calibrated(self.c, stack, number, pieces, x, expert, parts, int8, compare=compare)
         except ValueError as error:
             raise ValueError(f"layer {number}: {error}") from None
         if joined is not None:
             layer.seen.inputs["eh_proj"] = joined
+        if joined is not None and compare:
             layer.before["eh_proj"] = round_piece("eh_proj", pieces["eh_proj"], joined).error
         return layer, expert
 
@@ -103,11 +118,11 @@ class Walk:
     def tensors(self, number: int, unit: Unit) -> Generator[tuple[str, np.ndarray], None, Errors]:
         """The tensors of a layer, transformed, rounded where the unit says so; returns their errors."""
         self.advance(number)
-        layer, expert = self.calibrated(number, self.parts)
+        layer, expert = self.calibrated(number, self.parts, compare=True)
         routed = None if layer.seen.tokens is None else np.zeros_like(layer.seen.tokens)
-        found: dict[str, list[Rounded]] = defaultdict(list)
+        found: dict[str, list[dict[str, float]]] = defaultdict(list)
 
-        @lru_cache(2)
+        @lru_cache(1)  # gate, up and down of an expert come one behind the other
         def of_expert(e: int) -> tuple[Pieces, dict[str, np.ndarray]]:
             pieces, inputs, (rows, answers) = layer.expert(e, expert(e))
             assert routed is not None
@@ -117,8 +132,10 @@ class Walk:
         @lru_cache(2)
         def rounded(path: str, e: int) -> Rounded:
             pieces, inputs = of_expert(e) if path in (EXPERTS, DOWN) else (layer.pieces, layer.seen.inputs)
-            found[path].append(round_piece(path, pieces[path], inputs[path], self.parts))
-            return found[path][-1]
+            piece = round_piece(path, pieces[path], inputs[path], self.parts)
+            errors = {"plain": piece.plain, "written": piece.error, "clipped": piece.clipped}
+            found[path].append(errors | {"plain": layer.before.get(path, piece.plain)})
+            return piece
 
         for parts in unit.tensors:
             path, e = parts[0].piece[1], parts[0].piece[3]
@@ -131,16 +148,10 @@ class Walk:
             spread = np.broadcast_to(piece.scale, piece.q.shape)
             yield f"{parts[0].name}_scale", _file(parts, {path: spread})[:, :1].astype(ml_dtypes.bfloat16)
         self._behind(layer, routed)
-        return {path: _errors(layer.before.get(path), of) for path, of in found.items()}
-
-
-def _errors(before: float | None, found: list[Rounded]) -> dict[str, float]:
-    plain = float(np.mean([x.plain for x in found])) if before is None else before
-    return {
-        "plain": plain,
-        "written": float(np.mean([x.error for x in found])),
-        "clipped": float(np.mean([x.clipped for x in found])),
-    }
+        return {
+            path: {name: float(np.mean([x[name] for x in of])) for name in of[0]}
+            for path, of in found.items()
+        }
 
 
 def _file(parts: list[Source], pieces: Pieces) -> np.ndarray:
