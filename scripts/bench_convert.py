@@ -5,7 +5,8 @@ of its largest layer.
 
 A Qwen3-MoE-shaped BF16 checkpoint of random numbers is written, then converted by child processes: to BF16
 and INT8 safetensors and to Orbax, and from INT8 to BF16; and quantised with calibration. What counts is the
-child's largest resident set less what it had after its imports.
+child's largest resident set less what it had after its imports. Of quantising it is also said what part of that
+is programs (what XLA takes for the same ones on next to no weights) and the calibration text's hidden states.
 """
 
 import argparse
@@ -23,16 +24,28 @@ import numpy as np
 from cmx_jax.model.checkpoint.names import Source, sources
 from cmx_jax.model.checkpoint.writer import Entry, write_file
 from cmx_jax.model.families import parse_config
+from cmx_jax.model.weights import int8_fields
 
 LAYERS, EXPERTS, WIDTH = 8, 64, 1024
+VOCABULARY, TOKENS = 8192, 1024
+QUANTIZE, PROGRAMS = f"quantize, {TOKENS:,} tokens", "the same of 1 MiB"
+SMALL = {  # the same programs
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "head_dim": 4,
+    "moe_intermediate_size": 8,
+    "num_experts": 8,
+    "num_hidden_layers": 1,
+}
 RUNS = {
     "bfloat16 safetensors": ("source", {"dtype": "bfloat16"}),
     "int8 safetensors": ("source", {"dtype": "int8"}),
     "orbax for ep16": ("source", {"format": "orbax", "ranks": 16}),
     "int8 to bfloat16": ("int8 safetensors", {"dtype": "bfloat16"}),
-    "quantize, 1,024 tokens": ("source", {"tokens": 1024}),
+    PROGRAMS: ("small source", {"tokens": TOKENS}),
+    QUANTIZE: ("source", {"tokens": TOKENS}),
 }
-CHILD = """
+CHILD = f"""
 import json, resource, sys
 import orbax.checkpoint
 import numpy as np
@@ -43,12 +56,12 @@ def resident():
 before = resident()
 fields = json.loads(sys.argv[3])
 if "tokens" in fields:
-    tokens = np.random.default_rng(0).integers(0, 8192, fields["tokens"]).reshape(-1, 256)
+    tokens = np.random.default_rng(0).integers(0, {VOCABULARY}, fields["tokens"]).reshape(-1, 256)
     quantize(sys.argv[1], sys.argv[2], tokens=tokens)
 else:
     convert(sys.argv[1], sys.argv[2], **fields)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"before": before, "peak": peak}))
+print(json.dumps({{"before": before, "peak": peak}}))
 """
 
 
@@ -57,7 +70,7 @@ def config(gib: float) -> dict[str, Any]:
     hidden = int(gib * 2**30 / 2 / LAYERS / EXPERTS / WIDTH / 3)
     return {
         "model_type": "qwen3_moe",
-        "vocab_size": 8192,
+        "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
         "intermediate_size": 2048,
         "moe_intermediate_size": hidden,
@@ -90,6 +103,13 @@ def write_source(directory: Path, raw: dict[str, Any]) -> int:
     return largest
 
 
+def activations(raw: dict[str, Any]) -> int:
+    """Bytes of hidden states while it is measured what rounding a field costs: those without and with each
+    field rounded, what they give to the experts, and the experts' answers."""
+    variants = 1 + len(int8_fields(parse_config(raw)))
+    return 3 * variants * TOKENS * raw["hidden_size"] * np.dtype(np.float32).itemsize
+
+
 def run(source: Path, destination: Path, fields: dict[str, Any]) -> dict[str, float]:
     """One conversion in a process of its own."""
     command = [sys.executable, "-c", CHILD, str(source), str(destination), json.dumps(fields)]
@@ -100,15 +120,18 @@ def run(source: Path, destination: Path, fields: dict[str, Any]) -> dict[str, fl
 
 def bench(directory: Path, gib: float) -> dict[str, Any]:
     """All runs over one checkpoint."""
-    largest = write_source(directory / "source", config(gib))
+    raw = config(gib)
+    largest = write_source(directory / "source", raw)
+    write_source(directory / "small source", raw | SMALL)
     size = sum(path.stat().st_size for path in (directory / "source").iterdir())
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (source, fields) in RUNS.items():
         found = run(directory / source, directory / name, fields)
         grown = found["peak"] - found["before"]
         rows.append(
             {"run": name, "grown": grown, "layers": grown / largest, "rate": size / found["seconds"], **found}
         )
+    rows[-1] |= {"programs": rows.pop(-2)["grown"], "activations": activations(raw)}
     return {"bytes": size, "largest_layer": largest, "runs": rows}
 
 
@@ -133,6 +156,12 @@ def main() -> None:
             end="",
         )
         print(f"{row['layers']:.2f} x the largest layer; {rate:,.0f} MiB/s")
+        if "programs" in row:
+            rest = (row["grown"] - row["programs"] - row["activations"]) / result["largest_layer"]
+            programs, states = row["programs"] / mib, row["activations"] / mib
+            print(
+                f"  of these programs {programs:,.0f}, activations {states:,.0f}, the rest {rest:.2f} layers"
+            )
 
 
 if __name__ == "__main__":

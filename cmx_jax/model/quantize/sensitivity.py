@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import norm
 from cmx_jax.model.quantize.fold import Pieces
 from cmx_jax.model.quantize.layer import DOWN, EXPERTS, Experts, hidden_of, rounded_plainly
@@ -33,16 +32,7 @@ def sensitivity(walk: Walk, progress: Callable[[str], None]) -> dict[str, float]
     hidden: Hidden = dict.fromkeys(["", *fields], walk.x)
     for number in range(c.num_hidden_layers):
         progress(f"measuring layer {number} ({number + 1} of {c.num_hidden_layers})")
-        walk.x = hidden[""]
-        (pieces, expert), stack, kind = walk.pieces(number), walk.stack(number)[0], c.layers[number]
-        served = {field: layer_of(c, stack, _served(stack, pieces, field)) for field in hidden}
-        seen = {
-            f: observe(c, kind, number, w, hidden[f], inputs=False) for f, w in served.items() if kind.moe
-        }
-        routed = _routed(c, stack, seen, expert) if kind.moe else {}
-        for field, w in served.items():
-            hidden[field] = outputs(c, kind, number, w, hidden[field], routed.pop(field, None))
-        checked(f"layer {number}: hidden states", hidden[""].reshape(-1, c.hidden_size))
+        _through(walk, number, hidden)
     head = walk.piece("", "embed", 0).T if c.tie_word_embeddings else walk.piece("", "head", 0)
     weight, costs = walk.piece("", "norm", 0), dict.fromkeys(fields, 0.0)
 
@@ -57,6 +47,20 @@ def sensitivity(walk: Walk, progress: Callable[[str], None]) -> dict[str, float]
     return costs
 
 
+def _through(walk: Walk, number: int, hidden: Hidden) -> None:
+    """Carries all variants through a layer."""
+    (pieces, expert), stack, kind = walk.pieces(number), walk.stack(number)[0], walk.c.layers[number]
+    served = {field: layer_of(walk.c, stack, _served(stack, pieces, field)) for field in hidden}
+    routed: Hidden = {}
+    if kind.moe:
+        seen = {f: observe(walk.c, kind, number, w, hidden[f], inputs=False) for f, w in served.items()}
+        routed = _routed(stack, seen, expert, walk.c.n_routed_experts)
+        seen.clear()
+    for field, w in served.items():
+        hidden[field] = outputs(walk.c, kind, number, w, hidden[field], routed.pop(field, None))
+    checked(f"layer {number}: hidden states", hidden[""].reshape(-1, walk.c.hidden_size))
+
+
 def _served(stack: str, pieces: Pieces, field: str) -> Pieces:
     """A layer's pieces with one field as it would be served."""
     of, _, path = field.partition("/")
@@ -66,10 +70,10 @@ def _served(stack: str, pieces: Pieces, field: str) -> Pieces:
     return pieces | {path: rounded}
 
 
-def _routed(c: ModelConfig, stack: str, each: dict[str, Seen], expert: Experts) -> Hidden:
+def _routed(stack: str, each: dict[str, Seen], expert: Experts, experts: int) -> Hidden:
     """Of each variant the experts' answers."""
     routed = {field: np.zeros_like(seen.tokens) for field, seen in each.items()}
-    for e in range(c.n_routed_experts):
+    for e in range(experts):
         pieces = expert(e)
         served = {}
         for path in (EXPERTS, DOWN):
