@@ -5,9 +5,7 @@ keeps a row's length, so it passes an RMS norm whose weight is in the matrices b
 """
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int8
-
-from cmx_jax.quant.weights import largest
+from jaxtyping import Float, Float64, Int8
 
 
 def rotation(n: int, seed: int = 0) -> Float64[np.ndarray, "n n"]:
@@ -54,16 +52,6 @@ def rotate_inputs(w: Float[np.ndarray, "I O"], r: Float64[np.ndarray, "I I"]) ->
 def rotate_outputs(w: Float[np.ndarray, "I O"], r: Float64[np.ndarray, "O O"]) -> Float64[np.ndarray, "I O"]:
     """`w r`: what `w` writes, rotated."""
     return w.astype(np.float64) @ r
-
-
-def outlier_ratio(x: Float[np.ndarray, "T I"]) -> Float32[np.ndarray, " T"]:
-    """`max|x| / rms(x)` of each row: 1 where all are alike, `sqrt(I)` where one is all; 1 of nothing.
-
-    A row's relative error in INT8 is a 440th of it: rounding to steps of `s` has an RMS of `s / sqrt(12)`.
-    """
-    rms = np.sqrt(np.square(x, dtype=np.float64).mean(axis=1))
-    top = largest(x, axis=1)
-    return np.where(rms > 0, top / np.where(rms > 0, rms, 1), 1).astype(np.float32)
 
 
 def _base(n: int) -> int | None:
