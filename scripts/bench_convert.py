@@ -6,7 +6,7 @@ of its largest layer.
 A Qwen3-MoE-shaped BF16 checkpoint of random numbers is written, then converted by child processes: to BF16
 and INT8 safetensors and to Orbax, and from INT8 to BF16; and quantised with calibration. What counts is the
 child's largest resident set less what it had after its imports. Of quantising it is also said what part
-of that is programs (what they take on next to no weights) and the calibration text's hidden states.
+of that is programs and probabilities (taken on next to no weights too) and the text's hidden states.
 """
 
 import argparse
