@@ -7,7 +7,8 @@ Results return unquantised, as in the paper.
 
 Methods differ in how messages travel: `flat` in one all-to-all over all ranks, `hierarchical` tier by tier
 (as UB switches are tiered, section 3.1.4), for which nodes are an axis of their own. `ragged` moves only real
-messages, on accelerators (`mesh/ragged.py`). `allgather` has no messages: all tokens go everywhere.
+messages, on accelerators (`mesh/ragged.py`). `allgather` has no messages: all tokens go everywhere, and where
+tensor parallelism has them everywhere already, nothing goes.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,7 @@ __all__ = [
     "exchange",
     "gather",
     "message_bytes",
+    "summed",
     "usual_rows",
     "worst_case_rows",
 ]
@@ -104,21 +106,25 @@ def gathered(
     slots_per_rank: int,
     rows: int,
     wire: str,
+    shared: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "T D"], ExchangeStats]:
     """All-gather of the tokens, every rank's experts on those that chose them, reduce-scatter of the sums.
 
     The way of those who have no token exchange: `G` times the tokens reach each rank, whether they are for it
     or not. Arguments and result as of `drained`, but the sum is over ranks, so its rounding depends on the
     layout.
+
+    Along the axes `shared` ranks have the same tokens (tensor parallelism): nothing moves there, and the
+    result is this rank's part of a sum over them.
     """
     del rows  # nothing is queued
-    names = (axis,) if isinstance(axis, str) else axis
+    names = tuple(name for name in ((axis,) if isinstance(axis, str) else axis) if name not in shared)
     (tokens, top_k), width = slots.shape, x.shape[-1]
-    sent = slots >= 0
+    sent, wire = slots >= 0, wire if names else x.dtype.name
     first = jax.lax.axis_index(axis) * slots_per_rank
     with jax.named_scope("Dispatch"):
         mail = pack(x, jnp.zeros(tokens, jnp.int32), jnp.any(sent, axis=1), wire)
-        mail, slots, weights = (gather(a, axis) for a in (mail, slots, jnp.where(sent, weights, 0.0)))
+        mail, slots, weights = (gather(a, names) for a in (mail, slots, jnp.where(sent, weights, 0.0)))
     mine = (slots >= first) & (slots < first + slots_per_rank)
     most = min(top_k, slots_per_rank)  # the slots of a token are all different
     order = jnp.argsort(~mine, axis=1, stable=True)[:, :most]
@@ -132,7 +138,7 @@ def gathered(
         y = jnp.einsum("tk,tkd->td", used, answers, precision="highest")
         for name in names:
             y = jax.lax.psum_scatter(y, name, scatter_dimension=0, tiled=True)
-    counts = (jnp.sum(a).astype(jnp.int32) for a in (sent, local >= 0))
+    counts = (jnp.sum(a).astype(jnp.int32) for a in (sent & bool(names), local >= 0))
     return y.astype(x.dtype), ExchangeStats(jnp.ones((), jnp.int32), *counts)
 
 
@@ -141,6 +147,11 @@ def gather(x: Array, axis: Axis, dim: int = 0) -> Array:
     for name in reversed((axis,) if isinstance(axis, str) else axis):
         x = jax.lax.all_gather(x, name, axis=dim, tiled=True)
     return x
+
+
+def summed(x: Array, axis: Axis) -> Array:
+    """Over the ranks of some axes; `x` itself where there are none."""
+    return jax.lax.psum(x, axis) if axis else x
 
 
 EXCHANGES: dict[str, Exchange] = {

@@ -27,6 +27,10 @@ class Layout:
       redundant_slots: how many of them hold further replicas of busy experts.
       shared_slots: how many hold copies of the shared expert; with 0 it is on every rank.
       sequence: axes over which ranks share each sequence, by tokens and then by heads (section 4.3.1).
+      tensor: axes over which ranks share each matrix: attention by heads, an FFN by its intermediate width,
+        the head by the vocabulary. All of them have all tokens and latents, and sum their parts.
+      auto: the program is that of whole arrays, and the compiler (GSPMD) splits it. `mailbox_rows` are then
+        places that a rank's tokens have in each slot; what does not fit is dropped.
       microbatches: streams in which a step's rows go through the layers (sections 4.2.3, 4.3.2).
       exchange: how tokens reach their experts, a name in `cmx_jax.mesh.exchange.EXCHANGES`.
       wire: type of dispatched tokens; results return in bfloat16, but behind `float32` in the model's
@@ -41,6 +45,8 @@ class Layout:
     redundant_slots: int = 0
     shared_slots: int = 0
     sequence: tuple[str, ...] = ()
+    tensor: tuple[str, ...] = ()
+    auto: bool = False
     microbatches: int = 1
     exchange: str = "flat"
     wire: str = "float32"
@@ -53,16 +59,18 @@ class Layout:
                 raise CmxError(f"layout: axis {name!r} is given twice")
             if size < 1:
                 raise CmxError(f"layout: axis {name!r} has size {size}, expected at least 1")
-        for field in ("data", "experts", "sequence"):
+        for field in ("data", "experts", "sequence", "tensor"):
             used = getattr(self, field)
             for name in used:
                 if name not in names:
                     raise CmxError(f"layout: {field} uses axis {name!r}, expected one of {names}")
                 if used.count(name) > 1:
                     raise CmxError(f"layout: {field} uses axis {name!r} twice")
-        for name in self.sequence:
-            if name in self.data:
-                raise CmxError(f"layout: axis {name!r} carries data and sequence, expected one of them")
+        for one, other in (("data", "sequence"), ("data", "tensor")):
+            for name in getattr(self, one):
+                if name in getattr(self, other):
+                    raise CmxError(f"layout: axis {name!r} carries {one} and {other}, expected one of them")
+        self._check_kinds()
         for field, least in (("redundant_slots", 0), ("shared_slots", 0), ("microbatches", 1)):
             if getattr(self, field) < least:
                 raise CmxError(f"layout: {field} is {getattr(self, field)}, expected {least} or more")
@@ -86,6 +94,23 @@ class Layout:
         if self.mailbox_rows is not None and self.mailbox_rows < 0:
             raise CmxError(f"layout: mailbox_rows is {self.mailbox_rows}, expected zero or more")
         exchange(self.exchange)
+
+    def _check_kinds(self) -> None:
+        """What does not go together."""
+        if self.sequence and self.tensor:
+            raise CmxError("layout: heads are split over sequence and tensor, expected one of them")
+        gathers = self.exchange == "allgather"
+        if not gathers and not self.auto and (not self.experts or set(self.experts) & set(self.tensor)):
+            raise CmxError(
+                f"layout: exchange {self.exchange!r} where ranks have the tokens of all experts, "
+                "expected 'allgather'"
+            )
+        ranked = self.sequence or self.tensor or self.replicated or self.microbatches > 1
+        if self.auto and (ranked or self.experts != self.data):
+            raise CmxError(
+                "layout: auto splits a whole program over one set of axes, expected experts like data, no "
+                "sequence, tensor, redundant_slots or shared_slots, and one microbatch"
+            )
 
     def size(self, names: tuple[str, ...]) -> int:
         """Ranks along some axes."""
@@ -112,6 +137,15 @@ class Layout:
         return self.size(self.sequence)
 
     @property
+    def tensor_ranks(self) -> int:
+        return self.size(self.tensor)
+
+    @property
+    def groups(self) -> int:
+        """Parts of a program's arrays that pages are numbered in: one, or under `auto` every rank's."""
+        return self.data_ranks if self.auto else 1
+
+    @property
     def replicated(self) -> bool:
         """Whether an expert may have several slots."""
         return self.redundant_slots > 0 or self.shared_slots > 0
@@ -127,12 +161,13 @@ class Layout:
         return P(self.data)
 
     def rows(self, tokens: int, top_k: int) -> int:
-        """Mailbox rows of one peer when a rank sends `tokens` tokens."""
+        """Mailbox rows of one peer, under `auto` of one slot, when a rank sends `tokens` tokens."""
+        slots, peers = (1, self.slots) if self.auto else (self.slots_per_rank, self.expert_ranks)
         if self.mailbox_rows:
             return self.mailbox_rows
         if self.mailbox_rows == 0:
-            return worst_case_rows(tokens, top_k, self.slots_per_rank)
-        return usual_rows(tokens, top_k, self.slots_per_rank, self.expert_ranks)
+            return worst_case_rows(tokens, top_k, slots)
+        return usual_rows(tokens, top_k, slots, peers)
 
     def placement(self, experts: int) -> np.ndarray:
         """Slot of each expert, int32 [E]: experts spread evenly, so that empty slots are spread too.
@@ -150,6 +185,13 @@ class Layout:
 MAX_RANKS = 4096  # several supernodes; on one machine memory ends long before
 
 
+def _check_ranks(ranks: int) -> None:
+    if ranks < 1:
+        raise CmxError(f"{ranks} ranks, expected at least 1")
+    if ranks > MAX_RANKS:
+        raise CmxError(f"{ranks} ranks, expected at most {MAX_RANKS}")
+
+
 def expert_parallel(
     ranks: int, experts: int, *, exchange: str = "flat", share_sequences: bool = False, **fields: Any
 ) -> Layout:
@@ -163,10 +205,7 @@ def expert_parallel(
     Raises:
       CmxError: there is no rank, or they are no whole nodes where nodes are needed, or slots do not divide.
     """
-    if ranks < 1:
-        raise CmxError(f"{ranks} ranks, expected at least 1")
-    if ranks > MAX_RANKS:
-        raise CmxError(f"{ranks} ranks, expected at most {MAX_RANKS}")
+    _check_ranks(ranks)
     axes: tuple[tuple[str, int], ...] = (("ep", ranks),)
     if exchange == "hierarchical":
         per_node = min(ranks, CLOUDMATRIX384.npus_per_node)
@@ -179,3 +218,22 @@ def expert_parallel(
     split: dict[str, Any] = {"data": (), "sequence": names} if share_sequences else {"data": names}
     given: dict[str, Any] = {"slots": slots, "exchange": exchange} | split | fields
     return Layout(axes=axes, experts=names, **given)
+
+
+def tensor_parallel(ranks: int, experts: int, *, whole_experts: bool = False, **fields: Any) -> Layout:
+    """Every matrix over all ranks, of one axis `tp` (Megatron-LM, arXiv 1909.08053; vLLM's
+    `--tensor-parallel-size`): two all-reduces a layer, and tokens and cache on every rank.
+
+    With `whole_experts` (vLLM's `--enable-expert-parallel`) a routed expert is not split but lies on one rank,
+    which runs it; the sums go into the same all-reduce. `fields`: others of `Layout`.
+
+    Raises:
+      CmxError: there is no rank.
+    """
+    _check_ranks(ranks)
+    names = ("tp",)
+    slots = -(-max(experts, 1) // ranks) * ranks if whole_experts else max(experts, 1)
+    given: dict[str, Any] = {"slots": slots, "exchange": "allgather"} | fields
+    return Layout(
+        axes=(("tp", ranks),), data=(), tensor=names, experts=names if whole_experts else (), **given
+    )

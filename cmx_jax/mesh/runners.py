@@ -36,7 +36,12 @@ class Runner(Protocol):
     def axes(self) -> Axes: ...
 
     def jit(
-        self, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate_argnums: Sequence[int] = ()
+        self,
+        fn: Callable[..., Any],
+        in_specs: Any,
+        out_specs: Any,
+        donate_argnums: Sequence[int] = (),
+        auto: bool = False,
     ) -> Any:
         """The jitted whole-array function of a per-rank function.
 
@@ -45,6 +50,7 @@ class Runner(Protocol):
           in_specs: a tuple with one spec, or pytree (prefix) of specs, for each argument.
           out_specs: the same for the result.
           donate_argnums: arguments whose memory the result may take.
+          auto: `fn` is of whole arrays instead, laid out by the specs, and the compiler splits it (GSPMD).
         """
         ...
 
@@ -87,8 +93,16 @@ def _aligned(array: np.ndarray) -> np.ndarray:
 
 
 def _sharded(
-    mesh: Mesh | AbstractMesh, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate: Sequence[int]
+    mesh: Mesh | AbstractMesh,
+    fn: Callable[..., Any],
+    in_specs: Any,
+    out_specs: Any,
+    donate: Sequence[int],
+    auto: bool,
 ) -> Any:
+    if auto:
+        ins, outs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (in_specs, out_specs), is_leaf=_is_spec)
+        return jax.jit(fn, in_shardings=ins, out_shardings=outs, donate_argnums=donate)
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return jax.jit(mapped, donate_argnums=donate)
 
@@ -117,9 +131,14 @@ class Devices:
         return tuple(self.mesh.shape.items())
 
     def jit(
-        self, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate_argnums: Sequence[int] = ()
+        self,
+        fn: Callable[..., Any],
+        in_specs: Any,
+        out_specs: Any,
+        donate_argnums: Sequence[int] = (),
+        auto: bool = False,
     ) -> Any:
-        return _sharded(self.mesh, fn, in_specs, out_specs, donate_argnums)
+        return _sharded(self.mesh, fn, in_specs, out_specs, donate_argnums, auto)
 
     def put(self, tree: Any, specs: Any) -> Any:
         shardings = _each(lambda spec, _: NamedSharding(self.mesh, spec), specs, tree)
@@ -144,8 +163,16 @@ class Lanes:
     axes: Axes
 
     def jit(
-        self, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate_argnums: Sequence[int] = ()
+        self,
+        fn: Callable[..., Any],
+        in_specs: Any,
+        out_specs: Any,
+        donate_argnums: Sequence[int] = (),
+        auto: bool = False,
     ) -> Any:
+        if auto:
+            return jax.jit(fn, donate_argnums=donate_argnums)
+
         def program(*args: Any) -> Any:
             labels = _each(lambda spec, leaf: _Labels(_labels(spec, leaf.ndim)), in_specs, args)
             split = jax.tree.map(self._split, args, labels)
@@ -261,9 +288,14 @@ class Abstract:
         object.__setattr__(self, "mesh", AbstractMesh(sizes, names))
 
     def jit(
-        self, fn: Callable[..., Any], in_specs: Any, out_specs: Any, donate_argnums: Sequence[int] = ()
+        self,
+        fn: Callable[..., Any],
+        in_specs: Any,
+        out_specs: Any,
+        donate_argnums: Sequence[int] = (),
+        auto: bool = False,
     ) -> Any:
-        return _sharded(self.mesh, fn, in_specs, out_specs, donate_argnums)
+        return _sharded(self.mesh, fn, in_specs, out_specs, donate_argnums, auto)
 
     def put(self, tree: Any, specs: Any) -> Any:
         return shaped(self.mesh, tree, specs)

@@ -1,4 +1,5 @@
-"""Supernodes as data. Every figure is the paper's (arXiv 2506.12708); units are in the names."""
+"""Machines as data; units are in the names. CloudMatrix384's figures are the paper's (arXiv 2506.12708), the H800's
+those of the sources that stand beside them."""
 
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ class Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """One of the three networks (section 3.1.3). Bandwidth is the peak, one way, for one NPU."""
+    """One of the networks (section 3.1.3). Bandwidth is the peak, one way, for one NPU."""
 
     name: str
     npu_gb_s: float
@@ -24,7 +25,8 @@ class Plane:
 
 @dataclass(frozen=True, kw_only=True)
 class Npu:
-    """One accelerator package and what it holds (section 3.3.1; peaks pinned by Table 10)."""
+    """One accelerator package and what it holds (section 3.3.1; peaks pinned by Table 10). Cube cores multiply
+    matrices: a GPU's tensor cores; vector cores: its SMs."""
 
     name: str
     dies: int
@@ -34,12 +36,12 @@ class Npu:
     bf16_tflops_per_die: float
     hbm_gb: int
     hbm_gb_s: float
-    die_to_die_gb_s: float
+    die_to_die_gb_s: float | None  # of one die there is none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Supernode:
-    """Nodes of NPUs that share one scale-up network."""
+    """Nodes of NPUs that share one scale-up network; several of them are joined by RDMA."""
 
     name: str
     nodes: int
@@ -47,8 +49,8 @@ class Supernode:
     cpus_per_node: int
     npu: Npu
     planes: tuple[Plane, ...]
-    within_node: Path
-    across_nodes: Path
+    within_node: Path | None  # None: not published in this form
+    across_nodes: Path | None
 
     @property
     def npus(self) -> int:
@@ -65,6 +67,10 @@ class Supernode:
     def node_of(self, npu: int) -> int:
         """The node in which an NPU (a device of the virtual mesh) sits; NPUs are numbered node by node."""
         return npu // self.npus_per_node
+
+    def supernode_of(self, npu: int) -> int:
+        """The supernode in which it sits."""
+        return npu // self.npus
 
 
 ASCEND_910C = Npu(
@@ -93,3 +99,32 @@ CLOUDMATRIX384 = Supernode(
     within_node=Path(read_gb_s=167, write_gb_s=137, read_us=1.2, write_us=1.3),
     across_nodes=Path(read_gb_s=164, write_gb_s=135, read_us=1.9, write_us=2.1),
 )
+
+H800 = Npu(
+    name="NVIDIA H800 SXM",
+    dies=1,
+    cube_cores_per_die=528,  # 4 in each SM (NVIDIA H100 Tensor Core GPU Architecture)
+    vector_cores_per_die=132,  # SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.2.2: 20 of 132)
+    # dense peaks of INT8 (FP8's are the same), BF16; memory: NVIDIA H800 datasheet, those of the H100 SXM
+    int8_tops_per_die=1979.0,
+    bf16_tflops_per_die=989.5,
+    hbm_gb=80,
+    hbm_gb_s=3350.0,
+    die_to_die_gb_s=None,
+)
+
+H800_NODE = Supernode(
+    name="H800 node",
+    nodes=1,
+    npus_per_node=8,
+    cpus_per_node=2,  # DGX H800 datasheet
+    npu=H800,
+    planes=(
+        # 400 GB/s both ways, and a ConnectX-7 400G InfiniBand port for each GPU: arXiv 2505.09343, figure 2
+        Plane(name="NVLink", npu_gb_s=200.0, use="within a node"),
+        Plane(name="RDMA", npu_gb_s=50.0, use="across nodes: expert parallelism, KV transfer"),
+    ),
+    within_node=None,
+    across_nodes=None,
+)
+"""The nodes on which DeepSeek serves (arXiv 2505.09343, section 2): a scale-up network ends with its node."""

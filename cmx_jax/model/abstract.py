@@ -86,7 +86,7 @@ def trace_step(
         shaped(mesh or runner.mesh, tree, spec)
         for tree, spec in zip((weights, cache, batch), given, strict=True)
     ]
-    program = runner.jit(fn, given, (specs.data, outs), (1,))
+    program = runner.jit(fn, given, (specs.data, outs), (1,), layout.auto)
     if in_order:
         pinned = _pinned(placed[1])
         placed[1] = jax.tree.map(

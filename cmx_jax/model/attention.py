@@ -1,7 +1,8 @@
 """Attention of any family, as a decoder layer calls it: from normed hidden states back to the model's width.
 
-Two ways to spread it over ranks. `local`: each rank attends for its own sequences. `staged`: the ranks share
-every sequence, by tokens and then by heads (SP-TP-SP, section 4.3.1).
+Two ways to spread it over ranks. `local`: each rank attends for its own sequences, with all heads or, under
+tensor parallelism, with its own. `staged`: the ranks share every sequence, by tokens and then by heads (SP-TP-SP,
+section 4.3.1).
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.mesh.exchange import Axis, gather
+from cmx_jax.mesh.exchange import Axis, gather, summed
 from cmx_jax.model import cache as paged
 from cmx_jax.model import gqa, mla
 from cmx_jax.model.cache import Rows
@@ -66,6 +67,7 @@ def local(
     held: Held | None = None,
     absorbed: bool = False,
     kv_dtype: Any = None,
+    tensor: Axis = (),
 ) -> Attend:
     """Attention of a rank to its own sequences.
 
@@ -76,6 +78,7 @@ def local(
       held: what the pages hold; None if the tokens are all there is, each at the address of its index.
       absorbed: MLA in latent space: cheaper for few tokens.
       kv_dtype: type in which rows are kept, and so seen; None: as they are.
+      tensor: axes of ranks that have the same sequences, and each some of the heads.
     """
     seen, at = masks(where, span, c), jnp.maximum(where.positions, 0)
 
@@ -88,7 +91,7 @@ def local(
             out = (mla.absorbed if absorbed else mla.expanded)(q, every, seen[kind.chunked], w, c)
         else:
             out = gqa.attend(q, every, seen[kind.chunked], w, c)
-        return project_out(out, w), rows
+        return project_out(out, w, tensor), rows
 
     return attend
 
@@ -135,7 +138,7 @@ def staged(
     return attend
 
 
-def project_out(out: Float[Array, "B T H V"], w: MLA | GQA) -> Float[Array, "B T D"]:
-    """O_proj."""
+def project_out(out: Float[Array, "B T H V"], w: MLA | GQA, tensor: Axis = ()) -> Float[Array, "B T D"]:
+    """O_proj, summed over the ranks that have heads."""
     with jax.named_scope("O_proj"):
-        return biased(einsum("bthv,hvd->btd", out, w.o), w.o_bias)
+        return biased(summed(einsum("bthv,hvd->btd", out, w.o), tensor), w.o_bias)

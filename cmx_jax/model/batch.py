@@ -9,6 +9,7 @@ from flax import struct
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.gshard import masked
 from cmx_jax.model.moe import MoEStats, RunExperts, exchanged
 from cmx_jax.model.sharding import shared_in_slots
 
@@ -85,5 +86,6 @@ def by_rank(stats: list[MoEStats | None]) -> MoEStats | None:
 
 
 def run_experts(c: ModelConfig, layout: Layout, tokens: int) -> RunExperts:
-    """How `tokens` tokens of a rank reach their experts under a layout."""
-    return exchanged(layout, layout.rows(tokens, c.num_experts_per_tok + shared_in_slots(c, layout)))
+    """How `tokens` tokens of a program reach their experts under a layout."""
+    rows = layout.rows(tokens // layout.groups, c.num_experts_per_tok + shared_in_slots(c, layout))
+    return masked(layout, rows) if layout.auto else exchanged(layout, rows)

@@ -97,8 +97,13 @@ def write(
     page_table: Int[Array, "B P"],
     addresses: Int[Array, "B T"],
     rows: Rows,
+    groups: int = 1,
 ) -> PagedCache:
-    """Puts each token's rows `[L, B, T, C]`, one of each layer, at its address; -1 is nowhere."""
+    """Puts each token's rows `[L, B, T, C]`, one of each layer, at its address; -1 is nowhere. `groups`: see
+    `read`."""
+    if groups > 1:
+        parts = (*_cut((cache, page_table, addresses), groups), _cut(rows, groups, 1))
+        return _joined(jax.vmap(write, (0, 0, 0, 1))(*parts))
     slot = jnp.where(addresses < 0, 0, addresses // cache.width)
     page = jnp.take_along_axis(page_table, slot, axis=1, mode="fill", fill_value=NO_PAGE)
     page = jnp.where(addresses < 0, NO_PAGE, page)
@@ -110,14 +115,36 @@ def write(
     return PagedCache(jax.tree.map(put, cache.pages, rows))
 
 
-def read(cache: PagedCache, layer: Int[Array, ""] | int, page_table: Int[Array, "B P"]) -> Rows:
-    """All rows of one layer in order of address, `[B, S, C]`, `S = pages of a batch row * W`."""
+def read(
+    cache: PagedCache, layer: Int[Array, ""] | int, page_table: Int[Array, "B P"], groups: int = 1
+) -> Rows:
+    """All rows of one layer in order of address, `[B, S, C]`, `S = pages of a batch row * W`.
+
+    Args:
+      cache: the pages.
+      layer: which.
+      page_table: pages of each row.
+      groups: equal parts of the pages and of the rows, in each of which pages are numbered from 0: one on a
+        rank, as many as ranks in a program of whole arrays. As an axis of their own the compiler splits both.
+    """
+    if groups > 1:
+        return _joined(jax.vmap(read, (0, None, 0))(_cut(cache, groups), layer, _cut(page_table, groups)))
 
     def of(pages: Array) -> Array:
         rows = pages.at[page_table, layer].get(mode="fill", fill_value=0)
         return rows.reshape(page_table.shape[0], -1, pages.shape[-1])
 
     return jax.tree.map(of, cache.pages)
+
+
+def _cut(tree: Any, groups: int, axis: int = 0) -> Any:
+    """An axis as `[groups, rest]`."""
+    return jax.tree.map(lambda a: a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :]), tree)
+
+
+def _joined(tree: Any) -> Any:
+    """The first two axes as one."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
 
 
 def insert(held: Rows, addresses: Int[Array, "B T"], rows: Rows) -> Rows:

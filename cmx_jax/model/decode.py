@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.exchange import Axis
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model import cache as paged
 from cmx_jax.model.attention import Attend, Where, local
@@ -41,30 +42,30 @@ def decode_step(
     parts = split(batch, layout.microbatches)
     wheres = [Where(_positions(part)) for part in parts]
     span = batch.page_table.shape[1] * cache.width
-    attention = partial(local, span=span, c=c, absorbed=True, kv_dtype=cache.dtype)
+    attention = partial(local, span=span, c=c, absorbed=True, kv_dtype=cache.dtype, tensor=layout.tensor)
     streams = []
     for part, where in zip(parts, wheres, strict=True):
 
         def held(layer: Array, part: DecodeBatch = part) -> Rows:
-            return paged.read(cache, layer, part.page_table)
+            return paged.read(cache, layer, part.page_table, layout.groups)
 
         attend = attention(where, held=held)
         streams.append(Stream(jnp.maximum(part.tokens, 0), where.positions >= 0, attend))
     run = run_experts(c, layout, parts[0].tokens.size)
-    done, outputs = decoder(weights, c, streams, run), []
+    done, outputs = decoder(weights, c, streams, run, layout.tensor), []
     for i, part in enumerate(parts):
-        out = logits(done[i].hidden, weights)
+        out = logits(done[i].hidden, weights, layout.tensor)
         tokens = next_tokens(out, part.sampling, wheres[i].positions + 1, sampled)
         accepted, drafts = _accepted(part, tokens), None
         if weights.mtp is not None:
-            held_mtp = paged.read(cache, c.num_hidden_layers, part.page_table)
+            held_mtp = paged.read(cache, c.num_hidden_layers, part.page_table, layout.groups)
             drafts, modules = _draft(
-                weights, c, done[i], tokens, accepted, wheres[i], held_mtp, attention, run
+                weights, c, done[i], tokens, accepted, wheres[i], held_mtp, attention, run, layout.tensor
             )
             done[i] = with_mtp(done[i], modules)
         outputs.append(StepOutput(tokens, accepted, drafts, None))
     rows, where = joined([d.rows for d in done], axis=1), joined(wheres)
-    cache = paged.write(cache, batch.page_table, where.addresses, rows)
+    cache = paged.write(cache, batch.page_table, where.addresses, rows, layout.groups)
     return cache, joined(outputs).replace(stats=by_rank([d.stats for d in done]))
 
 
@@ -91,6 +92,7 @@ def _draft(
     held: Rows,
     attention: Callable[..., Attend],
     run: RunExperts,
+    tensor: Axis,
 ) -> tuple[Int[Array, "B k"], list[Decoded]]:
     """As many drafts as were verified, the first from the model's own hidden states, each further one from
     the MTP layer's state of the one before.
@@ -101,6 +103,7 @@ def _draft(
       where: the positions.
       held: what the pages hold of the MTP layer.
       attention: `local` of this step, for want of positions and rows.
+      run, tensor: of this step.
 
     Returns:
       The drafts, and the MTP layer's runs; the first one's rows are for the cache.
@@ -111,12 +114,12 @@ def _draft(
     newest = jnp.where(where.positions[:, :1] < 0, -1, where.positions[:, :1] + accepted[:, None])
     for ahead in range(tokens.shape[1] - 1):
         attend = attention(where, held=partial(_same, held))
-        done = mtp_hidden(weights, c, hidden, Stream(next_, where.positions >= 0, attend), run)
+        done = mtp_hidden(weights, c, hidden, Stream(next_, where.positions >= 0, attend), run, tensor)
         held = paged.insert(held, where.addresses, jax.tree.map(lambda a: a[0], done.rows))
         hidden = done.hidden
         if not ahead:
             hidden = jnp.take_along_axis(hidden, accepted[:, None, None], axis=1)
-        next_ = greedy(logits(hidden, weights))
+        next_ = greedy(logits(hidden, weights, tensor))
         where = Where(jnp.where(newest < 0, -1, newest + 1 + ahead))
         drafts.append(next_)
         runs.append(done)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cmx_jax.mesh.exchange import Axis, gather, summed
 from cmx_jax.model.attention import Attend
 from cmx_jax.model.config import LayerKind, ModelConfig, segments
 from cmx_jax.model.layers import layer_norm, rms_norm, swiglu
@@ -66,6 +67,7 @@ def layer(
     index: Int[Array, ""],
     c: ModelConfig,
     run: RunExperts,
+    tensor: Axis = (),
 ) -> list[Decoded]:
     """Attention and FFN with residuals, one behind the other or side by side, of each stream.
 
@@ -79,6 +81,7 @@ def layer(
       index: of the layer in its stack.
       c: the model.
       run: how experts are run.
+      tensor: axes over which FFNs are split.
     """
     between = []
     for i, (x, stream) in enumerate(zip(xs, streams, strict=True)):
@@ -90,7 +93,7 @@ def layer(
     done = []
     for i, ((h, attended, rows), stream) in enumerate(zip(between, streams, strict=True)):
         with _named(i, streams):
-            y, stats = _ffn(h, stream.active, w, experts, index, c, run)
+            y, stats = _ffn(h, stream.active, w, experts, index, c, run, tensor)
             done.append(Decoded(attended + norm(y, w.ffn_out_norm, c), rows, stats))
     return done
 
@@ -101,23 +104,33 @@ def _named(i: int, streams: Sequence[Stream]) -> AbstractContextManager[Any]:
 
 
 def _ffn(
-    h: Array, active: Array, w: Layer, experts: Experts, index: Array, c: ModelConfig, run: RunExperts
+    h: Array,
+    active: Array,
+    w: Layer,
+    experts: Experts,
+    index: Array,
+    c: ModelConfig,
+    run: RunExperts,
+    tensor: Axis,
 ) -> tuple[Array, MoEStats | None]:
     if isinstance(w.ffn, FFN):
         with jax.named_scope("DenseFFN"):
-            return swiglu(h, w.ffn), None
+            return summed(swiglu(h, w.ffn), tensor), None
     y, stats = moe(h.reshape(-1, h.shape[-1]), active.reshape(-1), w.ffn, experts, index, c, run)
-    return y.reshape(h.shape), stats
+    with jax.named_scope("Combine"):
+        return summed(y, tensor).reshape(h.shape), stats
 
 
-def decoder(weights: Weights, c: ModelConfig, streams: Sequence[Stream], run: RunExperts) -> list[Decoded]:
-    """Embedding, all layers, final norm, of each stream."""
+def decoder(
+    weights: Weights, c: ModelConfig, streams: Sequence[Stream], run: RunExperts, tensor: Axis = ()
+) -> list[Decoded]:
+    """Embedding, all layers, final norm, of each stream; `tensor`: axes over which FFNs are split."""
     xs: Any = [weights.embed[stream.tokens] for stream in streams]
     first, done = 0, {"dense": 0, "moe": 0}  # layers behind us, in all and of each stack
     parts: list[Any] = []
 
     def one(xs: Any, w: Layer, kind: LayerKind, experts: Experts, number: Array, index: Array) -> Any:
-        results = layer(xs, streams, w, kind, experts, number, index, c, run)
+        results = layer(xs, streams, w, kind, experts, number, index, c, run, tensor)
         return [r.hidden for r in results], [r.rows for r in results], [r.stats for r in results]
 
     for times, pattern in segments(c.layers):
@@ -198,8 +211,9 @@ def _layer(stack: Layer, index: Array) -> Layer:
 HEAD_BLOCKS = 4
 
 
-def logits(hidden: Float[Array, "*B D"], weights: Weights) -> Float[Array, "*B O"]:
-    """Hidden states to float32 logits.
+def logits(hidden: Float[Array, "*B D"], weights: Weights, tensor: Axis = ()) -> Float[Array, "*B O"]:
+    """Hidden states to float32 logits; `tensor`: axes over which the head is split by the vocabulary (never
+    where it is the embedding), and logits are gathered.
 
     Summed in blocks of the width: one running float32 sum of large terms that cancel would cost more digits
     than all layers before it.
@@ -214,7 +228,8 @@ def logits(hidden: Float[Array, "*B D"], weights: Weights) -> Float[Array, "*B O
             head.reshape(blocks, width // blocks, -1),
             preferred_element_type=jnp.dtype(jnp.float32),
         )
-        return functools.reduce(jnp.add, parts)
+        found = functools.reduce(jnp.add, parts)
+        return found if weights.head is None else gather(found, tensor, found.ndim - 1)
 
 
 def with_mtp(main: Decoded, modules: Sequence[Decoded]) -> Decoded:
@@ -229,6 +244,7 @@ def mtp_hidden(
     hidden: Float[Array, "B T D"],
     stream: Stream,
     run: RunExperts,
+    tensor: Axis = (),
 ) -> Decoded:
     """The first MTP module: from the hidden state at `i` and token `i + 1` to the state that predicts `i + 2`
     (DeepSeek-V3 report, formulas 21 to 23).
@@ -237,6 +253,7 @@ def mtp_hidden(
       weights: with MTP layers.
       hidden: after the final norm, or the result of the module for the position before.
       stream: the token *behind* each position, and how the module attends.
+      run, tensor: as of `layer`.
     """
     with jax.named_scope("MTP"):
         mtp = weights.mtp
@@ -247,6 +264,6 @@ def mtp_hidden(
         joined = jnp.concatenate([embedding, norm(hidden, w.hnorm, c)], axis=-1)
         x = einsum("bte,ed->btd", joined, w.eh_proj)
         number, index = jnp.asarray(c.num_hidden_layers, jnp.int32), jnp.zeros((), jnp.int32)
-        [done] = layer([x], [stream], w.layer, MTP_KIND, experts, number, index, c, run)
+        [done] = layer([x], [stream], w.layer, MTP_KIND, experts, number, index, c, run, tensor)
         one_layer = jax.tree.map(lambda a: a[None], done._replace(hidden=None))
         return one_layer._replace(hidden=norm(done.hidden, w.norm, c))

@@ -41,12 +41,15 @@ def exchanged(layout: Layout, rows: int) -> RunExperts:
       layout: the experts' slots, and the exchange.
       rows: of a mailbox.
     """
+    alike = tuple(name for name in layout.experts if name in layout.tensor)
+    others = tuple(name for name in layout.experts if name not in alike)
     send = partial(
         exchange(layout.exchange),
         axis=layout.experts,
         slots_per_rank=layout.slots_per_rank,
         rows=rows,
         wire=layout.wire,
+        **({"shared": alike} if alike else {}),
     )
 
     def run(
@@ -57,7 +60,7 @@ def exchanged(layout: Layout, rows: int) -> RunExperts:
                 # mailboxes are mostly empty: a rank gets about as many rows as it sends
                 return grouped_swiglu(received, local, experts, layer, slots.size, wire)
 
-        slots = choose(chosen, w.slots, w.first_slot, layout.experts, layout.replicated)
+        slots = choose(chosen, w.slots, w.first_slot, others, layout.replicated)
         return send(x, slots, weights, ffn)
 
     return run

@@ -136,11 +136,13 @@ def _regathered(
     array: Any, leaf: Leaf, before: np.ndarray, after: np.ndarray, layout: Layout, runner: Runner
 ) -> Any:
     """An experts' array `[X, L, ...]` in the order of another placement."""
-    parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
-    starts = np.array(sorted(parts))
+    held_of: dict[Any, dict[int, np.ndarray]] = {}  # by what of the other axes a rank holds, and first slot
+    for shard in array.addressable_shards:
+        held_of.setdefault(_cuts(shard.index[1:], leaf), {})[shard.index[0].start or 0] = np.asarray(shard.data)
+    starts = np.array(sorted(next(iter(held_of.values()))))
     where = [{int(expert): slot for slot, expert in enumerate(row)} for row in before]
 
-    def piece(slot: int, layer: int) -> np.ndarray | int:
+    def piece(slot: int, layer: int, parts: dict[int, np.ndarray]) -> np.ndarray | int:
         expert = int(after[layer, slot])
         if expert == before[layer, slot]:
             source = slot
@@ -153,10 +155,16 @@ def _regathered(
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         held = range(*index[0].indices(leaf.shape[0]))
-        out = np.empty((len(held), *leaf.shape[1:]), array.dtype)
+        parts = held_of[_cuts(index[1:], leaf)]
+        out = np.empty((len(held), *parts[int(starts[0])].shape[1:]), array.dtype)
         for i, slot in enumerate(held):
             for layer in range(leaf.shape[1]):
-                out[i, layer] = piece(slot, layer)
+                out[i, layer] = piece(slot, layer, parts)
         return out
 
     return runner.make(leaf.shape, array.dtype, leaf_spec(leaf, layout), part)
+
+
+def _cuts(index: tuple[slice, ...], leaf: Leaf) -> tuple[tuple[int, int, int], ...]:
+    """Slices of the axes behind that of the slots, to compare."""
+    return tuple(s.indices(n) for s, n in zip(index, leaf.shape[1:], strict=True))

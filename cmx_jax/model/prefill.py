@@ -43,18 +43,18 @@ def prefill_step(
     streams = [
         Stream(part.tokens, part.positions >= 0, attend) for part, attend in zip(parts, attends, strict=True)
     ]
-    done, outputs = decoder(weights, c, streams, run), []
+    done, outputs = decoder(weights, c, streams, run, layout.tensor), []
     for i, (part, stream) in enumerate(zip(parts, streams, strict=True)):
-        out = logits(_at_ends(part, done[i].hidden, layout), weights)
+        out = logits(_at_ends(part, done[i].hidden, layout), weights, layout.tensor)
         tokens, drafts = next_tokens(out, part.sampling, part.lengths, sampled), None
         if weights.mtp is not None:
             behind = Stream(_following(part, tokens, layout), stream.active, stream.attend)
-            mtp = mtp_hidden(weights, c, done[i].hidden, behind, run)
-            drafts = greedy(logits(_at_ends(part, mtp.hidden, layout), weights))
+            mtp = mtp_hidden(weights, c, done[i].hidden, behind, run, layout.tensor)
+            drafts = greedy(logits(_at_ends(part, mtp.hidden, layout), weights, layout.tensor))
             done[i] = with_mtp(done[i], [mtp])
         outputs.append(StepOutput(tokens, None, drafts, None))
     rows, where = joined([d.rows for d in done], axis=1), joined(wheres)
-    cache = paged.write(cache, batch.page_table, where.addresses, rows)
+    cache = paged.write(cache, batch.page_table, where.addresses, rows, layout.groups)
     return cache, joined(outputs).replace(stats=by_rank([d.stats for d in done]))
 
 
@@ -62,12 +62,12 @@ def _attend(
     part: PrefillBatch, whole: Where, cache: PagedCache, c: ModelConfig, layout: Layout, cached: bool
 ) -> Attend:
     def read(layer: Any) -> Rows:
-        return paged.read(cache, layer, part.page_table)
+        return paged.read(cache, layer, part.page_table, layout.groups)
 
     held = read if cached else None
     span = part.page_table.shape[1] * cache.width if cached else whole.positions.shape[1]
     if not layout.sequence:
-        return local(whole, span, c, held, kv_dtype=cache.dtype)
+        return local(whole, span, c, held, kv_dtype=cache.dtype, tensor=layout.tensor)
     return staged(part.positions, whole, span, c, layout.sequence, held, cache.dtype)
 
 
@@ -115,6 +115,7 @@ def score_step(
         raise CmxError("a layout whose ranks share sequences can prefill only, expected sequence=()")
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     where = Where(jnp.where(positions < lengths[:, None], positions, -1))
-    stream = Stream(tokens, where.positions >= 0, local(where, tokens.shape[1], c, kv_dtype=kv_dtype))
-    [done] = decoder(weights, c, [stream], run_experts(c, layout, tokens.size))
-    return logits(done.hidden, weights)
+    attend = local(where, tokens.shape[1], c, kv_dtype=kv_dtype, tensor=layout.tensor)
+    stream, run = Stream(tokens, where.positions >= 0, attend), run_experts(c, layout, tokens.size)
+    [done] = decoder(weights, c, [stream], run, layout.tensor)
+    return logits(done.hidden, weights, layout.tensor)

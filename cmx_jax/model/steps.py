@@ -18,6 +18,7 @@ from cmx_jax.model import cache as paged
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch, StepOutput
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decode import decode_step
+from cmx_jax.model.moe import MoEStats
 from cmx_jax.model.prefill import prefill_step, score_step
 from cmx_jax.model.sharding import weight_specs
 from cmx_jax.model.weights import Weights
@@ -70,9 +71,11 @@ class StepSpecs(NamedTuple):
 def step_specs(c: ModelConfig, layout: Layout, mtp: bool) -> StepSpecs:
     """Specs of an instance's programs. `mtp`: whether the weights carry MTP layers."""
     data, tokens = layout.data_spec, layout.token_spec
-    axes = tuple(name for name, _ in layout.axes)
+    every = () if layout.auto else tuple(name for name, _ in layout.axes)
+    own = tuple(name for name in every if name not in layout.tensor)  # others chose for the same tokens
     batch = PrefillBatch(tokens, tokens, tokens, tokens, data, data, data, data)
-    stats, drafts = P(None, axes) if c.num_moe_layers or mtp else None, data if mtp else None
+    stats = MoEStats(P(None, every), P(None, own)) if c.num_moe_layers or mtp else None
+    drafts = data if mtp else None
     decoded = StepOutput(data, data, drafts, stats)
     return StepSpecs(weight_specs(c, layout, mtp), data, batch, decoded.replace(accepted=None), decoded)
 
@@ -96,7 +99,7 @@ def compile_steps(
         def compiled(chosen: tuple[bool, ...]) -> Any:
             static = partial(fn, c=c, layout=layout, **dict(zip(flags, chosen, strict=True)))
             ins = (specs.weights, specs.data, batch)
-            return runner.jit(static, ins, (specs.data, output), donate_argnums=(1,))
+            return runner.jit(static, ins, (specs.data, output), donate_argnums=(1,), auto=layout.auto)
 
         variants = {chosen: compiled(chosen) for chosen in product((False, True), repeat=len(flags))}
         return lambda weights, cache, batch, **given: variants[tuple(given[f] for f in flags)](
@@ -108,7 +111,10 @@ def compile_steps(
         prefill=step(prefill_step, specs.prefill, specs.prefilled, "sampled", "cached"),
         decode=step(decode_step, data, specs.decoded, "sampled"),
         score=runner.jit(
-            partial(score_step, c=c, layout=layout, kv_dtype=kv_dtype), (specs.weights, data, data), data
+            partial(score_step, c=c, layout=layout, kv_dtype=kv_dtype),
+            (specs.weights, data, data),
+            data,
+            auto=layout.auto,
         ),
         take_pages=runner.jit(paged.take_pages, (data, data), data),
         put_pages=runner.jit(paged.put_pages, (data, data, data), data, donate_argnums=(0,)),

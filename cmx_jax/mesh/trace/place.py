@@ -29,12 +29,14 @@ def plane(groups: Groups, machine: Supernode, ranks_per_npu: int = 1, first_npu:
       first_npu: on which rank 0 sits.
 
     Returns:
-      `die pair`, `node` (UB within a node), `nodes` (UB across nodes), or `RDMA` beyond the supernode.
+      `die pair`, `node` (UB or NVLink within a node), `nodes` (UB across nodes), or `RDMA` beyond the
+      supernode, which an H800's node is by itself.
     """
     widest = 0
     for group in groups:
         npus = {first_npu + rank // ranks_per_npu for rank in group}
         nodes = {machine.node_of(npu) for npu in npus}
-        found = 0 if len(npus) == 1 else 1 if len(nodes) == 1 else 2
-        widest = max(widest, 3 if max(npus) >= machine.npus else found)
+        supernodes = {machine.supernode_of(npu) for npu in npus}
+        found = 0 if len(npus) == 1 else 1 if len(nodes) == 1 else 2 if len(supernodes) == 1 else 3
+        widest = max(widest, found)
     return ("die pair", "node", "nodes", "RDMA")[widest]

@@ -76,22 +76,23 @@ def read_field(
     rest = index[len(index) - len(whole) :]
     uncut = shape[len(shape) - len(whole) :] == whole
 
-    def put(piece: Piece, out: np.ndarray) -> None:
-        full = out if uncut else np.empty(whole, dtype)
-        fill(piece, full)
+    def put(read: Callable[[np.ndarray], None], out: np.ndarray) -> None:
+        full = out if uncut else np.zeros(whole, dtype)
+        read(full)
         if not uncut:
             out[...] = full[rest]
 
     out = np.zeros(shape, dtype) if leaf.experts else np.empty(shape, dtype)
     if not leaf.stack:
-        put((leaf.stack, leaf.path, 0, 0), out)
+        put(partial(fill, (leaf.stack, leaf.path, 0, 0)), out)
     elif not leaf.experts:
         for i, layer in enumerate(_span(index[0], leaf.shape[0])):
-            put((leaf.stack, leaf.path, layer, 0), out[i])
+            put(partial(fill, (leaf.stack, leaf.path, layer, 0)), out[i])
     else:
         for i, slot in enumerate(_span(index[0], leaf.shape[0])):
             for j, layer in enumerate(_span(index[1], leaf.shape[1])):
-                _fill_expert(fill, c, leaf, layer, int(expert_of_slot[layer, slot]), out[i, j])
+                expert = int(expert_of_slot[layer, slot])
+                put(partial(_fill_expert, fill, c, leaf, layer, expert), out[i, j])
     return out
 
 
