@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.trace import SOURCES, Trace, render, trace
-from cmx_jax.model.trace import ready, trace_model
+from cmx_jax.model.layouts import ready
+from cmx_jax.model.trace import trace_model
 from cmx_jax.serving.model import config_of
 
 

@@ -17,7 +17,10 @@ def add(verbs: Any) -> None:
     verb.set_defaults(run=_trace)
     model = "a directory, tiny, or a preset such as deepseek-r1"
     verb.add_argument("model", metavar="MODEL", nargs="?", help=model)
-    layouts = "ep320 and ep32 (the paper's), or epN (default ep320)"
+    layouts = (
+        "ep320, ep32 (the paper's), h800-ep144, h800-ep32 (DeepSeek's), tp, tp-ep, ag-rs, auto, or epN, tpN, "
+        "tp-epN, ag-rsN, autoN (default ep320)"
+    )
     verb.add_argument("--layout", default="ep320", help=layouts)
     verb.add_argument("--step", choices=("decode", "prefill"), help="default: what the layout is for")
     verb.add_argument("--batch", type=int, help="sequences of an NPU (default: the paper's)")
@@ -69,7 +72,8 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _of_model(args: argparse.Namespace) -> Any:
-    from cmx_jax.model.trace import ready, trace_model
+    from cmx_jax.model.layouts import ready
+    from cmx_jax.model.trace import trace_model
     from cmx_jax.model.weights import int8_fields
     from cmx_jax.serving.model import config_of
 
@@ -86,6 +90,7 @@ def _of_model(args: argparse.Namespace) -> Any:
         context=context,
         drafts=args.num_speculative_tokens,
         ranks_per_npu=found.ranks_per_npu,
+        machine=found.machine,
         source=args.source,
         target=args.target,
         dump=args.dump,

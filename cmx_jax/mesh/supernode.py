@@ -104,7 +104,7 @@ H800 = Npu(
     name="NVIDIA H800 SXM",
     dies=1,
     cube_cores_per_die=528,  # 4 in each SM (NVIDIA H100 Tensor Core GPU Architecture)
-    vector_cores_per_die=132,  # SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.2.2: 20 of 132)
+    vector_cores_per_die=132,  # SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.5.1)
     # dense peaks of INT8 (FP8's are the same), BF16; memory: NVIDIA H800 datasheet, those of the H100 SXM
     int8_tops_per_die=1979.0,
     bf16_tflops_per_die=989.5,
@@ -120,11 +120,11 @@ H800_NODE = Supernode(
     cpus_per_node=2,  # DGX H800 datasheet
     npu=H800,
     planes=(
-        # 400 GB/s both ways, and a ConnectX-7 400G InfiniBand port for each GPU: arXiv 2505.09343, figure 2
+        # 400 GB/s both ways, and a ConnectX-7 400G InfiniBand port for each GPU: arXiv 2505.09343, section 4.1
         Plane(name="NVLink", npu_gb_s=200.0, use="within a node"),
         Plane(name="RDMA", npu_gb_s=50.0, use="across nodes: expert parallelism, KV transfer"),
     ),
     within_node=None,
     across_nodes=None,
 )
-"""The nodes on which DeepSeek serves (arXiv 2505.09343, section 2): a scale-up network ends with its node."""
+"""The nodes on which DeepSeek serves (arXiv 2505.09343, section 4.1): a scale-up network ends with its node."""

@@ -13,6 +13,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.mesh.runners import make_runner
+from cmx_jax.model.layouts import ready
 from cmx_jax.model.placement import Move
 from cmx_jax.serving.engine import Engine
 from cmx_jax.serving.instance import Capacity
@@ -184,6 +185,7 @@ def from_pretrained(
     *,
     runner: str = "lanes",
     ranks: int = 8,
+    layout: str | Layout | None = None,
     dtype: str = "float32",
     quant: str = "auto",
     kv_cache_dtype: str = "auto",
@@ -204,6 +206,9 @@ def from_pretrained(
       name_or_path: the model.
       runner: `lanes` (any number of ranks on one device) or `devices` (one device a rank).
       ranks: expert-parallel ranks.
+      layout: of other ranks than those: a `Layout`, or the name of a ready one such as `tp4` (see
+        `cmx_jax.model.layouts`). It has wire, exchange, microbatches and slots of its own; those below then mean
+        nothing.
       dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
       quant: `int8` rounds the large matrices while they are loaded, with a scale for each output channel, and
         computes with them in INT8 (W8A8: activations are rounded token by token); `auto` does so where the
@@ -235,18 +240,20 @@ def from_pretrained(
         raise CmxError(f"max_model_len is {length}, expected 1 to the model's context of {context}")
     if max_num_batched_tokens < 1:
         raise CmxError(f"max_num_batched_tokens is {max_num_batched_tokens}, expected at least 1")
-    layout = expert_parallel(
-        ranks,
-        model.config.n_routed_experts,
-        exchange=exchange,
-        wire=dtype if wire is None else wire,
-        microbatches=microbatches,
-        redundant_slots=redundant_slots,
-        shared_slots=shared_slots,
-    )
+    experts = model.config.n_routed_experts
+    if layout is None:
+        layout = expert_parallel(
+            ranks,
+            experts,
+            exchange=exchange,
+            wire=dtype if wire is None else wire,
+            microbatches=microbatches,
+            redundant_slots=redundant_slots,
+            shared_slots=shared_slots,
+        )
     return LLM(
         model,
-        layout,
+        ready(layout).make(experts) if isinstance(layout, str) else layout,
         runner,
         max_num_seqs,
         length,

@@ -12,7 +12,8 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Layout, expert_parallel
 from cmx_jax.mesh.trace import SOURCES, Trace
 from cmx_jax.model.families import preset
-from cmx_jax.model.trace import ready, trace_model
+from cmx_jax.model.layouts import ready
+from cmx_jax.model.trace import trace_model
 from model.small import config
 
 R1 = preset("deepseek-r1")
@@ -75,8 +76,8 @@ def test_a_batch_that_does_not_divide_and_a_context_beyond_the_model_are_refused
         traced("ep320", batch=3)
     with pytest.raises(CmxError, match=r"context is 200000, expected 1 to the model's 163840"):
         traced("ep320", context=200000)
-    with pytest.raises(CmxError, match=r"layout 'tp8', expected ep and a number of ranks"):
-        ready("tp8")
+    with pytest.raises(CmxError, match=r"layout 'pp8', expected ep, tp, .* and a number of ranks, or one of"):
+        ready("pp8")
 
 
 def wire(found: Trace) -> dict[tuple[str, str], float]:

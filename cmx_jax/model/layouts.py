@@ -1,0 +1,118 @@
+"""Layouts by name: the paper's, DeepSeek's, and what a newcomer would write instead."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.layout import Layout, expert_parallel, tensor_parallel
+from cmx_jax.mesh.supernode import CLOUDMATRIX384, H800_NODE, Supernode
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A layout by name.
+
+    Attributes:
+      make: of the model's routed experts.
+      step: which it is for.
+      ranks_per_npu: 2 where a rank is a die.
+      batch: sequences of an NPU. Where ranks share sequences, or matrices, all of them have those of all.
+      about: in a line.
+      machine: that it is for.
+    """
+
+    make: Callable[[int], Layout]
+    step: str
+    ranks_per_npu: int
+    batch: int
+    about: str
+    machine: Supernode = CLOUDMATRIX384
+
+
+def _decode(experts: int, **fields: Any) -> Layout:
+    spare = {"redundant_slots": 32, "shared_slots": 32}
+    return expert_parallel(320, experts, wire="int8", mailbox_rows=0, **spare, **fields)
+
+
+def _nodes(ranks: int, experts: int, **fields: Any) -> Layout:
+    return expert_parallel(
+        ranks, experts, exchange="hierarchical", wire="int8", redundant_slots=32, **fields
+    )
+
+
+_gathered = partial(expert_parallel, exchange="allgather")
+_whole = partial(tensor_parallel, whole_experts=True)
+_auto = partial(expert_parallel, auto=True, mailbox_rows=0)
+
+LAYOUTS = {
+    "ep320": Ready(_decode, "decode", 2, 96, "the paper's decode instance: a slot on each of 320 dies"),
+    "ep32": Ready(
+        partial(_nodes, 32, share_sequences=True),
+        "prefill",
+        2,
+        2,
+        "the paper's prefill instance: 32 dies share each sequence",
+    ),
+    # arXiv 2412.19437, section 3.4, and DeepSeek's overview of its inference system; batches of tables 3 and 4
+    "h800-ep144": Ready(
+        partial(_nodes, 144, mailbox_rows=0),
+        "decode",
+        1,
+        128,
+        "DeepSeek's decode instance: 2 routed experts and the shared one on each of 144 GPUs",
+        H800_NODE,
+    ),
+    "h800-ep32": Ready(
+        partial(_nodes, 32),
+        "prefill",
+        1,
+        4,
+        "DeepSeek's prefill instance: 9 routed experts and the shared one on each of 32 GPUs",
+        H800_NODE,
+    ),
+    "tp": Ready(
+        partial(tensor_parallel, 16), "decode", 1, 8, "every matrix over 16 NPUs, 128 sequences on all of them"
+    ),
+    "tp-ep": Ready(
+        partial(_whole, 16), "decode", 1, 8, "as tp, but each routed expert whole on one of 16 NPUs"
+    ),
+    "ag-rs": Ready(
+        partial(_decode, exchange="allgather"),
+        "decode",
+        2,
+        96,
+        "as ep320, but all tokens go to all dies: all-gather, reduce-scatter",
+    ),
+    "auto": Ready(
+        partial(_auto, 256), "decode", 2, 96, "GSPMD splits a plain program; an expert on each of 256 dies"
+    ),
+}
+
+_FAMILIES: dict[str, Callable[..., Layout]] = {
+    "ep": expert_parallel,
+    "tp": tensor_parallel,
+    "tp-ep": _whole,
+    "ag-rs": _gathered,
+    "auto": _auto,
+}
+
+
+def ready(name: str) -> Ready:
+    """A ready layout; or `epN`, `tpN`, `tp-epN`, `ag-rsN`, `autoN`: N NPUs with one rank each.
+
+    Raises:
+      CmxError: there is none of that name.
+    """
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    found = re.fullmatch(rf"({'|'.join(_FAMILIES)})([1-9][0-9]{{0,8}})", name)
+    if found is None:
+        raise CmxError(
+            f"layout {name!r}, expected {', '.join(_FAMILIES)} and a number of ranks, or one of "
+            f"{', '.join(LAYOUTS)}"
+        )
+    ranks = int(found[2])
+    return Ready(partial(_FAMILIES[found[1]], ranks), "decode", 1, 1, f"{ranks} NPUs")
