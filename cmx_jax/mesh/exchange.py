@@ -41,6 +41,7 @@ __all__ = [
     "ExchangeStats",
     "exchange",
     "gather",
+    "gathered",
     "message_bytes",
     "summed",
     "usual_rows",

@@ -224,8 +224,8 @@ def tensor_parallel(ranks: int, experts: int, *, whole_experts: bool = False, **
     """Every matrix over all ranks, of one axis `tp` (Megatron-LM, arXiv 1909.08053; vLLM's
     `--tensor-parallel-size`): two all-reduces a layer, and tokens and cache on every rank.
 
-    With `whole_experts` (vLLM's `--enable-expert-parallel`) a routed expert is not split but lies on one rank,
-    which runs it; the sums go into the same all-reduce. `fields`: others of `Layout`.
+    With `whole_experts` (vLLM's `--enable-expert-parallel`) a routed expert is not split but lies on one
+    rank, which runs it; the sums go into the same all-reduce. `fields`: others of `Layout`.
 
     Raises:
       CmxError: there is no rank.

@@ -101,8 +101,8 @@ def _sharded(
     auto: bool,
 ) -> Any:
     if auto:
-        ins, outs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (in_specs, out_specs), is_leaf=_is_spec)
-        return jax.jit(fn, in_shardings=ins, out_shardings=outs, donate_argnums=donate)
+        outs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs, is_leaf=_is_spec)
+        return jax.jit(fn, out_shardings=outs, donate_argnums=donate)  # arguments lie where `put` put them
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return jax.jit(mapped, donate_argnums=donate)
 
@@ -276,16 +276,18 @@ def _labels(spec: P, ndim: int) -> tuple[str | None, ...]:
 class Abstract:
     """Trace and lower over an `AbstractMesh`: no devices, no weights, any size.
 
+    Given a mesh of devices, of a topology that nobody needs to have, programs may be compiled for it.
+
     What `jit` returns is traced with `jax.ShapeDtypeStruct`s, such as `put` gives, and lowered for a named
     platform: `.trace(...).lower(lowering_platforms=("cpu",))`.
     """
 
     axes: Axes
-    mesh: AbstractMesh = field(init=False, compare=False)
+    mesh: Any = field(default=None, compare=False)  # Mesh or AbstractMesh
 
     def __post_init__(self) -> None:
         names, sizes = zip(*self.axes, strict=True)
-        object.__setattr__(self, "mesh", AbstractMesh(sizes, names))
+        object.__setattr__(self, "mesh", self.mesh or AbstractMesh(sizes, names))
 
     def jit(
         self,

@@ -1,5 +1,7 @@
-"""Machines as data; units are in the names. CloudMatrix384's figures are the paper's (arXiv 2506.12708), the H800's
-those of the sources that stand beside them."""
+"""Machines as data; units are in the names.
+
+CloudMatrix384's figures are the paper's (arXiv 2506.12708), the H800's those of the sources beside them.
+"""
 
 from dataclasses import dataclass
 
@@ -25,8 +27,10 @@ class Plane:
 
 @dataclass(frozen=True, kw_only=True)
 class Npu:
-    """One accelerator package and what it holds (section 3.3.1; peaks pinned by Table 10). Cube cores multiply
-    matrices: a GPU's tensor cores; vector cores: its SMs."""
+    """One accelerator package and what it holds (section 3.3.1; peaks pinned by Table 10).
+
+    Cube cores multiply matrices: a GPU's tensor cores; vector cores: its SMs.
+    """
 
     name: str
     dies: int
@@ -120,11 +124,11 @@ H800_NODE = Supernode(
     cpus_per_node=2,  # DGX H800 datasheet
     npu=H800,
     planes=(
-        # 400 GB/s both ways, and a ConnectX-7 400G InfiniBand port for each GPU: arXiv 2505.09343, section 4.1
+        # 400 GB/s both ways, and a 400G ConnectX-7 for each GPU (arXiv 2505.09343, section 4.1)
         Plane(name="NVLink", npu_gb_s=200.0, use="within a node"),
         Plane(name="RDMA", npu_gb_s=50.0, use="across nodes: expert parallelism, KV transfer"),
     ),
     within_node=None,
     across_nodes=None,
 )
-"""The nodes on which DeepSeek serves (arXiv 2505.09343, section 4.1): a scale-up network ends with its node."""
+"""On which DeepSeek serves (arXiv 2505.09343, section 4.1): the scale-up network ends with the node."""

@@ -10,7 +10,7 @@ from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh
 
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.runners import Abstract, shaped
+from cmx_jax.mesh.runners import Abstract
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import PagedCache, abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
@@ -64,7 +64,7 @@ def trace_step(
       in_order: keep the cache in memory in the order of its axes. The TPU compiler would choose another order
         for an argument, and copy the whole cache from and to it in every step.
     """
-    runner = Abstract(layout.axes)
+    runner = Abstract(layout.axes, mesh)
     specs, pages = step_specs(c, layout, drafts > 0), -(-context // PAGE_WIDTH)
     rows = sequences * layout.data_ranks
 
@@ -82,10 +82,7 @@ def trace_step(
     kept = cache_dtype(kv_cache_dtype, dtype)
     cache = abstract_cache(c, rows * pages, PAGE_WIDTH, kept, drafts > 0)
     given = (specs.weights, specs.data, ins)
-    placed = [
-        shaped(mesh or runner.mesh, tree, spec)
-        for tree, spec in zip((weights, cache, batch), given, strict=True)
-    ]
+    placed = [runner.put(tree, spec) for tree, spec in zip((weights, cache, batch), given, strict=True)]
     program = runner.jit(fn, given, (specs.data, outs), (1,), layout.auto)
     if in_order:
         pinned = _pinned(placed[1])

@@ -1,8 +1,8 @@
 """Attention of any family, as a decoder layer calls it: from normed hidden states back to the model's width.
 
 Two ways to spread it over ranks. `local`: each rank attends for its own sequences, with all heads or, under
-tensor parallelism, with its own. `staged`: the ranks share every sequence, by tokens and then by heads (SP-TP-SP,
-section 4.3.1).
+tensor parallelism, with its own. `staged`: the ranks share every sequence, by tokens and then by heads
+(SP-TP-SP, section 4.3.1).
 """
 
 from collections.abc import Callable

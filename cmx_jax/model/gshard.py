@@ -1,9 +1,9 @@
 """Experts in a program of whole arrays, which the compiler splits: GShard's masks (arXiv 2006.16668).
 
-No rank, no axis, no collective is named. Tokens stand in groups, one for each rank that has some; each group has
-`rows` places in every slot. Masks `[G, T, X, rows]` put tokens into places and back as matrix products, so that
-what moves, and how, is the compiler's choice. The masks grow with the square of a group's tokens: a baseline to
-compare with, for short prompts.
+No rank, no axis, no collective is named. Tokens stand in groups, one for each rank that has some; each group
+has `rows` places in every slot. Masks `[G, T, X, rows]` put tokens into places and back as matrix products, so
+that what moves, and how, is the compiler's choice. The masks grow with the square of a group's tokens: a
+baseline to compare with, for short prompts.
 """
 
 import jax
@@ -31,9 +31,7 @@ def masked(layout: Layout, rows: int) -> RunExperts:
     ) -> tuple[Array, ExchangeStats]:
         with jax.named_scope("Dispatch"):
             slots = choose(chosen, w.slots, w.first_slot, (), layout.replicated)
-            grouped, slots, weights = (
-                a.reshape(layout.groups, -1, a.shape[1]) for a in (x, slots, weights)
-            )
+            grouped, slots, weights = (a.reshape(layout.groups, -1, a.shape[1]) for a in (x, slots, weights))
             to_slot = jax.nn.one_hot(slots, layout.slots, dtype=jnp.int32)  # [G, T, K, X]; of -1 zeros
             flat = to_slot.reshape(layout.groups, -1, layout.slots)
             before = (jnp.cumsum(flat, axis=1) - flat).reshape(to_slot.shape)
@@ -49,9 +47,7 @@ def masked(layout: Layout, rows: int) -> RunExperts:
             answers = einsum("xgrf,xfd->xgrd", jax.nn.silu(h[..., 0, :]) * h[..., 1, :], down)
         with jax.named_scope("Combine"):
             wide = jnp.dtype(jnp.float32)
-            y = jnp.einsum(
-                "gtxr,xgrd->gtd", used, answers, precision="highest", preferred_element_type=wide
-            )
+            y = jnp.einsum("gtxr,xgrd->gtd", used, answers, precision="highest", preferred_element_type=wide)
         counts = (jnp.sum(a).astype(jnp.int32) for a in (slots >= 0, (slots >= 0) & (turn < rows)))
         return y.reshape(x.shape).astype(x.dtype), ExchangeStats(jnp.ones((), jnp.int32), *counts)
 

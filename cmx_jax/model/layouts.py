@@ -33,14 +33,12 @@ class Ready:
 
 
 def _decode(experts: int, **fields: Any) -> Layout:
-    spare = {"redundant_slots": 32, "shared_slots": 32}
+    spare: dict[str, Any] = {"redundant_slots": 32, "shared_slots": 32}
     return expert_parallel(320, experts, wire="int8", mailbox_rows=0, **spare, **fields)
 
 
 def _nodes(ranks: int, experts: int, **fields: Any) -> Layout:
-    return expert_parallel(
-        ranks, experts, exchange="hierarchical", wire="int8", redundant_slots=32, **fields
-    )
+    return expert_parallel(ranks, experts, exchange="hierarchical", wire="int8", redundant_slots=32, **fields)
 
 
 _gathered = partial(expert_parallel, exchange="allgather")
@@ -56,7 +54,7 @@ LAYOUTS = {
         2,
         "the paper's prefill instance: 32 dies share each sequence",
     ),
-    # arXiv 2412.19437, section 3.4, and DeepSeek's overview of its inference system; batches of tables 3 and 4
+    # DeepSeek's overview of its inference system (open-infra-index, day 6); batches: the paper's tables 3, 4
     "h800-ep144": Ready(
         partial(_nodes, 144, mailbox_rows=0),
         "decode",
@@ -74,7 +72,11 @@ LAYOUTS = {
         H800_NODE,
     ),
     "tp": Ready(
-        partial(tensor_parallel, 16), "decode", 1, 8, "every matrix over 16 NPUs, 128 sequences on all of them"
+        partial(tensor_parallel, 16),
+        "decode",
+        1,
+        8,
+        "every matrix over 16 NPUs, 128 sequences on all of them",
     ),
     "tp-ep": Ready(
         partial(_whole, 16), "decode", 1, 8, "as tp, but each routed expert whole on one of 16 NPUs"

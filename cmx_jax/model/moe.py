@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.mesh.exchange import ExchangeStats, exchange
+from cmx_jax.mesh.exchange import ExchangeStats, exchange, gathered
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.message import Wire
 from cmx_jax.mesh.placement import choose
@@ -44,12 +44,11 @@ def exchanged(layout: Layout, rows: int) -> RunExperts:
     alike = tuple(name for name in layout.experts if name in layout.tensor)
     others = tuple(name for name in layout.experts if name not in alike)
     send = partial(
-        exchange(layout.exchange),
+        partial(gathered, shared=alike) if alike else exchange(layout.exchange),
         axis=layout.experts,
         slots_per_rank=layout.slots_per_rank,
         rows=rows,
         wire=layout.wire,
-        **({"shared": alike} if alike else {}),
     )
 
     def run(

@@ -138,7 +138,9 @@ def _regathered(
     """An experts' array `[X, L, ...]` in the order of another placement."""
     held_of: dict[Any, dict[int, np.ndarray]] = {}  # by what of the other axes a rank holds, and first slot
     for shard in array.addressable_shards:
-        held_of.setdefault(_cuts(shard.index[1:], leaf), {})[shard.index[0].start or 0] = np.asarray(shard.data)
+        held_of.setdefault(_cuts(shard.index[1:], leaf), {})[shard.index[0].start or 0] = np.asarray(
+            shard.data
+        )
     starts = np.array(sorted(next(iter(held_of.values()))))
     where = [{int(expert): slot for slot, expert in enumerate(row)} for row in before]
 

@@ -207,8 +207,8 @@ def from_pretrained(
       runner: `lanes` (any number of ranks on one device) or `devices` (one device a rank).
       ranks: expert-parallel ranks.
       layout: of other ranks than those: a `Layout`, or the name of a ready one such as `tp4` (see
-        `cmx_jax.model.layouts`). It has wire, exchange, microbatches and slots of its own; those below then mean
-        nothing.
+        `cmx_jax.model.layouts`). It has wire, exchange, microbatches and slots of its own, instead of those
+        below.
       dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
       quant: `int8` rounds the large matrices while they are loaded, with a scale for each output channel, and
         computes with them in INT8 (W8A8: activations are rounded token by token); `auto` does so where the

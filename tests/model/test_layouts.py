@@ -1,0 +1,212 @@
+"""Layouts that share matrices among ranks, or leave the splitting to the compiler: tokens and logits are those of
+one rank; and what their steps move."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from support import BASE, serve
+
+import cmx_jax
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.host import host_devices
+from cmx_jax.mesh.layout import Layout, expert_parallel, tensor_parallel
+from cmx_jax.mesh.runners import make_runner
+from cmx_jax.mesh.trace.hlo import read_hlo
+from cmx_jax.model.abstract import trace_step
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.families import preset
+from cmx_jax.model.gshard import masked
+from cmx_jax.model.layouts import LAYOUTS, ready
+from cmx_jax.model.sharding import laid_out, leaf_spec
+from cmx_jax.model.trace import trace_model
+from cmx_jax.model.weights import Experts, Leaf, MoE, Weights, int8_fields
+from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.instance import Capacity, Instance
+from model.small import config, random_weights
+
+R1 = preset("deepseek-r1")
+C = config(num_attention_heads=4, num_key_value_heads=4, intermediate_size=24, num_hidden_layers=2)
+EXPERTS = C.n_routed_experts
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40, 41], [3] * 9, [1]]
+TOKENS = np.arange(24, dtype=np.int32).reshape(4, 6)
+
+GRID = {"axes": (("dp", 2), ("tp", 2)), "data": ("dp",), "tensor": ("tp",), "slots": EXPERTS}
+CASES = {
+    "tp2": ("lanes", tensor_parallel(2, EXPERTS, microbatches=2)),
+    "tp-ep4": ("devices", tensor_parallel(4, EXPERTS, whole_experts=True)),
+    "auto4": ("devices", expert_parallel(4, EXPERTS, auto=True, mailbox_rows=0)),
+    "two by two": ("devices", Layout(**GRID, experts=("dp",))),
+    "two by two, whole experts": ("lanes", Layout(**GRID, experts=("dp", "tp"), exchange="allgather")),
+}
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    small = jax.tree.map(lambda a: a * a.dtype.type(0.3) if a.dtype == np.float32 else a, random_weights(C))
+    return small
+
+
+def served(weights: Weights, layout: Layout, runner: str) -> tuple[list[list[int]], np.ndarray]:
+    """Tokens of four prompts, with drafts and experts that move, and the logits of four rows."""
+    room = Capacity(page_width=8, sequences=4 // layout.data_ranks, pages=16)
+    one = Instance("one", C, layout, make_runner(runner, layout.axes), weights, room, "float32", 1)
+    tokens = serve(Engine([one], one, eplb_interval=3), PROMPTS, 8)
+    given = one.runner.put((TOKENS, np.full(4, 6, np.int32)), (layout.data_spec,) * 2)
+    return tokens, np.asarray(one.steps.score(one.weights, *given))
+
+
+@pytest.fixture(scope="module")
+def alone(weights) -> tuple[list[list[int]], np.ndarray]:
+    return served(weights, expert_parallel(1, EXPERTS), "lanes")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_and_logits_are_those_of_one_rank(case, weights, alone) -> None:
+    runner, layout = CASES[case]
+    tokens, scores = served(weights, layout, runner)
+    assert tokens == alone[0]
+    np.testing.assert_allclose(scores, alone[1], atol=1e-5 * np.abs(alone[1]).max(), rtol=0)
+
+
+def test_a_layout_by_name_gives_a_model_s_logits() -> None:
+    golden = np.load(BASE / "golden.npz")
+    llm = cmx_jax.from_pretrained(BASE, layout="auto2", max_num_seqs=2)
+    np.testing.assert_allclose(llm.logits(golden["tokens_40"]), golden["logits_40"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["tp16", "tp-ep16"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_ranks_hold_matching_parts_of_numbers_and_scales(name: str, int8: bool) -> None:
+    c = dataclasses.replace(R1, int8=int8_fields(R1)) if int8 else R1
+    layout = ready(name).make(c.n_routed_experts)
+    found: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+
+    def held(leaf: Leaf) -> None:
+        spec = [(axes,) if isinstance(axes, str) else axes or () for axes in leaf_spec(leaf, layout)]
+        spec += [()] * (len(leaf.shape) - len(spec))
+        shape = tuple(n // layout.size(axes) for n, axes in zip(leaf.shape, spec, strict=True))
+        found.setdefault((leaf.stack, leaf.path), {})[leaf.kind] = shape
+
+    laid_out(c, layout, held, True)
+    for shapes in found.values():
+        if "scale" in shapes:
+            q, scale = shapes["int8"], shapes["scale"]
+            assert all(s in (1, n) for n, s in zip(q, scale, strict=True))
+            assert math.prod(scale) > layout.ranks  # one scale for each channel
+    numbers = "int8" if int8 else "matrix"
+    assert found["moe", "attn.o"][numbers] == (58, 128 // 16, 128, 7168)
+    assert found["moe", "attn.kv_a"][numbers] == (58, 7168, 576)
+    assert found["moe", "ffn.shared.down"][numbers] == (58, 2048 // 16, 7168)
+    slots, width = (16, 2048) if "ep" in name else (256, 128)
+    assert found["moe", "ffn.experts.gate_up"][numbers] == (slots, 58, 7168, 2, width)
+    assert found["", "head"]["matrix"] == (7168, 129280 // 16)
+
+
+@pytest.mark.parametrize("name", ["tp16", "tp-ep16"])
+def test_tensor_parallelism_moves_two_sums_a_layer_and_the_logits(name: str) -> None:
+    layout, tokens = ready(name).make(256), 8 * 16 * 2
+    found = trace_model(R1, layout, "decode", batch=8, context=4096, drafts=1)
+    by_op: dict[str, list[float]] = {}
+    for r in found.collectives:
+        assert r["axes"] == ["tp"]
+        by_op.setdefault(r["op"], []).append(r["wire_bytes"])
+    hidden = tokens * 7168 * 2
+    assert sum(by_op["all_reduce"]) == 2 * (61 + 1) * hidden * 2 * 15 / 16  # MTP's layer too
+    assert sum(by_op["all_gather"]) == 129280 // 16 * 4 * 15 * (tokens + tokens / 2)
+    assert by_op.keys() == {"all_reduce", "all_gather"}
+    experts = sum(flops for scope, flops in found.scopes.items() if "MLP" in scope.split("/"))
+    assert experts == (58 + 1) * 2 * tokens * 8 * 3 * 7168 * 2048 // 16
+
+
+def test_deepseek_s_layouts_are_what_it_published() -> None:
+    for name, ranks, nodes, slots in (("h800-ep144", 144, 18, 2), ("h800-ep32", 32, 4, 9)):
+        found = LAYOUTS[name]
+        layout = found.make(256)
+        assert (layout.ranks, layout.axes[0], layout.slots_per_rank) == (ranks, ("node", nodes), slots)
+        assert (layout.data_ranks, layout.shared_slots) == (ranks, 0)
+    found = LAYOUTS["h800-ep144"]
+    moved = trace_model(
+        R1, found.make(256), found.step, batch=found.batch, context=4096, machine=found.machine
+    )
+    assert [r["plane"] for r in moved.collectives] == ["node", "RDMA", "node", "RDMA"]
+    assert moved.collectives[0]["payload_bytes"] == 58 * 128 * 8 * (7168 + 4 + 2)
+
+
+def test_all_tokens_to_all_dies_differs_from_the_paper_s_layout_in_the_exchange_alone() -> None:
+    ours, theirs = (LAYOUTS[name] for name in ("ag-rs", "ep320"))
+    assert dataclasses.replace(ours.make(256), exchange="flat") == theirs.make(256)
+    assert (ours.batch, ours.ranks_per_npu) == (theirs.batch, theirs.ranks_per_npu)
+
+
+def test_the_compiler_finds_the_exchange_of_a_program_that_names_none() -> None:
+    layout = ready("auto4").make(EXPERTS)
+    mesh = Mesh(np.array(host_devices(4)[:4]), ("ep",))
+    traced = trace_step(C, layout, "decode", sequences=2, context=256, dtype="float32", mesh=mesh)
+    program = read_hlo(traced.lower().compile().as_text(), layout.axes)
+    sent = [c for c in program.collectives if c.op == "all_to_all"]
+    box = EXPERTS * 2 * C.hidden_size * 4  # each slot has a place for each of a rank's two tokens
+    assert [(c.operand_bytes, c.count) for c in sent] == [(box, C.num_moe_layers)] * 2
+    pool = 2 * 2 * 128 * C.row_dim * 4 * C.num_hidden_layers  # of a rank
+    assert max(c.operand_bytes for c in program.collectives) < pool
+
+
+def test_the_whole_program_of_a_full_size_model_counts_every_place() -> None:
+    found = LAYOUTS["auto"]
+    moved = trace_model(R1, found.make(256), found.step, batch=found.batch, context=4096, ranks_per_npu=2)
+    assert not moved.collectives
+    assert "compiler" in moved.notes[-1]
+    experts = sum(flops for scope, flops in moved.scopes.items() if "MLP" in scope.split("/"))
+    assert experts == 58 * 2 * 256 * (256 * 48) * 3 * 7168 * 2048
+
+
+def test_what_does_not_fit_a_slot_s_places_is_dropped() -> None:
+    layout = expert_parallel(2, 4, auto=True)
+    rng = np.random.default_rng(0)
+    normal: Any = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    x, experts = normal(6, 8), Experts(normal(4, 1, 8, 2, 3), normal(4, 1, 3, 8))
+    table = MoE(None, None, jnp.arange(4), jnp.arange(5), experts, None)
+    chosen, ones = jnp.asarray([[2], [2], [2], [-1], [1], [2]]), jnp.ones((6, 1), jnp.float32)
+    given = (x, chosen, ones, table, experts, jnp.int32(0))
+    whole, all_sent = jax.jit(masked(layout, 3))(*given)
+    some, kept = jax.jit(masked(layout, 2))(*given)
+    assert (int(all_sent.sent), int(all_sent.received), int(kept.received)) == (5, 5, 4)
+    assert np.abs(np.asarray(whole)).max(axis=1).all() == (chosen >= 0).all()
+    np.testing.assert_array_equal(some[jnp.array([0, 1, 4, 5])], whole[jnp.array([0, 1, 4, 5])])
+    assert not np.asarray(some[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensor": ("dp",)}, "axis 'dp' carries data and tensor, expected one of them"),
+        ({"sequence": ("tp",)}, "heads are split over sequence and tensor, expected one of them"),
+        (
+            {"experts": ("dp", "tp")},
+            "exchange 'flat' where ranks have the tokens of all experts, expected 'allg",
+        ),
+        ({"auto": True}, "auto splits a whole program over one set of axes"),
+    ],
+)
+def test_a_layout_that_contradicts_itself_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CmxError, match=message):
+        dataclasses.replace(CASES["two by two"][1], **change)
+
+
+def test_heads_widths_and_grouped_heads_that_ranks_cannot_share_are_refused() -> None:
+    def make(c: ModelConfig, ranks: int) -> None:
+        laid_out(c, tensor_parallel(ranks, c.n_routed_experts), lambda leaf: leaf, True)
+
+    with pytest.raises(CmxError, match="128 heads cannot be shared by 3 ranks"):
+        make(R1, 3)
+    with pytest.raises(
+        CmxError, match=r"ffn\.gate_up: a width of 21 cannot be shared by 4 ranks, expected a div"
+    ):
+        make(dataclasses.replace(C, intermediate_size=21), 4)
+    with pytest.raises(CmxError, match="64 heads cannot be shared by 4 ranks, expected latent attention"):
+        make(preset("qwen3-235b-a22b"), 4)
