@@ -2,8 +2,11 @@
 
 No rank, no axis, no collective is named. Tokens stand in groups, one for each rank that has some; each group
 has `rows` places in every slot. Masks `[G, T, X, rows]` put tokens into places and back as matrix products, so
-that what moves, and how, is the compiler's choice. The masks grow with the square of a group's tokens: a
-baseline to compare with, for short prompts.
+what moves is the compiler's choice. They grow with the square of a group's tokens: a baseline to compare with,
+for short prompts.
+
+The choice hangs on sizes: of DeepSeek-R1 over 256 devices XLA sends the places of twice the mean load to their
+experts; with room for the worst case these are larger than a layer's experts, and it gathers all of them instead.
 """
 
 import jax

@@ -89,7 +89,11 @@ LAYOUTS = {
         "as ep320, but all tokens go to all dies: all-gather, reduce-scatter",
     ),
     "auto": Ready(
-        partial(_auto, 256), "decode", 2, 96, "GSPMD splits a plain program; an expert on each of 256 dies"
+        partial(expert_parallel, 256, auto=True),
+        "decode",
+        2,
+        96,
+        "GSPMD splits a plain program, an expert on each of 256 dies; room for twice the mean load, rest dropped",
     ),
 }
 
@@ -103,7 +107,8 @@ _FAMILIES: dict[str, Callable[..., Layout]] = {
 
 
 def ready(name: str) -> Ready:
-    """A ready layout; or `epN`, `tpN`, `tp-epN`, `ag-rsN`, `autoN`: N NPUs with one rank each.
+    """A ready layout; or `epN`, `tpN`, `tp-epN`, `ag-rsN`, `autoN` (exact: with room for the worst case): N NPUs
+    with one rank each.
 
     Raises:
       CmxError: there is none of that name.
