@@ -1,12 +1,12 @@
 """Experts in a program of whole arrays, which the compiler splits: GShard's masks (arXiv 2006.16668).
 
 No rank, no axis, no collective is named. Tokens stand in groups, one for each rank that has some; each group
-has `rows` places in every slot. Masks `[G, T, X, rows]` put tokens into places and back as matrix products, so
-what moves is the compiler's choice. They grow with the square of a group's tokens: a baseline to compare with,
-for short prompts.
+has `rows` places in every slot. Masks `[G, T, X, rows]` put tokens into places and back as matrix products:
+what moves is the compiler's choice. They grow with the square of a group's tokens: a baseline, for short
+prompts.
 
-The choice hangs on sizes: of DeepSeek-R1 over 256 devices XLA sends the places of twice the mean load to their
-experts; with room for the worst case these are larger than a layer's experts, and it gathers all of them instead.
+The choice hangs on sizes. Of DeepSeek-R1 over 256 devices XLA:CPU sends places for twice the mean load to their
+experts. With room for the worst case these are larger than a layer's experts, and it gathers those.
 """
 
 import jax

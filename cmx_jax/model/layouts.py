@@ -93,7 +93,7 @@ LAYOUTS = {
         "decode",
         2,
         96,
-        "GSPMD splits a plain program, an expert on each of 256 dies; room for twice the mean load, rest dropped",
+        "GSPMD splits a plain program, an expert on each of 256 dies; beyond twice the mean load dropped",
     ),
 }
 
@@ -107,8 +107,9 @@ _FAMILIES: dict[str, Callable[..., Layout]] = {
 
 
 def ready(name: str) -> Ready:
-    """A ready layout; or `epN`, `tpN`, `tp-epN`, `ag-rsN`, `autoN` (exact: with room for the worst case): N NPUs
-    with one rank each.
+    """A ready layout; or `epN`, `tpN`, `tp-epN`, `ag-rsN`, `autoN`: N NPUs with one rank each.
+
+    `autoN` has room for the worst case and drops nothing, unlike `auto`.
 
     Raises:
       CmxError: there is none of that name.

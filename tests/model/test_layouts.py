@@ -1,5 +1,5 @@
-"""Layouts that share matrices among ranks, or leave the splitting to the compiler: tokens and logits are those
-of one rank; and what their steps move."""
+"""Layouts that share matrices among ranks, or leave the splitting to the compiler: tokens and logits are as on
+one rank; and what their steps move."""
 
 import dataclasses
 import math
