@@ -5,8 +5,8 @@ has `rows` places in every slot. Masks `[G, T, X, rows]` put tokens into places 
 what moves is the compiler's choice. They grow with the square of a group's tokens: a baseline, for short
 prompts.
 
-The choice hangs on sizes. Of DeepSeek-R1 over 256 devices XLA:CPU sends places for twice the mean load to their
-experts. With room for the worst case these are larger than a layer's experts, and it gathers those.
+The choice hangs on sizes. Of DeepSeek-R1 over 256 devices XLA:CPU sends places for twice the mean load to
+their experts. With room for the worst case these are larger than a layer's experts, and it gathers those.
 """
 
 import jax

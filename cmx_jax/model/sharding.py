@@ -71,7 +71,8 @@ def leaf_spec(leaf: Leaf, layout: Layout) -> P:
     """Experts over their axes, heads over `sequence`, what `TENSOR` names over `tensor`; everything else,
     routers, norms, latents' projections, the embedding, is replicated (section 2)."""
     axes: list[Any] = [None] * len(leaf.shape)
-    axes[0] = layout.experts or None if leaf.experts else None
+    if leaf.experts:
+        axes[0] = layout.experts or None
     at, over = _split(leaf, layout)
     if at and over:
         axes[at] = over

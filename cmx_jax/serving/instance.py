@@ -230,7 +230,7 @@ class Instance:
 
         Args:
           requests: placed here.
-          receivers: the decode rank that each goes to. Of ranks that share sequences, and so hold the same
+          receivers: the decode rank that each goes to. Of ranks that share sequences or matrices, and so hold the same
             pages, the one that `transfer.prefill_tp_rank` names sends.
           ranks: of the decode instance.
         """
@@ -241,7 +241,7 @@ class Instance:
             prefill_tp_rank(
                 receiver,
                 0,
-                prefill_tp_size=self.layout.sequence_ranks,
+                prefill_tp_size=self.layout.sequence_ranks * self.layout.tensor_ranks,
                 decode_tp_size=1,
                 decode_dp_size=ranks,
             )

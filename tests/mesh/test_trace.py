@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cmx_jax.mesh import CLOUDMATRIX384
+from cmx_jax.mesh import CLOUDMATRIX384, H800_NODE
 from cmx_jax.mesh.trace import Trace, View, render, trace
 from cmx_jax.mesh.trace.place import groups_of, plane
 
@@ -199,6 +199,11 @@ def test_planes_of_a_mesh_of_nodes(axes: tuple[str, ...], per_npu: int, where: s
 def test_planes_of_a_die_pair_and_beyond_the_supernode() -> None:
     assert plane([[0, 1], [2, 3]], CLOUDMATRIX384, 2) == "die pair"
     assert plane([[0, 384]], CLOUDMATRIX384) == "RDMA"
+
+
+def test_planes_of_gpus_beyond_their_node() -> None:
+    assert plane([[0, 7], [8, 15]], H800_NODE) == "node"
+    assert plane([[0, 7], [7, 8]], H800_NODE) == "RDMA"
 
 
 def test_the_table_has_a_line_for_each_collective() -> None:

@@ -1,5 +1,5 @@
-"""Layouts that share matrices among ranks, or leave the splitting to the compiler: tokens and logits are as on
-one rank; and what their steps move."""
+"""Layouts that share matrices among ranks, or leave the splitting to the compiler: tokens and logits are as
+on one rank; and what their steps move."""
 
 import dataclasses
 import math
@@ -109,16 +109,20 @@ def test_ranks_hold_matching_parts_of_numbers_and_scales(name: str, int8: bool) 
 
 
 @pytest.mark.parametrize("name", ["tp16", "tp-ep16"])
-def test_tensor_parallelism_moves_two_sums_a_layer_and_the_logits(name: str) -> None:
-    layout, tokens = ready(name).make(256), 8 * 16 * 2
-    found = trace_model(R1, layout, "decode", batch=8, context=4096, drafts=1)
+@pytest.mark.parametrize(("step", "rows", "logits"), [("decode", 2, 3), ("prefill", 512, 2)])
+def test_tensor_parallelism_moves_two_sums_a_layer_and_the_logits(
+    name: str, step: str, rows: int, logits: int
+) -> None:
+    """With MTP's layer; `rows` and `logits` that a sequence has in all. Every rank has all 128 sequences."""
+    layout, tokens = ready(name).make(256), 128 * rows
+    found = trace_model(R1, layout, step, batch=8, context=512, drafts=1)
     by_op: dict[str, list[float]] = {}
     for r in found.collectives:
         assert r["axes"] == ["tp"]
         by_op.setdefault(r["op"], []).append(r["wire_bytes"])
     hidden = tokens * 7168 * 2
-    assert sum(by_op["all_reduce"]) == 2 * (61 + 1) * hidden * 2 * 15 / 16  # MTP's layer too
-    assert sum(by_op["all_gather"]) == 129280 // 16 * 4 * 15 * (tokens + tokens / 2)
+    assert sum(by_op["all_reduce"]) == 2 * (61 + 1) * hidden * 2 * 15 / 16
+    assert sum(by_op["all_gather"]) == 129280 // 16 * 4 * 15 * 128 * logits
     assert by_op.keys() == {"all_reduce", "all_gather"}
     experts = sum(flops for scope, flops in found.scopes.items() if "MLP" in scope.split("/"))
     assert experts == (58 + 1) * 2 * tokens * 8 * 3 * 7168 * 2048 // 16
