@@ -230,8 +230,8 @@ class Instance:
 
         Args:
           requests: placed here.
-          receivers: the decode rank that each goes to. Of ranks that share sequences or matrices, and so hold the same
-            pages, the one that `transfer.prefill_tp_rank` names sends.
+          receivers: the decode rank that each goes to. Of ranks that share sequences or matrices, and so hold
+            the same pages, the one that `transfer.prefill_tp_rank` names sends.
           ranks: of the decode instance.
         """
         counts = [pages_for(len(r.prompt), self.capacity.page_width) for r in requests]
