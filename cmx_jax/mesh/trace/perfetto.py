@@ -2,6 +2,7 @@
 machine's peak rates make it. A picture of what waits for what, not a prediction."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,5 +82,5 @@ def _wire_us(collective: Collective, found: Found, view: View) -> float:
 def bandwidth(machine: Supernode, where: str) -> float:
     """GB/s of an NPU, one way, for what crosses a boundary (`cmx_jax.mesh.trace.place.plane`)."""
     if where == "die pair":
-        return machine.npu.die_to_die_gb_s
+        return machine.npu.die_to_die_gb_s or math.inf
     return machine.planes[1 if where == "RDMA" else 0].npu_gb_s
