@@ -14,7 +14,6 @@ With 160 decode ranks a rank is one of the paper's NPUs, which are two dies each
 
 import argparse
 import json
-import math
 import re
 import sys
 import time
@@ -22,20 +21,18 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh import Layout, expert_parallel
-from cmx_jax.mesh.exchange import EXCHANGES, WIRES, message_bytes
+from cmx_jax.mesh import expert_parallel
+from cmx_jax.mesh.exchange import EXCHANGES, WIRES
 from cmx_jax.mesh.targets import compiler_options, target_devices
-from cmx_jax.model.abstract import PAGE_WIDTH, trace_step
-from cmx_jax.model.cache import KV_CACHE_DTYPES, abstract_cache, cache_dtype
-from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.abstract import trace_step
+from cmx_jax.model.cache import KV_CACHE_DTYPES
 from cmx_jax.model.families import preset
-from cmx_jax.model.sharding import laid_out, leaf_spec, shared_in_slots
-from cmx_jax.model.weights import Leaf, int8_fields, leaf_dtype
+from cmx_jax.model.memory import by_layout, page_bytes
+from cmx_jax.model.weights import int8_fields
 
 RANKS = {"decode": 160, "prefill": 32}
 GB, MIB = 1e9, 2.0**20
@@ -58,54 +55,6 @@ one expert, 96 tokens a step and 48 sequences of 4,096 tokens; of 32 in prefill,
 CPU_NOTE = (
     "XLA:CPU keeps float32 copies of BF16 weights and of the cache: its temporaries are no accelerator's."
 )
-
-
-def part(leaf: Leaf) -> str:
-    """What a weight is counted under."""
-    if leaf.stack == "mtp":
-        return "MTP layer"
-    if leaf.experts:
-        return "experts"
-    if leaf.path in ("embed", "head"):
-        return "embedding, head"
-    if leaf.path.startswith("attn."):
-        return "attention"
-    return "dense FFN" if leaf.stack == "dense" else "shared experts, routers, norms"
-
-
-def page_bytes(c: ModelConfig, width: int, kv_cache_dtype: str, mtp: bool = False) -> int:
-    """Of all layers, scales included."""
-    page = abstract_cache(c, 1, width, cache_dtype(kv_cache_dtype, "bfloat16"), mtp)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(page))
-
-
-def by_layout(
-    c: ModelConfig,
-    layout: Layout,
-    batch: int,
-    length: int,
-    prefill: bool,
-    drafts: int = 1,
-    kv_cache_dtype: str = "auto",
-) -> dict[str, int]:
-    """Bytes that one rank needs, by what for."""
-    found: dict[str, int] = {}
-    leaves: list[Leaf] = []
-    laid_out(c, layout, leaves.append, drafts > 0)
-    for leaf in leaves:
-        axes = [axis for axis in leaf_spec(leaf, layout) if axis]
-        names = tuple(name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis))
-        size = math.prod(leaf.shape) // layout.size(names) * leaf_dtype(leaf, jnp.bfloat16).itemsize
-        found[part(leaf)] = found.get(part(leaf), 0) + size
-    pages = batch * -(-length // PAGE_WIDTH)
-    found["cache"] = pages * page_bytes(c, PAGE_WIDTH, kv_cache_dtype, drafts > 0)
-    tokens = batch * length // layout.sequence_ranks if prefill else batch * (1 + drafts)
-    copies = c.num_experts_per_tok + shared_in_slots(c, layout)
-    rows = layout.expert_ranks * layout.rows(tokens // layout.microbatches, copies)
-    if layout.exchange != "allgather":
-        found["dispatch buffer"] = rows * message_bytes(c.hidden_size, layout.wire)
-        found["combine buffer"] = rows * c.hidden_size * 2
-    return found
 
 
 COLLECTIVES = r"(?:all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)"
