@@ -45,6 +45,7 @@ class Collective:
       groups: ranks of each group, where the source has them.
       at: place in the order of the program, among products too.
       done: where it is awaited, if something else may run beside it.
+      pairs: (source, target) of a permute, as ranks.
     """
 
     op: str
@@ -56,6 +57,7 @@ class Collective:
     scope: str = ""
     share: float = 1.0
     groups: tuple[tuple[int, ...], ...] | None = None
+    pairs: tuple[tuple[int, ...], ...] | None = None
     known: int = 1
     at: int = field(default=0, compare=False)
     done: int | None = field(default=None, compare=False)

@@ -31,7 +31,7 @@ def collectives_of(instruction: Instruction, machine: Machine, op_name: str) -> 
     op = COLLECTIVES[instruction.op.removesuffix("-start")]
     if op == "all_reduce" and instruction.home.name.startswith("all-reduce-scatter"):
         op = "reduce_scatter"  # how TPU writes it: a fusion that sums, and keeps its own part
-    share = 1.0
+    share, pairs = 1.0, None
     if op == "permute":
         pairs = pairs_of(instruction, machine)
         groups, axes = connected(pairs), axes_of_pairs(pairs, machine.axes)
@@ -47,7 +47,7 @@ def collectives_of(instruction: Instruction, machine: Machine, op_name: str) -> 
         by_type.setdefault(dtype, []).append(shape)
     scope = scopes(op_name)
     return [
-        Collective(op, axes, size, dtype, _together(shapes), 1, scope, share, groups)
+        Collective(op, axes, size, dtype, _together(shapes), 1, scope, share, groups, pairs)
         for dtype, shapes in by_type.items()
     ]
 

@@ -2,11 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmx_jax.mesh.trace.collective import Collective
+from cmx_jax.mesh.trace.place import groups_of
 from cmx_jax.mesh.trace.scope import joined, scopes
 
 OPS = {  # primitive -> operation
@@ -146,17 +147,37 @@ def _collectives(eqn: Any, op: str, at: At, found: Found) -> Iterator[Collective
     sizes = dict(at.axes)
     if not names:  # an axis of a vmap: nothing moves
         return
-    groups = eqn.params.get("axis_index_groups")
-    size = len(groups[0]) if groups else math.prod(sizes[name] for name in names)
-    share = 1.0
+    parts = eqn.params.get("axis_index_groups")
+    size = len(parts[0]) if parts else math.prod(sizes[name] for name in names)
+    groups = _ranks(parts, names, sizes) if parts else None
+    share, pairs = 1.0, None
     if op == "permute":
         share = len({a for a, b in eqn.params["perm"] if a != b}) / size
+        pairs = _ranks(eqn.params["perm"], names, sizes)
     operands = eqn.invars[:1] if op == "ragged_all_to_all" else eqn.invars
     for operand in operands:
         dtype, shape = str(operand.aval.dtype), tuple(operand.aval.shape)
         yield Collective(
-            op, names, size, dtype, shape, at.count, at.scope, share, known=at.known, at=next(found.order)
+            op,
+            names,
+            size,
+            dtype,
+            shape,
+            at.count,
+            at.scope,
+            share,
+            groups,
+            pairs,
+            at.known,
+            next(found.order),
         )
+
+
+def _ranks(
+    parts: Iterable[Iterable[int]], names: tuple[str, ...], sizes: dict[str, int]
+) -> tuple[tuple[int, ...], ...]:
+    """Places along some axes as ranks of the whole mesh."""
+    return tuple(tuple(group[i] for i in part) for group in groups_of(names, sizes) for part in parts)
 
 
 def _product(eqn: Any, at: At, found: Found) -> Product:

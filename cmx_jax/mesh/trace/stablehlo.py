@@ -105,7 +105,7 @@ class _Reader:
     def _collectives(self, op: Any, at: At, found: Found) -> Iterator[Collective]:
         """One for each operand: several may travel together."""
         name, axes = OPS.get(op.name, RAGGED), tuple(self.found.axes.items())
-        share = 1.0
+        share, pairs = 1.0, None
         if name == "permute":
             pairs = _numbers(op.attributes["source_target_pairs"])
             groups, over = connected(pairs), axes_of_pairs(pairs, axes)
@@ -118,7 +118,18 @@ class _Reader:
         for operand in operands:
             dtype, shape = _array(operand)
             yield Collective(
-                name, over, size, dtype, shape, at.count, at.scope, share, groups, at.known, next(found.order)
+                name,
+                over,
+                size,
+                dtype,
+                shape,
+                at.count,
+                at.scope,
+                share,
+                groups,
+                pairs,
+                at.known,
+                next(found.order),
             )
 
 
