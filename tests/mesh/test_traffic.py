@@ -1,0 +1,97 @@
+"""Who sends to whom: sums are the wire bytes of the trace, patterns those of the operations."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh import CLOUDMATRIX384
+from cmx_jax.mesh.trace.table import Trace, trace
+from cmx_jax.mesh.trace.traffic import by_node, traffic
+
+AXES = (("node", 4), ("npu", 8))
+BOTH = P(("node", "npu"))
+
+
+def traced(fn: Any) -> Trace:
+    """Of a rank's `[32, 32] float32`: 4,096 bytes."""
+    mesh = AbstractMesh(*zip(*[(size, name) for name, size in AXES], strict=True))
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=BOTH, out_specs=BOTH, check_vma=False)
+    return trace(mapped, jax.ShapeDtypeStruct((32 * 32, 32), jnp.dtype("float32")))
+
+
+def everything(x: Any) -> Any:
+    def inner(x: Any, _: Any) -> Any:
+        x = lax.all_to_all(x, ("node", "npu"), 0, 0, tiled=True)
+        return lax.psum_scatter(lax.all_gather(x, "npu", tiled=True), "npu", tiled=True), None
+
+    pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    x = lax.scan(inner, x, None, length=5)[0]
+    return lax.psum_scatter(
+        lax.all_gather(lax.psum(x, "node"), "npu", axis_index_groups=pairs, tiled=True),
+        "npu",
+        axis_index_groups=pairs,
+        tiled=True,
+    )
+
+
+def test_every_row_sums_to_the_wire_bytes() -> None:
+    found = traced(everything)
+    sent = traffic(found.collectives, AXES)
+    assert {c["op"] for c in found.collectives} == {
+        "all_to_all",
+        "all_gather",
+        "reduce_scatter",
+        "all_reduce",
+    }
+    assert sent.sum(axis=1).tolist() == [sum(c["wire_bytes"] for c in found.collectives)] * 32
+    assert not np.diag(sent).any()
+    nodes = by_node(sent, CLOUDMATRIX384)
+    assert nodes.shape == (4, 4)
+    assert nodes.sum() == sent.sum()
+    assert nodes[1, 3] == sent[8:16, 24:32].sum()
+
+
+def test_a_gather_stays_in_its_group() -> None:
+    sent = traffic(traced(lambda x: lax.psum_scatter(x, "npu", tiled=True)).collectives, AXES)
+    inside = np.kron(np.eye(4), np.ones((8, 8)) - np.eye(8))
+    assert (sent == inside * 4096 / 8).all()
+
+
+def test_a_permute_s_bytes_go_along_its_pairs() -> None:
+    chain = [(i, i + 1) for i in range(3)]
+    sent = traffic(traced(lambda x: lax.ppermute(x, "node", chain)).collectives, AXES)
+    expected = np.zeros((32, 32))
+    for rank in range(24):
+        expected[rank, rank + 8] = 4096
+    assert (sent == expected).all()
+
+
+def test_two_dies_of_an_npu_are_in_one_node() -> None:
+    found = traced(lambda x: lax.all_to_all(x, ("node", "npu"), 0, 0, tiled=True))
+    nodes = by_node(traffic(found.collectives, AXES), CLOUDMATRIX384, ranks_per_npu=2, first_npu=4)
+    part = 4096 / 32
+    assert nodes.tolist() == [  # 8 dies of node 0, 16 of node 1, 8 of node 2
+        [8 * 7 * part, 8 * 16 * part, 8 * 8 * part],
+        [16 * 8 * part, 16 * 15 * part, 16 * 8 * part],
+        [8 * 8 * part, 8 * 16 * part, 8 * 7 * part],
+    ]
+
+
+def test_a_broadcast_is_passed_on() -> None:
+    row = {"op": "broadcast", "axes": ["npu"], "wire_bytes": 700.0, "scope": ""}
+    sent = traffic([row], AXES)
+    assert sent[:8, :8].tolist() == (np.eye(8, k=1) * 800).tolist()
+    assert sent.sum() == 700 * 32
+
+
+@pytest.mark.parametrize("op", ["permute", "all_gather"])
+def test_what_says_not_between_whom_is_refused(op: str) -> None:
+    with pytest.raises(CmxError, match="does not say between which ranks it is"):
+        traffic([{"op": op, "axes": [], "wire_bytes": 1.0, "scope": "x"}], AXES)
