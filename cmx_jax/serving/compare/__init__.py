@@ -1,0 +1,1 @@
+"""Layouts of a model side by side: what a step moves, computes and holds under each."""

@@ -1,0 +1,159 @@
+"""`compare`: one step of a model under several layouts, as one JSON document."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmx_jax.errors import CmxError
+from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, request_devices
+from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.supernode import CLOUDMATRIX384
+from cmx_jax.mesh.trace.table import Trace
+from cmx_jax.mesh.trace.traffic import by_node, traffic
+from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.memory import by_layout
+from cmx_jax.model.trace import Ready, ready, trace_model
+from cmx_jax.serving.compare.measure import Measure
+from cmx_jax.serving.model import config_of, located
+
+MACHINE = CLOUDMATRIX384
+STEPS = ("decode", "prefill")
+RUNNERS = ("lanes", "devices")
+USUAL_CONTEXT = 4096
+
+
+def compare(
+    model: str,
+    layouts: Sequence[str] | Mapping[str, Ready],
+    *,
+    step: str | None = None,
+    batch: int | None = None,
+    context: int | None = None,
+    num_speculative_tokens: int = 0,
+    runner: str = "lanes",
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """What a step takes under each layout; with weights at hand, also how long it takes here.
+
+    Args:
+      model: a preset, which is traced only; or a directory or `tiny`, which run, too.
+      layouts: names that `cmx_jax.model.trace.ready` knows, or layouts of your own by name.
+      step: `decode` or `prefill`; None: what the first layout is for.
+      batch: sequences of an NPU; None: the first layout's.
+      context: tokens of a sequence; None: 4,096, or the model's context if that is less.
+      num_speculative_tokens: MTP drafts of a decode step.
+      runner: what the step runs on here, `lanes` or `devices`.
+      progress: told what is being done.
+
+    Returns:
+      What was asked, and in `layouts` for each of them `name`, `about`, `ranks`, `ranks_per_npu`,
+      `sequences` (of all ranks); of one rank in one step `moved` (`payload_bytes` and `wire_bytes` by
+      `axes` and `plane`), `flops` by type, `memory` (bytes by what for), `seconds` of tracing; between
+      nodes `node_traffic [N, N]` in bytes, rows being senders; `measured` (see
+      `cmx_jax.serving.compare.measure.Measure`) or None; `notes`.
+
+    Raises:
+      CmxError: an unknown model or layout, a layout given twice, a batch or context that does not fit one.
+    """
+    c, known = config_of(model), _known(layouts)
+    first = next(iter(known.values()))
+    step = step or first.step
+    if step not in STEPS:
+        raise CmxError(f"step {step!r}, expected one of {list(STEPS)}")
+    if runner not in RUNNERS:
+        raise CmxError(f"runner {runner!r}, expected one of {list(RUNNERS)}")
+    batch = first.batch if batch is None else batch
+    context = min(USUAL_CONTEXT, c.max_position_embeddings) if context is None else context
+    given = {"step": step, "batch": batch, "context": context, "drafts": num_speculative_tokens}
+    made = {name: _made(name, found, c) for name, found in known.items()}
+    if runner == "devices":  # before JAX starts
+        request_devices(min(max(layout.ranks for layout in made.values()), MAX_COLLECTIVE_CPU_DEVICES))
+    rows = []
+    for name, layout in made.items():
+        progress(f"tracing {name}")
+        try:
+            rows.append({"name": name, **_traced(c, layout, known[name], **given)})
+        except CmxError as error:
+            raise CmxError(f"layout {name}: {error}") from None
+    if isinstance(directory := located(model), Path):
+        run = Measure(directory, step, context, num_speculative_tokens, runner)
+        for row in rows:
+            progress(f"running {row['name']}")
+            try:
+                row["measured"] = run(made[row["name"]], row["sequences"])
+            except CmxError as error:
+                row["notes"].append(f"not run: {error}")
+    return {
+        "model": model,
+        "machine": {"name": MACHINE.name, "nodes": MACHINE.nodes, "hbm_gb_per_npu": MACHINE.npu.hbm_gb},
+        "step": step,
+        "batch": batch,
+        "context": context,
+        "num_speculative_tokens": num_speculative_tokens,
+        "source": "jaxpr",
+        "layouts": rows,
+    }
+
+
+def _known(layouts: Sequence[str] | Mapping[str, Ready]) -> dict[str, Ready]:
+    if isinstance(layouts, Mapping):
+        found = dict(layouts)
+    else:
+        for name in layouts:
+            if list(layouts).count(name) > 1:
+                raise CmxError(f"layout {name!r} is given twice")
+        found = {name: ready(name) for name in layouts}
+    if not found:
+        raise CmxError("no layout is given, expected at least one")
+    return found
+
+
+def _made(name: str, found: Ready, c: ModelConfig) -> Layout:
+    try:
+        return found.make(c.n_routed_experts)
+    except CmxError as error:
+        raise CmxError(f"layout {name}: {error}") from None
+
+
+def _traced(
+    c: ModelConfig, layout: Layout, found: Ready, *, step: str, batch: int, context: int, drafts: int
+) -> dict[str, Any]:
+    """All of a layout that needs no weights."""
+    began = time.perf_counter()
+    trace = trace_model(
+        c,
+        layout,
+        step,
+        batch=batch,
+        context=context,
+        drafts=drafts,
+        ranks_per_npu=found.ranks_per_npu,
+    )
+    seconds = time.perf_counter() - began
+    each = batch * layout.sequence_ranks // found.ranks_per_npu
+    between = traffic(trace.collectives, layout.axes)
+    return {
+        "about": found.about,
+        "ranks": layout.ranks,
+        "ranks_per_npu": found.ranks_per_npu,
+        "sequences": each * layout.data_ranks,
+        "moved": _moved(trace),
+        "flops": trace.flops,
+        "memory": by_layout(c, layout, each, context, step == "prefill", drafts),
+        "seconds": {"trace": seconds},
+        "node_traffic": by_node(between, MACHINE, found.ranks_per_npu).tolist(),
+        "measured": None,
+        "notes": trace.notes,
+    }
+
+
+def _moved(trace: Trace) -> list[dict[str, Any]]:
+    """A row for each set of axes and plane, in the program's order."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in trace.collectives:
+        where = {"axes": ",".join(row["axes"]), "plane": row["plane"]}
+        sums = found.setdefault(tuple(where.values()), where | {"payload_bytes": 0, "wire_bytes": 0})
+        for of in ("payload_bytes", "wire_bytes"):
+            sums[of] += row[of]
+    return list(found.values())
