@@ -1,0 +1,144 @@
+"""Plots of a comparison, by matplotlib: an optional extra, asked for only here.
+
+Narrow, so that a phone shows them at a readable size. Colours are Okabe and Ito's, which people who see red
+and green alike can tell apart; what goes beyond eight is hatched.
+"""
+
+import importlib.util
+import io
+from typing import Any
+
+import numpy as np
+
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.compare.report import UNITS, moved, unit
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+HATCHES = ("", "///", "...")
+WIDTH = 4.4  # inches
+STYLE = {
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,
+}
+
+
+def need_matplotlib() -> None:
+    """Raises:
+    CmxError: matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CmxError("plots need matplotlib: pip install 'cmx_jax[plots]'")
+
+
+def plots(d: dict[str, Any], ink: str = "black") -> dict[str, Any]:
+    """Figures by name: `useful` and `sent` bytes, `memory`, and `traffic-LAYOUT` between nodes.
+
+    Args:
+      d: what `compare` gave.
+      ink: colour of lines and letters.
+
+    Raises:
+      CmxError: matplotlib is missing.
+    """
+    need_matplotlib()
+    import matplotlib
+
+    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "hatch.color")
+    with matplotlib.rc_context(STYLE | dict.fromkeys(inks, ink)):
+        each = d["layouts"]
+        found = {
+            "useful": _bars(
+                each, [moved(x, "payload_bytes") for x in each], "useful bytes a rank sends", ink
+            ),
+            "sent": _bars(each, [moved(x, "wire_bytes") for x in each], "bytes that leave a rank", ink),
+            "memory": _bars(
+                each,
+                [x["memory"] for x in each],
+                "memory of a rank",
+                ink,
+                [1e9 * d["machine"]["hbm_gb_per_npu"] / x["ranks_per_npu"] for x in each],
+            ),
+        }
+        most = max((v for x in each for row in x["node_traffic"] for v in row), default=0.0)
+        for x in each:
+            found[f"traffic-{x['name']}"] = _map(x, d["machine"]["nodes"], most, ink)
+    return found
+
+
+def image(figure: Any, kind: str, transparent: bool = False) -> bytes:
+    """A figure as `svg` or `png`; the same figure is the same bytes."""
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": figure.get_label()}):
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(out, format=kind, transparent=transparent, metadata=metadata, dpi=200)
+    return out.getvalue()
+
+
+def _bars(
+    each: list[dict[str, Any]],
+    values: list[dict[str, float]],
+    title: str,
+    ink: str,
+    limits: list[float] | None = None,
+) -> Any:
+    """A stacked bar for each layout, and at `limits` a line across it."""
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for of in values for label in of))
+    power = unit(max((sum(of.values()) for of in values), default=0))
+    scale, rows = 1000.0**power, np.arange(len(each))
+    columns = 1 if max(map(len, labels), default=0) > 22 else 2
+    legend = -(-(len(labels) + bool(limits)) // columns)
+    figure = Figure((WIDTH, 1.0 + 0.34 * len(each) + 0.22 * legend), layout="constrained", label=title)
+    axes = figure.subplots()
+    left = np.zeros(len(each))
+    for i, label in enumerate(labels):
+        wide = np.array([of.get(label, 0.0) for of in values]) / scale
+        colour, hatch = COLOURS[i % len(COLOURS)], HATCHES[i // len(COLOURS) % len(HATCHES)]
+        axes.barh(rows, wide, 0.7, left, label=label, color=colour, hatch=hatch, edgecolor=ink, linewidth=0.4)
+        left += wide
+    if limits:
+        axes.vlines(
+            np.array(limits) / scale,
+            rows - 0.45,
+            rows + 0.45,
+            ink,
+            linewidth=2,
+            linestyle="dashed",
+            label="HBM",
+        )
+    axes.set_yticks(rows, [x["name"] for x in each])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{title}, {UNITS[power]}B")
+    axes.locator_params(axis="x", nbins=5)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return figure
+
+
+def _map(x: dict[str, Any], nodes: int, most: float, ink: str) -> Any:
+    """Bytes from node (down) to node (across), on all of the machine's; `most` of any layout is brightest."""
+    from matplotlib.colors import LogNorm, to_rgb
+    from matplotlib.figure import Figure
+
+    sent = np.array(x["node_traffic"])
+    size, scale = max(nodes, len(sent)), 1000.0 ** unit(most)
+    shown = np.ma.masked_equal(np.zeros((size, size)), 0)
+    shown[: len(sent), : len(sent)] = np.ma.masked_equal(sent / scale, 0)
+    figure = Figure((WIDTH, 1.12 * WIDTH), layout="constrained", label=f"traffic of {x['name']}")
+    axes = figure.subplots()
+    axes.set_facecolor((*to_rgb(ink), 0.07))
+    top = max(most / scale, 1e-3)
+    norm = LogNorm(min(shown.min(), top / 10) if shown.count() else top / 10, top)
+    drawn = axes.imshow(shown, "cividis", norm, interpolation="none")
+    ticks = range(0, size, 8)
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
+    axes.set_xlabel("to node")
+    axes.set_ylabel("from node")
+    bar = figure.colorbar(drawn, location="bottom", shrink=0.9)
+    bar.set_label(f"{UNITS[unit(most)]}B a step, {x['name']}")
+    return figure

@@ -1,0 +1,67 @@
+"""Where a comparison is written: looked at before anything is computed, and never left half-written."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.compare.html import page
+from cmx_jax.serving.compare.plots import image, need_matplotlib, plots
+
+
+class Destination:
+    """A page, a folder of plots, both or neither.
+
+    Args:
+      html: file of the page.
+      folder: of the plots.
+
+    Raises:
+      CmxError: there cannot be such a file, there is no such folder, or matplotlib is missing.
+    """
+
+    def __init__(self, html: str | None = None, folder: str | None = None):
+        self.html, self.folder = (None if x is None else Path(x) for x in (html, folder))
+        if self.html is not None:
+            if self.html.is_dir():
+                raise CmxError(f"{self.html} is a directory, expected a file for the report")
+            _writable(self.html.parent)
+        if self.folder is not None:
+            _writable(self.folder)
+        if self.html is not None or self.folder is not None:
+            need_matplotlib()
+
+    def write(self, d: dict[str, Any]) -> None:
+        """Writes what `compare` gave.
+
+        Raises:
+          CmxError: a file cannot be written; what was there before is still there.
+        """
+        files: dict[Path, bytes] = {}
+        if self.folder is not None:
+            for name, figure in plots(d).items():
+                file = re.sub(r"[^\w.-]", "_", name)
+                for kind in ("png", "svg"):
+                    files[self.folder / f"{file}.{kind}"] = image(figure, kind)
+        if self.html is not None:
+            files[self.html] = page(d).encode()
+        for path, content in files.items():
+            _write(path, content)
+
+
+def _writable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CmxError(f"{folder} is no directory: make it first")
+    if not os.access(folder, os.W_OK):
+        raise CmxError(f"{folder} cannot be written to, expected a directory that can")
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CmxError(f"{path} cannot be written: {error.strerror}") from None
