@@ -16,18 +16,18 @@ body { margin: 0 auto; padding: 1rem; max-width: 60rem; font: 16px/1.5 system-ui
   color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-spacing: 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th[scope=row] { text-align: left; font-weight: normal; white-space: normal; min-width: 8rem; padding-left: 0;
   position: sticky; left: 0; background: var(--paper); }
 figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
-svg { display: block; width: 100%; max-width: 36rem; height: auto; }
+svg { display: block; width: 100%; max-width: 28rem; height: auto; }
 svg text { font-family: inherit !important; } svg image { image-rendering: pixelated; }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 """
 ABOUT_MAPS = (
-    "By the groups of each collective; what stays within a node is on the diagonal. The same colour is the same "
-    "number of bytes in all maps, grey is none."
+    "By the groups of each collective; what stays within a node is on the diagonal. "
+    "The same colour is as many bytes in all maps, grey is none."
 )
 
 
@@ -71,7 +71,7 @@ def _table(table: Table, names: list[str]) -> Iterator[str]:
 
 def _inline(number: int, name: str, figure: Any) -> str:
     """An SVG as part of a page: as wide as there is room, in its colour, with names of its own."""
-    svg = image(figure, "svg", transparent=True).decode()
+    svg = image(figure, "svg", "none").decode()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\1p{number}-", svg)

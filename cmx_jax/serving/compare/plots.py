@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.compare.report import UNITS, moved, unit
+from cmx_jax.serving.compare.report import UNITS, moved, text, unit
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 HATCHES = ("", "///", "...")
-WIDTH = 4.4  # inches
+WIDTH = 4.0  # inches
 STYLE = {
     "font.size": 10,
     "svg.fonttype": "none",
+    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.parse_math": False,
@@ -61,20 +62,21 @@ def plots(d: dict[str, Any], ink: str = "black") -> dict[str, Any]:
                 [1e9 * d["machine"]["hbm_gb_per_npu"] / x["ranks_per_npu"] for x in each],
             ),
         }
-        most = max((v for x in each for row in x["node_traffic"] for v in row), default=0.0)
+        sent = [v for x in each for row in x["node_traffic"] for v in row if v > 0]
+        most, least = max(sent, default=1.0), min(sent, default=1.0)
         for x in each:
-            found[f"traffic-{x['name']}"] = _map(x, d["machine"]["nodes"], most, ink)
+            found[f"traffic-{x['name']}"] = _map(x, d["machine"]["nodes"], least, most, ink)
     return found
 
 
-def image(figure: Any, kind: str, transparent: bool = False) -> bytes:
-    """A figure as `svg` or `png`; the same figure is the same bytes."""
+def image(figure: Any, kind: str, paper: str = "white") -> bytes:
+    """A figure as `svg` or `png` on paper of a colour, or of `none`; the same figure is the same bytes."""
     import matplotlib
 
     out = io.BytesIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": figure.get_label()}):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(out, format=kind, transparent=transparent, metadata=metadata, dpi=200)
+        figure.savefig(out, format=kind, facecolor=paper, metadata=metadata, dpi=200)
     return out.getvalue()
 
 
@@ -99,7 +101,9 @@ def _bars(
     for i, label in enumerate(labels):
         wide = np.array([of.get(label, 0.0) for of in values]) / scale
         colour, hatch = COLOURS[i % len(COLOURS)], HATCHES[i // len(COLOURS) % len(HATCHES)]
-        axes.barh(rows, wide, 0.7, left, label=label, color=colour, hatch=hatch, edgecolor=ink, linewidth=0.4)
+        there = wide > 0  # the edge of nothing would be a line
+        look = {"color": colour, "hatch": hatch, "edgecolor": ink, "linewidth": 0.4}
+        axes.barh(rows[there], wide[there], 0.7, left[there], label=label, **look)
         left += wide
     if limits:
         axes.vlines(
@@ -115,12 +119,12 @@ def _bars(
     axes.invert_yaxis()
     axes.set_xlabel(f"{title}, {UNITS[power]}B")
     axes.locator_params(axis="x", nbins=5)
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
-def _map(x: dict[str, Any], nodes: int, most: float, ink: str) -> Any:
-    """Bytes from node (down) to node (across), on all of the machine's; `most` of any layout is brightest."""
+def _map(x: dict[str, Any], nodes: int, least: float, most: float, ink: str) -> Any:
+    """Bytes from node (down) to node (across), on all of the machine's; `least`, `most`: any layout's."""
     from matplotlib.colors import LogNorm, to_rgb
     from matplotlib.figure import Figure
 
@@ -131,14 +135,17 @@ def _map(x: dict[str, Any], nodes: int, most: float, ink: str) -> Any:
     figure = Figure((WIDTH, 1.12 * WIDTH), layout="constrained", label=f"traffic of {x['name']}")
     axes = figure.subplots()
     axes.set_facecolor((*to_rgb(ink), 0.07))
-    top = max(most / scale, 1e-3)
-    norm = LogNorm(min(shown.min(), top / 10) if shown.count() else top / 10, top)
+    norm = LogNorm(min(least, most / 10) / scale, most / scale)
     drawn = axes.imshow(shown, "cividis", norm, interpolation="none")
     ticks = range(0, size, 8)
     axes.set_xticks(ticks)
     axes.set_yticks(ticks)
     axes.set_xlabel("to node")
     axes.set_ylabel("from node")
-    bar = figure.colorbar(drawn, location="bottom", shrink=0.9)
-    bar.set_label(f"{UNITS[unit(most)]}B a step, {x['name']}")
+    axes.set_title(x["name"], fontsize="medium")
+    marks = np.geomspace(norm.vmin, norm.vmax, 4)
+    bar = figure.colorbar(drawn, location="bottom", shrink=0.9, ticks=marks)
+    bar.set_ticks(marks, labels=[text(v) for v in marks.tolist()], minor=False)
+    bar.minorticks_off()
+    bar.set_label(f"{UNITS[unit(most)]}B a step")
     return figure

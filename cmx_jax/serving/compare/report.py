@@ -1,6 +1,7 @@
 """The result of `compare` as tables, layouts as columns: for the terminal, and for the page."""
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -103,12 +104,13 @@ def heading(d: dict[str, Any]) -> str:
 
 
 def notes(d: dict[str, Any]) -> list[str]:
-    """Each note once, with the layouts that it is of."""
+    """Each note once, with the layouts that it is of, if not of all."""
     of: dict[str, list[str]] = {}
     for x in d["layouts"]:
         for note in x["notes"]:
             of.setdefault(note, []).append(x["name"])
-    return [f"{', '.join(names)}: {note}" for note, names in of.items()]
+    whole = len(d["layouts"])
+    return [note if len(names) == whole else f"{', '.join(names)}: {note}" for note, names in of.items()]
 
 
 def text(value: float | str | None) -> str:
@@ -139,5 +141,5 @@ def render(d: dict[str, Any]) -> str:
             lines.append(table.title)
             for label, row in table.rows.items():
                 lines.append(f"  {label}".ljust(first) + "".join(text(v).rjust(wide) for v in row[part]))
-    lines += ["", *(f"{x['name']}: {x['about']}" for x in d["layouts"]), *notes(d)]
-    return "\n".join(lines)
+    remarks = [*(f"{x['name']}: {x['about']}" for x in d["layouts"]), *notes(d)]
+    return "\n".join([*lines, "", *(textwrap.fill(remark, WIDTH) for remark in remarks)])
