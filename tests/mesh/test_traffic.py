@@ -7,21 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import CLOUDMATRIX384
-from cmx_jax.mesh.trace.table import Trace, trace
+from cmx_jax.mesh.trace import Trace, trace
+from cmx_jax.mesh.trace.collective import Collective
 from cmx_jax.mesh.trace.traffic import by_node, traffic
 
-AXES = (("node", 4), ("npu", 8))
+AXES = {"node": 4, "npu": 8}
 BOTH = P(("node", "npu"))
 
 
 def traced(fn: Any) -> Trace:
     """Of a rank's `[32, 32] float32`: 4,096 bytes."""
-    mesh = AbstractMesh(*zip(*[(size, name) for name, size in AXES], strict=True))
+    mesh = AbstractMesh(tuple(AXES.values()), tuple(AXES))
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=BOTH, out_specs=BOTH, check_vma=False)
     return trace(mapped, jax.ShapeDtypeStruct((32 * 32, 32), jnp.dtype("float32")))
 
@@ -43,7 +44,7 @@ def everything(x: Any) -> Any:
 
 def test_every_row_sums_to_the_wire_bytes() -> None:
     found = traced(everything)
-    sent = traffic(found.collectives, AXES)
+    sent = traffic(found.found.collectives, AXES)
     assert {c["op"] for c in found.collectives} == {
         "all_to_all",
         "all_gather",
@@ -59,14 +60,14 @@ def test_every_row_sums_to_the_wire_bytes() -> None:
 
 
 def test_a_gather_stays_in_its_group() -> None:
-    sent = traffic(traced(lambda x: lax.psum_scatter(x, "npu", tiled=True)).collectives, AXES)
+    sent = traffic(traced(lambda x: lax.psum_scatter(x, "npu", tiled=True)).found.collectives, AXES)
     inside = np.kron(np.eye(4), np.ones((8, 8)) - np.eye(8))
     assert (sent == inside * 4096 / 8).all()
 
 
 def test_a_permute_s_bytes_go_along_its_pairs() -> None:
     chain = [(i, i + 1) for i in range(3)]
-    sent = traffic(traced(lambda x: lax.ppermute(x, "node", chain)).collectives, AXES)
+    sent = traffic(traced(lambda x: lax.ppermute(x, "node", chain)).found.collectives, AXES)
     expected = np.zeros((32, 32))
     for rank in range(24):
         expected[rank, rank + 8] = 4096
@@ -75,7 +76,7 @@ def test_a_permute_s_bytes_go_along_its_pairs() -> None:
 
 def test_two_dies_of_an_npu_are_in_one_node() -> None:
     found = traced(lambda x: lax.all_to_all(x, ("node", "npu"), 0, 0, tiled=True))
-    nodes = by_node(traffic(found.collectives, AXES), CLOUDMATRIX384, ranks_per_npu=2, first_npu=4)
+    nodes = by_node(traffic(found.found.collectives, AXES), CLOUDMATRIX384, ranks_per_npu=2, first_npu=4)
     part = 4096 / 32
     assert nodes.tolist() == [  # 8 dies of node 0, 16 of node 1, 8 of node 2
         [8 * 7 * part, 8 * 16 * part, 8 * 8 * part],
@@ -85,13 +86,27 @@ def test_two_dies_of_an_npu_are_in_one_node() -> None:
 
 
 def test_a_broadcast_is_passed_on() -> None:
-    row = {"op": "broadcast", "axes": ["npu"], "wire_bytes": 700.0, "scope": ""}
-    sent = traffic([row], AXES)
+    sent = traffic([Collective("broadcast", ("npu",), 8, "int8", (800,), 1)], AXES)
     assert sent[:8, :8].tolist() == (np.eye(8, k=1) * 800).tolist()
     assert sent.sum() == 700 * 32
+
+
+@pytest.mark.parametrize("source", ["jaxpr", "stablehlo", "hlo"])
+def test_every_source_says_who_sends_to_whom(source: str) -> None:
+    mesh = Mesh(np.array(jax.devices("cpu")[:8]).reshape(2, 4), ("node", "npu"))
+
+    def program(x: Any) -> Any:
+        x = lax.ppermute(x, "npu", [(i, (i + 1) % 4) for i in range(4)])
+        return lax.all_to_all(x, "node", 0, 0, tiled=True)
+
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=BOTH, out_specs=BOTH, check_vma=False)
+    found = trace(mapped, jax.ShapeDtypeStruct((8 * 4, 32), jnp.dtype("float32")), source=source)
+    ring, across = np.roll(np.eye(4), 1, axis=1), np.array([[0, 1], [1, 0]])
+    expected = 512 * np.kron(np.eye(2), ring) + 256 * np.kron(across, np.eye(4))
+    assert (traffic(found.found.collectives, found.found.axes) == expected).all()
 
 
 @pytest.mark.parametrize("op", ["permute", "all_gather"])
 def test_what_says_not_between_whom_is_refused(op: str) -> None:
     with pytest.raises(CmxError, match="does not say between which ranks it is"):
-        traffic([{"op": op, "axes": [], "wire_bytes": 1.0, "scope": "x"}], AXES)
+        traffic([Collective(op, (), 4, "int8", (4,), 1)], AXES)

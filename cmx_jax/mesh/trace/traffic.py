@@ -9,42 +9,41 @@ rank to rank, in the group's order.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.supernode import Supernode
-from cmx_jax.mesh.trace.place import Groups, groups_of
+from cmx_jax.mesh.trace.collective import Collective
+from cmx_jax.mesh.trace.place import groups_of
 
 
-def traffic(
-    collectives: Iterable[Mapping[str, Any]], axes: tuple[tuple[str, int], ...]
-) -> Float[np.ndarray, "R R"]:
+def traffic(collectives: Iterable[Collective], axes: Mapping[str, int]) -> Float[np.ndarray, "R R"]:
     """Bytes that each rank sends to each other in one run; rows are senders.
 
-    A row sums to `wire_bytes` of all collectives, exactly where a peer's part is a whole number of bytes;
+    A row sums to the wire bytes of all executions, exactly where a peer's part is a whole number of bytes;
     where only some ranks send (permute, broadcast), the mean of the rows does.
 
     Args:
-      collectives: of a `Trace`.
-      axes: names and sizes of the mesh, outermost first: ranks are numbered row by row.
+      collectives: of a program, as `Trace.found` has them.
+      axes: names and sizes of its mesh, outermost first: ranks are numbered row by row.
 
     Raises:
       CmxError: a collective does not say between which ranks it is.
     """
-    ranks = math.prod(size for _, size in axes)
+    ranks = math.prod(axes.values())
     sent = np.zeros((ranks, ranks))
-    for row in collectives:
-        if row["op"] == "permute":
-            _pass_on(sent, _pairs(row), row["wire_bytes"])
+    for c in collectives:
+        wire = c.known * c.wire_bytes
+        if c.pairs is not None:
+            _pass_on(sent, c.pairs, wire)
             continue
-        for group in _groups(row, dict(axes)):
-            if row["op"] == "broadcast":
-                _pass_on(sent, list(pairwise(group)), row["wire_bytes"] * len(group) / ranks)
+        for group in _groups(c, axes):
+            if c.op == "broadcast":
+                _pass_on(sent, list(pairwise(group)), wire * len(group) / ranks)
             elif len(group) > 1:
-                sent[np.ix_(group, group)] += _evenly(len(group), row["wire_bytes"])
+                sent[np.ix_(group, group)] += _evenly(len(group), wire)
     return sent
 
 
@@ -79,15 +78,7 @@ def _pass_on(sent: Float[np.ndarray, "R R"], pairs: Sequence[Sequence[int]], mea
         sent[source, target] += mean * len(sent) / len(moving)
 
 
-def _groups(row: Mapping[str, Any], sizes: dict[str, int]) -> Groups:
-    if "groups" in row:
-        return row["groups"]
-    if not row["axes"]:
-        raise CmxError(f"an {row['op']} in scope {row['scope']!r} does not say between which ranks it is")
-    return groups_of(tuple(row["axes"]), sizes)
-
-
-def _pairs(row: Mapping[str, Any]) -> Sequence[Sequence[int]]:
-    if "pairs" not in row:
-        raise CmxError(f"a permute in scope {row['scope']!r} does not say between which ranks it is")
-    return row["pairs"]
+def _groups(c: Collective, axes: Mapping[str, int]) -> Sequence[Sequence[int]]:
+    if c.groups is None and (not c.axes or c.op == "permute"):
+        raise CmxError(f"a collective ({c.op}, scope {c.scope!r}) does not say between which ranks it is")
+    return c.groups or groups_of(c.axes, dict(axes))
