@@ -20,6 +20,10 @@ def add(verbs: Any) -> None:
         "--context", type=int, help="tokens of a sequence (default 4096, or the model's if less)"
     )
     verb.add_argument("--num-speculative-tokens", type=int, default=0, help="MTP drafts (default 0)")
+    sources = "jaxpr (what was written, default), stablehlo, or hlo (what the compiler made of it)"
+    verb.add_argument("--source", default="jaxpr", help=sources)
+    target = "for hlo: cpu (default) or a TPU topology such as v5p:8x8x6"
+    verb.add_argument("--target", default="cpu", help=target)
     verb.add_argument(
         "--runner", default="lanes", help="what a step runs on here: lanes (default) or devices"
     )
@@ -34,7 +38,7 @@ def _compare(args: argparse.Namespace) -> None:
     from cmx_jax.serving.compare.write import Destination
 
     to = Destination(args.html, args.plots)
-    names = ("step", "batch", "context", "num_speculative_tokens", "runner")
+    names = ("step", "batch", "context", "num_speculative_tokens", "source", "target", "runner")
     chosen = {name: getattr(args, name) for name in names}
     result = compare(args.model, args.layouts.split(","), progress=progress(), **chosen)
     to.write(result)

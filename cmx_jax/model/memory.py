@@ -77,8 +77,10 @@ def by_layout(
     tokens //= layout.microbatches
     copies = c.num_experts_per_tok + shared_in_slots(c, layout)
     gathers = layout.exchange == "allgather"
-    rows = layout.expert_ranks * (tokens if gathers else layout.rows(tokens, copies))
-    if c.num_moe_layers:
+    # ranks that have the same tokens send each other none
+    peers = layout.size(tuple(axis for axis in layout.experts if axis in (*layout.data, *layout.sequence)))
+    rows = peers * (tokens if gathers else layout.rows(tokens, copies))
+    if c.num_moe_layers and (peers > 1 or not gathers):
         found["dispatch buffer"] = rows * message_bytes(c.hidden_size, layout.wire)
         found["combine buffer"] = rows * c.hidden_size * (4 if gathers else 2)
     return found

@@ -1,6 +1,5 @@
 """`compare`: one step of a model under several layouts, as one JSON document."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from cmx_jax.model.trace import Ready, ready, trace_model
 from cmx_jax.serving.compare.measure import Measure
 from cmx_jax.serving.model import config_of, located
 
-MACHINE = CLOUDMATRIX384
 STEPS = ("decode", "prefill")
 RUNNERS = ("lanes", "devices")
 USUAL_CONTEXT = 4096
@@ -31,6 +29,8 @@ def compare(
     batch: int | None = None,
     context: int | None = None,
     num_speculative_tokens: int = 0,
+    source: str = "jaxpr",
+    target: str = "cpu",
     runner: str = "lanes",
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -43,15 +43,17 @@ def compare(
       batch: sequences of an NPU; None: the first layout's.
       context: tokens of a sequence; None: 4,096, or the model's context if that is less.
       num_speculative_tokens: MTP drafts of a decode step.
+      source: where collectives and products are read, `jaxpr`, `stablehlo` or `hlo` (of the compiler).
+      target: what is compiled for, as of `cmx_jax.mesh.targets.target_devices`.
       runner: what the step runs on here, `lanes` or `devices`.
       progress: told what is being done.
 
     Returns:
-      What was asked, and in `layouts` for each of them `name`, `about`, `ranks`, `ranks_per_npu`,
-      `sequences` (of all ranks); of one rank in one step `moved` (`payload_bytes` and `wire_bytes` by
-      `axes` and `plane`), `flops` by type, `memory` (bytes by what for), `seconds` of tracing; between
-      nodes `node_traffic [N, N]` in bytes, rows being senders; `measured` (see
-      `cmx_jax.serving.compare.measure.Measure`) or None; `notes`.
+      What was asked, and in `layouts` for each of them `name`, `about`, `machine`, `ranks`,
+      `ranks_per_npu`, `sequences` (of all ranks); of one rank in one step `moved` (`payload_bytes` and
+      `wire_bytes` by `axes` and `plane`), `flops` by type, `memory` (bytes by what for), `program` (bytes, as
+      of `Trace.memory`), `seconds` of tracing and compiling; between nodes `node_traffic [N, N]` in bytes,
+      rows being senders; `measured` (see `cmx_jax.serving.compare.measure.Measure`) or None; `notes`.
 
     Raises:
       CmxError: an unknown model or layout, a layout given twice, a batch or context that does not fit one.
@@ -65,17 +67,18 @@ def compare(
         raise CmxError(f"runner {runner!r}, expected one of {list(RUNNERS)}")
     batch = first.batch if batch is None else batch
     context = min(USUAL_CONTEXT, c.max_position_embeddings) if context is None else context
-    given = {"step": step, "batch": batch, "context": context, "drafts": num_speculative_tokens}
-    made = {name: _made(name, found, c) for name, found in known.items()}
-    if runner == "devices":  # before JAX starts
-        request_devices(min(max(layout.ranks for layout in made.values()), MAX_COLLECTIVE_CPU_DEVICES))
+    given: dict[str, Any] = {"step": step, "batch": batch, "context": context}
+    given |= {"drafts": num_speculative_tokens, "source": source, "target": target}
+    made = {name: _of(name, found.make, c.n_routed_experts) for name, found in known.items()}
+    widest = max(layout.ranks for layout in made.values())
+    if source == "hlo" and target == "cpu":  # all of them before JAX starts
+        request_devices(widest)
+    elif runner == "devices":
+        request_devices(min(widest, MAX_COLLECTIVE_CPU_DEVICES))
     rows = []
     for name, layout in made.items():
         progress(f"tracing {name}")
-        try:
-            rows.append({"name": name, **_traced(c, layout, known[name], **given)})
-        except CmxError as error:
-            raise CmxError(f"layout {name}: {error}") from None
+        rows.append({"name": name, **_of(name, _traced, c, layout, known[name], **given)})
     if isinstance(directory := located(model), Path):
         run = Measure(directory, step, context, num_speculative_tokens, runner)
         for row in rows:
@@ -86,12 +89,12 @@ def compare(
                 row["notes"].append(f"not run: {error}")
     return {
         "model": model,
-        "machine": {"name": MACHINE.name, "nodes": MACHINE.nodes, "hbm_gb_per_npu": MACHINE.npu.hbm_gb},
         "step": step,
         "batch": batch,
         "context": context,
         "num_speculative_tokens": num_speculative_tokens,
-        "source": "jaxpr",
+        "source": source,
+        "target": target,
         "layouts": rows,
     }
 
@@ -109,18 +112,27 @@ def _known(layouts: Sequence[str] | Mapping[str, Ready]) -> dict[str, Ready]:
     return found
 
 
-def _made(name: str, found: Ready, c: ModelConfig) -> Layout:
+def _of(name: str, fn: Callable[..., Any], *args: Any, **fields: Any) -> Any:
+    """What a function gives; a mistake names the layout."""
     try:
-        return found.make(c.n_routed_experts)
+        return fn(*args, **fields)
     except CmxError as error:
         raise CmxError(f"layout {name}: {error}") from None
 
 
 def _traced(
-    c: ModelConfig, layout: Layout, found: Ready, *, step: str, batch: int, context: int, drafts: int
+    c: ModelConfig,
+    layout: Layout,
+    found: Ready,
+    *,
+    step: str,
+    batch: int,
+    context: int,
+    drafts: int,
+    **how: Any,
 ) -> dict[str, Any]:
     """All of a layout that needs no weights."""
-    began = time.perf_counter()
+    machine, per_npu = CLOUDMATRIX384, found.ranks_per_npu
     trace = trace_model(
         c,
         layout,
@@ -128,21 +140,25 @@ def _traced(
         batch=batch,
         context=context,
         drafts=drafts,
-        ranks_per_npu=found.ranks_per_npu,
+        ranks_per_npu=per_npu,
+        machine=machine,
+        **how,
     )
-    seconds = time.perf_counter() - began
-    each = batch * layout.sequence_ranks // found.ranks_per_npu
-    between = traffic(trace.collectives, layout.axes)
+    sequences = batch * layout.ranks // per_npu
+    each = sequences // layout.data_ranks
+    between = traffic(trace.found.collectives, dict(layout.axes))
     return {
         "about": found.about,
+        "machine": {"name": machine.name, "nodes": machine.nodes, "hbm_gb_per_npu": machine.npu.hbm_gb},
         "ranks": layout.ranks,
-        "ranks_per_npu": found.ranks_per_npu,
-        "sequences": each * layout.data_ranks,
+        "ranks_per_npu": per_npu,
+        "sequences": sequences,
         "moved": _moved(trace),
         "flops": trace.flops,
         "memory": by_layout(c, layout, each, context, step == "prefill", drafts),
-        "seconds": {"trace": seconds},
-        "node_traffic": by_node(between, MACHINE, found.ranks_per_npu).tolist(),
+        "program": trace.memory,
+        "seconds": trace.seconds,
+        "node_traffic": by_node(between, machine, per_npu).tolist(),
         "measured": None,
         "notes": trace.notes,
     }

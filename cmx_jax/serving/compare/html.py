@@ -41,7 +41,7 @@ def page(d: dict[str, Any]) -> str:
       CmxError: matplotlib is missing.
     """
     drawn = {name: _inline(i, name, figure) for i, (name, figure) in enumerate(plots(d, INK).items())}
-    behind = {"useful": "useful", "bytes": "sent", "memory": "memory"}  # by the first word of a table's title
+    behind = {"useful bytes": "useful", "bytes that": "sent", "memory of a rank,": "memory"}
     title = f"{d['model']}: layouts compared"
     lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -53,8 +53,8 @@ def page(d: dict[str, Any]) -> str:
     ]
     for table in tables(d):
         lines += _table(table, [x["name"] for x in d["layouts"]])
-        lines.append(drawn.get(behind.get(table.title.split()[0], ""), ""))
-    lines += [f"<h2>bytes between the nodes of {escape(d['machine']['name'])}</h2><p>{ABOUT_MAPS}</p>"]
+        lines += [drawn[name] for begin, name in behind.items() if table.title.startswith(begin)]
+    lines += [f"<h2>bytes between nodes</h2><p>{ABOUT_MAPS}</p>"]
     lines += ['<div class="maps">', *(drawn[f"traffic-{x['name']}"] for x in d["layouts"]), "</div>"]
     lines += ["<h2>notes</h2><ul>", *(f"<li>{escape(note)}</li>" for note in notes(d)), "</ul></body></html>"]
     return "\n".join(lines) + "\n"

@@ -59,13 +59,13 @@ def plots(d: dict[str, Any], ink: str = "black") -> dict[str, Any]:
                 [x["memory"] for x in each],
                 "memory of a rank",
                 ink,
-                [1e9 * d["machine"]["hbm_gb_per_npu"] / x["ranks_per_npu"] for x in each],
+                [1e9 * x["machine"]["hbm_gb_per_npu"] / x["ranks_per_npu"] for x in each],
             ),
         }
         sent = [v for x in each for row in x["node_traffic"] for v in row if v > 0]
         most, least = max(sent, default=1.0), min(sent, default=1.0)
         for x in each:
-            found[f"traffic-{x['name']}"] = _map(x, d["machine"]["nodes"], least, most, ink)
+            found[f"traffic-{x['name']}"] = _map(x, least, most, ink)
     return found
 
 
@@ -123,13 +123,13 @@ def _bars(
     return figure
 
 
-def _map(x: dict[str, Any], nodes: int, least: float, most: float, ink: str) -> Any:
-    """Bytes from node (down) to node (across), on all of the machine's; `least`, `most`: any layout's."""
+def _map(x: dict[str, Any], least: float, most: float, ink: str) -> Any:
+    """Bytes from node (down) to node (across), on all of a machine's; `least`, `most`: any layout's."""
     from matplotlib.colors import LogNorm, to_rgb
     from matplotlib.figure import Figure
 
     sent = np.array(x["node_traffic"])
-    size, scale = max(nodes, len(sent)), 1000.0 ** unit(most)
+    size, scale = max(x["machine"]["nodes"], len(sent)), 1000.0 ** unit(most)
     shown = np.ma.masked_equal(np.zeros((size, size)), 0)
     shown[: len(sent), : len(sent)] = np.ma.masked_equal(sent / scale, 0)
     figure = Figure((WIDTH, 1.12 * WIDTH), layout="constrained", label=f"traffic of {x['name']}")
@@ -142,7 +142,7 @@ def _map(x: dict[str, Any], nodes: int, least: float, most: float, ink: str) -> 
     axes.set_yticks(ticks)
     axes.set_xlabel("to node")
     axes.set_ylabel("from node")
-    axes.set_title(x["name"], fontsize="medium")
+    axes.set_title(f"{x['name']} on {x['machine']['name']}", fontsize="medium")
     marks = np.geomspace(norm.vmin, norm.vmax, 4)
     bar = figure.colorbar(drawn, location="bottom", shrink=0.9, ticks=marks)
     bar.set_ticks(marks, labels=[text(v) for v in marks.tolist()], minor=False)

@@ -25,6 +25,8 @@ def tables(d: dict[str, Any]) -> Iterator[Table]:
     yield _summed(d, "bytes that leave a rank, {}B", lambda x: moved(x, "wire_bytes"))
     yield _scaled(d, "operations of a rank's matmuls, {}", lambda x: x["flops"])
     yield _summed(d, "memory of a rank, {}B", lambda x: x["memory"])
+    if d["source"] == "hlo":
+        yield _scaled(d, f"memory of a rank as compiled for {d['target']}, {{}}B", lambda x: x["program"])
     yield _table(d, "seconds", lambda x: x["seconds"])
     if any(x["measured"] for x in d["layouts"]):
         yield _table(d, f"measured on this machine, all ranks together ({d['step']})", _measured)
