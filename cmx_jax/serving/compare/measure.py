@@ -76,18 +76,18 @@ class Measure:
         equal = sum(a == b for a, b in pairs)
         return {"runner": self.runner, "step_s": seconds, "tokens": len(pairs), "tokens_equal": equal}
 
+    def prompts(self, sequences: int) -> Tokens:
+        """Random tokens; the first ones are the same however many there are."""
+        rng, vocabulary = np.random.default_rng(0), self.model.config.vocab_size
+        return [rng.integers(0, vocabulary, self.length).tolist() for _ in range(sequences)]
+
     def _llm(self, layout: Layout, runner: str, sequences: int) -> LLM:
         return LLM(self.model, layout, runner, sequences, self.length + self.tokens, 2048, self.drafts, 0)
 
     def _run(self, llm: LLM, sequences: int) -> tuple[Tokens, float]:
         """Greedy tokens of each sequence, and seconds of a step: of turns in which nothing else is done."""
-        rng = np.random.default_rng(0)
-        vocabulary = self.model.config.vocab_size
         params = SamplingParams(max_tokens=self.tokens, ignore_eos=True)
-        requests = [
-            llm.engine.submit(rng.integers(0, vocabulary, self.length).tolist(), params)
-            for _ in range(sequences)
-        ]
+        requests = [llm.engine.submit(prompt, params) for prompt in self.prompts(sequences)]
         turns: dict[str, list[float]] = {"prefill": [], "decode": []}
         while llm.engine.busy:
             kind = "prefill" if llm.engine.waiting or llm.instance.prefilling else "decode"
