@@ -86,6 +86,8 @@ def test_seeds_repeat_and_differ() -> None:
         ),
         (("demo", "--shared-slots", "32"), "288 expert slots do not divide over 160 ranks"),
         (("demo", "--prefill-instances", "7"), "7 prefill instances asked for, expected 1 to 6"),
+        (("compare", "tiny", "--layouts", "ep8,ep8"), "layout 'ep8' is given twice"),
+        (("compare", "tiny", "--layouts", "ep8", "--html", "/nowhere/x.html"), "/nowhere is no directory"),
         (("sing",), "invalid choice: 'sing'"),
     ],
 )
@@ -102,3 +104,12 @@ def test_trace_prints_a_full_size_step_s_collectives() -> None:
     rows = [(c["op"], c["count"], c["plane"]) for c in found["collectives"]]
     assert rows == [("all_to_all", 58, "nodes")] * 2
     assert "Dispatch" in cmx("trace", "tiny", "--layout", "ep16", "--context", "256").stdout
+
+
+def test_compare_prints_one_document_and_writes_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    done = cmx("compare", "deepseek-r1", "--layouts", "ep320,ep160", "--json", "--html", str(page))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(x["name"], x["ranks"]) for x in found["layouts"]] == [("ep320", 320), ("ep160", 160)]
+    assert page.read_text().count("<svg") == 5
