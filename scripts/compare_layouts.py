@@ -4,8 +4,8 @@
     python scripts/compare_layouts.py --exchange flat hierarchical allgather --batch 32
     python scripts/compare_layouts.py --plot sweep.png         # pip install 'cmx_jax[plots]'
 
-Of one rank in one step: bytes that leave it, the memory that it needs, and what of that experts take. The slots
-are those of the paper's decode instance: 256 experts, 32 replicas, 32 copies of the shared expert.
+Of one rank in one step: bytes that leave it, the memory that it needs, and what of that experts take. The
+slots are those of the paper's decode instance: 256 experts, 32 replicas, 32 copies of the shared expert.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.model.trace import Ready
+from cmx_jax.model.layouts import Ready
 from cmx_jax.serving.compare.compare import compare
 from cmx_jax.serving.compare.plots import COLOURS, image, need_matplotlib
 

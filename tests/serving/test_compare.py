@@ -15,7 +15,7 @@ from support import BASE
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.model.trace import Ready
+from cmx_jax.model.layouts import Ready
 from cmx_jax.serving.compare import write
 from cmx_jax.serving.compare.compare import compare
 from cmx_jax.serving.compare.html import page

@@ -7,12 +7,12 @@ from typing import Any
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, request_devices
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.supernode import CLOUDMATRIX384
 from cmx_jax.mesh.trace.table import Trace
 from cmx_jax.mesh.trace.traffic import by_node, traffic
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.layouts import Ready, ready
 from cmx_jax.model.memory import by_layout
-from cmx_jax.model.trace import Ready, ready, trace_model
+from cmx_jax.model.trace import trace_model
 from cmx_jax.serving.compare.measure import Measure
 from cmx_jax.serving.model import MAX_DRAFTS, config_of, located
 
@@ -38,7 +38,7 @@ def compare(
 
     Args:
       model: a preset, which is traced only; or a directory or `tiny`, which run, too.
-      layouts: names that `cmx_jax.model.trace.ready` knows, or layouts of your own by name.
+      layouts: names that `cmx_jax.model.layouts.ready` knows, or layouts of your own by name.
       step: `decode` or `prefill`; None: what the first layout is for.
       batch: sequences of an NPU; None: the first layout's.
       context: tokens of a sequence; None: 4,096, or the model's context if that is less.
@@ -135,7 +135,7 @@ def _traced(
     **how: Any,
 ) -> dict[str, Any]:
     """All of a layout that needs no weights."""
-    machine, per_npu = CLOUDMATRIX384, found.ranks_per_npu
+    machine, per_npu = found.machine, found.ranks_per_npu
     trace = trace_model(
         c,
         layout,
