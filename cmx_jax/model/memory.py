@@ -52,7 +52,7 @@ def by_layout(
     """Bytes that one rank needs, by what for: weights, pages, and what the token exchange fills.
 
     Floats are bfloat16. The exchange's buffers are mailboxes; of `allgather`, which has none, all ranks'
-    tokens, and the sums that are scattered.
+    tokens, and the sums that are scattered; under `auto` places in all slots.
 
     Args:
       c: the model; its INT8 fields count as such.
@@ -79,8 +79,9 @@ def by_layout(
     gathers = layout.exchange == "allgather"
     # ranks that have the same tokens send each other none
     peers = layout.size(tuple(axis for axis in layout.experts if axis in (*layout.data, *layout.sequence)))
-    rows = peers * (tokens if gathers else layout.rows(tokens, copies))
+    rows = (layout.slots if layout.auto else peers) * (tokens if gathers else layout.rows(tokens, copies))
+    message = c.hidden_size * 2 if layout.auto else message_bytes(c.hidden_size, layout.wire)
     if c.num_moe_layers and (peers > 1 or not gathers):
-        found["dispatch buffer"] = rows * message_bytes(c.hidden_size, layout.wire)
+        found["dispatch buffer"] = rows * message
         found["combine buffer"] = rows * c.hidden_size * (4 if gathers else 2)
     return found
