@@ -16,7 +16,7 @@ from cmx_jax.serving.compare.report import UNITS, moved, text, unit
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 HATCHES = ("", "///", "...")
 WIDTH = 4.0  # inches
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "svg.fonttype": "none",
     "axes.facecolor": "none",
@@ -96,7 +96,7 @@ def _bars(
     columns = 1 if max(map(len, labels), default=0) > 22 else 2
     legend = -(-(len(labels) + bool(limits)) // columns)
     figure = Figure((WIDTH, 1.0 + 0.34 * len(each) + 0.22 * legend), layout="constrained", label=title)
-    axes = figure.subplots()
+    axes: Any = figure.subplots()
     left = np.zeros(len(each))
     for i, label in enumerate(labels):
         wide = np.array([of.get(label, 0.0) for of in values]) / scale
@@ -133,9 +133,9 @@ def _map(x: dict[str, Any], least: float, most: float, ink: str) -> Any:
     shown = np.ma.masked_equal(np.zeros((size, size)), 0)
     shown[: len(sent), : len(sent)] = np.ma.masked_equal(sent / scale, 0)
     figure = Figure((WIDTH, 1.12 * WIDTH), layout="constrained", label=f"traffic of {x['name']}")
-    axes = figure.subplots()
+    axes: Any = figure.subplots()
     axes.set_facecolor((*to_rgb(ink), 0.07))
-    norm = LogNorm(min(least, most / 10) / scale, most / scale)
+    norm: Any = LogNorm(min(least, most / 10) / scale, most / scale)
     drawn = axes.imshow(shown, "cividis", norm, interpolation="none")
     ticks = range(0, size, 8)
     axes.set_xticks(ticks)
@@ -144,7 +144,7 @@ def _map(x: dict[str, Any], least: float, most: float, ink: str) -> Any:
     axes.set_ylabel("from node")
     axes.set_title(f"{x['name']} on {x['machine']['name']}", fontsize="medium")
     marks = np.geomspace(norm.vmin, norm.vmax, 4)
-    bar = figure.colorbar(drawn, location="bottom", shrink=0.9, ticks=marks)
+    bar: Any = figure.colorbar(drawn, location="bottom", shrink=0.9, ticks=marks)
     bar.set_ticks(marks, labels=[text(v) for v in marks.tolist()], minor=False)
     bar.minorticks_off()
     bar.set_label(f"{UNITS[unit(most)]}B a step")
