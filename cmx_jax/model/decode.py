@@ -28,6 +28,8 @@ from cmx_jax.model.moe import RunExperts
 from cmx_jax.model.sampling import greedy, next_tokens
 from cmx_jax.model.weights import Weights
 
+MAX_DRAFTS = 16  # the MTP layer is compiled once for each
+
 
 def decode_step(
     weights: Weights, cache: PagedCache, batch: DecodeBatch, *, c: ModelConfig, layout: Layout, sampled: bool

@@ -18,6 +18,7 @@ from cmx_jax.mesh.trace.program import trace
 from cmx_jax.mesh.trace.table import Trace, View
 from cmx_jax.model.abstract import trace_step
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.decode import MAX_DRAFTS
 from cmx_jax.model.sharding import shared_in_slots
 
 
@@ -61,6 +62,9 @@ def trace_model(
         raise CmxError(f"batch is {batch}, expected a positive multiple of an NPU's {ranks_per_npu} ranks")
     if not 1 <= context <= c.max_position_embeddings:
         raise CmxError(f"context is {context}, expected 1 to the model's {c.max_position_embeddings}")
+    most = MAX_DRAFTS if c.num_nextn_predict_layers else 0
+    if not 0 <= drafts <= most:
+        raise CmxError(f"num_speculative_tokens is {drafts}, expected 0 to {most}")
     sequences = batch * shared // ranks_per_npu
     given: dict[str, Any] = {"sequences": sequences, "context": context, "drafts": drafts, "dtype": dtype}
     mesh = None

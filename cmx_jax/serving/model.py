@@ -16,13 +16,13 @@ from cmx_jax.model.cache import cache_dtype
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint
 from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.decode import MAX_DRAFTS
 from cmx_jax.model.families import preset, presets, read_config
 from cmx_jax.model.weights import int8_fields
 from cmx_jax.serving.instance import Capacity, Instance
 
 SHIPPED = ("tiny",)
 DTYPES = ("float32", "bfloat16")
-MAX_DRAFTS = 16  # the MTP layer is compiled once for each
 
 
 def locate(name_or_path: str | Path) -> Path:

@@ -31,7 +31,7 @@ PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 @dataclass(frozen=True)
 class Product:
     """A matmul or convolution as one rank sees it: type of its operands, operations and bytes once; `at` is
-    its place in the order of the program, among collectives too."""
+    its place in the order of the program, among collectives too; `shape` of a matmul `(batch, m, k, n)`."""
 
     dtype: str
     flops: int
@@ -40,6 +40,7 @@ class Product:
     scope: str
     known: int
     at: int = field(default=0, compare=False)
+    shape: tuple[int, ...] = ()
 
 
 @dataclass
@@ -182,14 +183,16 @@ def _ranks(
 
 def _product(eqn: Any, at: At, found: Found) -> Product:
     a, b, out = (v.aval for v in (*eqn.invars[:2], eqn.outvars[0]))
+    shape: tuple[int, ...] = ()
     if eqn.primitive.name == "ragged_dot_general":  # each row meets one group's matrix
         numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         each = math.prod(a.shape[i] for i in numbers[0][0])
     elif eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        each = math.prod(a.shape[i] for i in contracted)
+        (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
+        each, batch = (math.prod(a.shape[i] for i in axes) for axes in (contracted, batched))
+        shape = (batch, a.size // max(batch * each, 1), each, b.size // max(batch * each, 1))
     else:
         kernel = eqn.params["dimension_numbers"].rhs_spec
         each = math.prod(b.shape[i] for i in kernel[1:])
     flops, moved = 2 * math.prod(out.shape) * each, sum(x.size * x.dtype.itemsize for x in (a, b, out))
-    return Product(str(a.dtype), flops, moved, at.count, at.scope, at.known, next(found.order))
+    return Product(str(a.dtype), flops, moved, at.count, at.scope, at.known, next(found.order), shape)

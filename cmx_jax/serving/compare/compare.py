@@ -14,7 +14,7 @@ from cmx_jax.model.layouts import Ready, ready
 from cmx_jax.model.memory import by_layout
 from cmx_jax.model.trace import trace_model
 from cmx_jax.serving.compare.measure import Measure
-from cmx_jax.serving.model import MAX_DRAFTS, config_of, located
+from cmx_jax.serving.model import config_of, located
 
 STEPS = ("decode", "prefill")
 RUNNERS = ("lanes", "devices")
@@ -65,9 +65,6 @@ def compare(
         raise CmxError(f"step {step!r}, expected one of {list(STEPS)}")
     if runner not in RUNNERS:
         raise CmxError(f"runner {runner!r}, expected one of {list(RUNNERS)}")
-    most = MAX_DRAFTS if c.num_nextn_predict_layers else 0
-    if not 0 <= num_speculative_tokens <= most:
-        raise CmxError(f"num_speculative_tokens is {num_speculative_tokens}, expected 0 to {most} of {model}")
     batch = first.batch if batch is None else batch
     context = min(USUAL_CONTEXT, c.max_position_embeddings) if context is None else context
     given: dict[str, Any] = {"step": step, "batch": batch, "context": context}
