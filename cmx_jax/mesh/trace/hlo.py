@@ -29,6 +29,7 @@ PLAIN_CUSTOM_CALLS = (
     "SPMD",
     "xla.sdy.",
     "AsyncCollective",
+    "PrepareAsyncCall",
     "AllocateBuffer",
     "MoveTo",
     "annotate_device_placement",

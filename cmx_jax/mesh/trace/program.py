@@ -132,9 +132,11 @@ def _compared(asked: Trace, result: Trace, target: str) -> list[str]:
     """Where the source and the jaxpr do not agree."""
     names = (asked.source, result.source)
     found = differences(asked.collectives, result.collectives, names, by=("op", "axes"))
-    sums = [sum(t.flops.values()) for t in (asked, result)]
-    if asked.found.axes and sums[0] != sums[1]:
-        found.append(f"products: {names[0]} {scaled(sums[0])}FLOP, {names[1]} {scaled(sums[1])}FLOP")
+    for dtype in dict.fromkeys((*asked.flops, *result.flops)) if asked.found.axes else ():
+        flops = [t.flops.get(dtype, 0) for t in (asked, result)]
+        if flops[0] != flops[1]:
+            said = (f"{name} {scaled(of)}FLOP" for name, of in zip(names, flops, strict=True))
+            found.append(f"products in {dtype}: {', '.join(said)}")
     types = {x.dtype for x in (*asked.found.collectives, *asked.found.products)}
     if target == "cpu" and result.source == "hlo" and types & {"bfloat16", "float16"}:
         found.append(
