@@ -180,7 +180,7 @@ def test_files_are_written_whole_or_not_at_all(
     [
         ({"html": "/nowhere/x.html"}, "/nowhere is no directory"),
         ({"html": "/"}, "/ is a directory, expected a file"),
-        ({"folder": "/nowhere"}, "/nowhere is no directory"),
+        ({"folder": "/nowhere/plots"}, "/nowhere is no directory"),
     ],
 )
 def test_places_that_cannot_be_written_are_refused_at_once(given: dict[str, str], message: str) -> None:

@@ -15,7 +15,7 @@ class Destination:
 
     Args:
       html: file of the page.
-      folder: of the plots.
+      folder: of the plots; made if its parent is there.
 
     Raises:
       CmxError: there cannot be such a file, there is no such folder, or matplotlib is missing.
@@ -28,7 +28,7 @@ class Destination:
                 raise CmxError(f"{self.html} is a directory, expected a file for the report")
             _writable(self.html.parent)
         if self.folder is not None:
-            _writable(self.folder)
+            _writable(self.folder if self.folder.exists() else self.folder.parent)
         if self.html is not None or self.folder is not None:
             need_matplotlib()
 
@@ -40,6 +40,7 @@ class Destination:
         """
         files: dict[Path, bytes] = {}
         if self.folder is not None:
+            self.folder.mkdir(exist_ok=True)
             for name, figure in plots(d).items():
                 file = re.sub(r"[^\w.-]", "_", name)
                 for kind in ("png", "svg"):
