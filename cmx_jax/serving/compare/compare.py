@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.cost.constants import MACHINES
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, request_devices
 from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.supernode import CLOUDMATRIX384, H800_NODE
 from cmx_jax.mesh.trace.table import Trace
 from cmx_jax.mesh.trace.traffic import by_node, traffic
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.layouts import Ready, ready
 from cmx_jax.model.memory import by_layout
+from cmx_jax.model.predict import predict
 from cmx_jax.model.trace import trace_model
 from cmx_jax.serving.compare.measure import Measure
 from cmx_jax.serving.model import config_of, located
@@ -52,7 +55,8 @@ def compare(
       What was asked, and in `layouts` for each of them `name`, `about`, `machine`, `ranks`,
       `ranks_per_npu`, `sequences` (of all ranks); of one rank in one step `moved` (`payload_bytes` and
       `wire_bytes` by `axes` and `plane`), `flops` by type, `memory` (bytes by what for), `program` (bytes, as
-      of `Trace.memory`), `seconds` of tracing and compiling; between nodes `node_traffic [N, N]` in bytes,
+      of `Trace.memory`), `seconds` of tracing and compiling;
+      `predicted_ms` on its machine or None; between nodes `node_traffic [N, N]` in bytes,
       rows being senders; `measured` (see `cmx_jax.serving.compare.measure.Measure`) or None; `notes`.
 
     Raises:
@@ -146,6 +150,7 @@ def _traced(
     )
     sequences = batch * layout.ranks // per_npu
     each = sequences // layout.data_ranks
+    predicted, unfit = _predicted(c, layout, found, step, batch, context, drafts)
     between = traffic(trace.found.collectives, dict(layout.axes))
     return {
         "about": found.about,
@@ -160,8 +165,25 @@ def _traced(
         "seconds": trace.seconds,
         "node_traffic": by_node(between, machine, per_npu).tolist(),
         "measured": None,
-        "notes": trace.notes,
+        "predicted_ms": predicted,
+        "notes": [*trace.notes, *unfit],
     }
+
+
+def _predicted(
+    c: ModelConfig, layout: Layout, found: Ready, step: str, batch: int, context: int, drafts: int
+) -> tuple[float | None, list[str]]:
+    """Milliseconds of the step with INT8 weights, where the machine and the exchange are known to the cost
+    model; and why it is not."""
+    hardware = {CLOUDMATRIX384.name: "cloudmatrix384", H800_NODE.name: "h800"}.get(found.machine.name)
+    unknown = layout.tensor or layout.auto or layout.exchange not in ("flat", "hierarchical")
+    if hardware is None or unknown or MACHINES[hardware].ranks_per_npu != found.ranks_per_npu:
+        return None, []
+    try:
+        found_ms = predict(c, hardware, layout, step, batch=batch, context=context, drafts=drafts)["step_ms"]
+        return found_ms, []
+    except CmxError as error:
+        return None, [f"no time is predicted: {error}"]
 
 
 def _moved(trace: Trace) -> list[dict[str, Any]]:

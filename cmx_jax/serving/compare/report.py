@@ -28,6 +28,9 @@ def tables(d: dict[str, Any]) -> Iterator[Table]:
     if d["source"] == "hlo":
         yield _scaled(d, f"memory of a rank as compiled for {d['target']}, {{}}B", lambda x: x["program"])
     yield _table(d, "seconds", lambda x: x["seconds"])
+    if any(x["predicted_ms"] for x in d["layouts"]):
+        title = f"predicted for its machine, weights in INT8 ({d['step']})"
+        yield _table(d, title, lambda x: {"a step, ms": x["predicted_ms"]})
     if any(x["measured"] for x in d["layouts"]):
         yield _table(d, f"measured on this machine, all ranks together ({d['step']})", _measured)
 
