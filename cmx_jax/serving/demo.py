@@ -11,10 +11,12 @@ from cmx_jax.mesh.pools import Pools, Slice, carve
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Capacity, Instance, Traffic
+from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.model import Model
 from cmx_jax.serving.pages import pages_for
+from cmx_jax.serving.ranks import Capacity
 from cmx_jax.serving.request import Request, SamplingParams
+from cmx_jax.serving.traffic import Traffic
 
 PROMPTS = (
     "The with statement",

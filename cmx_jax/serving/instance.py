@@ -1,4 +1,4 @@
-"""One instance: a model on the ranks of a sub-mesh, its cache, and who holds which row and page of it."""
+"""One instance: a model on the ranks of a sub-mesh, and the cache behind the pages that `Ranks` gives out."""
 
 import math
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.placement import Move, balanced, describe, initial, rehoused
 from cmx_jax.model.steps import DecodeBatch, StepOutput, compile_steps, step_specs
 from cmx_jax.model.weights import Weights
-from cmx_jax.serving.packing import bucket, pack, sampling, schedule
-from cmx_jax.serving.pages import PagePool, pages_for
+from cmx_jax.serving.packing import bucket, pack, sampling
+from cmx_jax.serving.pages import pages_for
+from cmx_jax.serving.ranks import Capacity, Ranks
 from cmx_jax.serving.request import Request
 from cmx_jax.serving.traffic import Traffic
 from cmx_jax.serving.transfer import prefill_tp_rank
@@ -28,29 +29,8 @@ PREFILL_PAGES = 2
 DECODE_PAGES = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """What each rank of an instance has room for."""
-
-    sequences: int = 4  # rows of the decode batch
-    pages: int = 64
-    page_width: int = 16  # tokens of a page
-    max_num_batched_tokens: int = (
-        2048  # of a row of the prefill batch: longer prompts are prefilled in chunks
-    )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a request lies on an instance: its rank, pages there, and row of the decode batch (or None)."""
-
-    rank: int
-    pages: list[int]
-    row: int | None
-
-
-@dataclass
-class Instance:
+@dataclass(eq=False)
+class Instance(Ranks):
     """Prefill, decode or both on the ranks of one layout.
 
     `weights` are whole arrays with their experts where `placement` says. With MTP layers among them every
@@ -87,92 +67,36 @@ class Instance:
         self.weights = self.runner.put(self.weights, self._specs.weights)
         self.placement = initial(c, self.layout, mtp)
         self.traffic = Traffic()
-        self.reset()
+        super().__init__(self.name, self.capacity, self.layout.data_ranks, self.layout.microbatches)
 
     def reset(self) -> None:
         """Forgets all requests and makes a new cache, as after a step that was broken off."""
-        c, ranks = self.config, self.layout.data_ranks
-        pages, width = self.capacity.pages * ranks, self.capacity.page_width
-        shapes = abstract_cache(c, pages, width, self.kv_cache_dtype, self.weights.mtp is not None)
+        super().reset()
+        pages, width = self.capacity.pages * self.ranks, self.capacity.page_width
+        shapes = abstract_cache(self.config, pages, width, self.kv_cache_dtype, self.weights.mtp is not None)
         zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
         self.cache: PagedCache = self.runner.put(zeros, self._data)
-        self.pools = [PagePool(self.capacity.pages) for _ in range(ranks)]
-        self.rows: list[Request | None] = [None] * (ranks * self.capacity.sequences)
-        self.places: dict[Request, Place] = {}
-        self.prefilling: list[Request] = []
 
     @property
     def page(self) -> tuple[Any, ...]:
         """Shape `[L, W, C]` and type of a page."""
         return *self.cache.rows.shape[1:], str(self.cache.dtype)
 
-    @property
-    def load(self) -> int:
-        """Pages in use: what the scheduler balances."""
-        return sum(pool.held for pool in self.pools)
-
-    def _row_on(self, rank: int) -> int | None:
-        start = rank * self.capacity.sequences
-        rows = range(start, start + self.capacity.sequences)
-        return next((row for row in rows if self.rows[row] is None), None)
-
-    def place(self, request: Request, tokens: int, decode: bool) -> bool:
-        """Gives a request pages for `tokens` tokens on the emptiest rank, and a row there if it will decode.
-
-        Returns:
-          False, with nothing changed, if no rank has room.
-        """
-        need = pages_for(tokens, self.capacity.page_width)
-        open_ranks = [
-            rank
-            for rank, pool in enumerate(self.pools)
-            if pool.free >= need and (not decode or self._row_on(rank) is not None)
-        ]
-        if not open_ranks:
-            return False
-        rank = min(open_ranks, key=lambda rank: self.pools[rank].held)
-        row = self._row_on(rank) if decode else None
-        if row is not None:
-            self.rows[row] = request
-        self.places[request] = Place(rank, self.pools[rank].take(need), row)
-        return True
-
-    def release(self, request: Request) -> None:
-        """Takes back all that a request holds."""
-        place = self.places.pop(request)
-        if request in self.prefilling:
-            self.prefilling.remove(request)
-        self.pools[place.rank].give_back(place.pages)
-        if place.row is not None:
-            self.rows[place.row] = None
-
     def prefill(self) -> list[Request]:
         """Runs the next chunks of placed prompts; returns those that are through, with their first token and
         drafts."""
-        pieces = schedule(
-            [(request, self.places[request].rank) for request in self.prefilling],
-            self.layout.data_ranks,
-            self.layout.microbatches,
-            self.capacity.max_num_batched_tokens,
-            self.capacity.page_width,
-        )
+        pieces = self.next_pieces()
         unit = math.lcm(PREFILL_PAGES * self.capacity.page_width, self.layout.sequence_ranks)
         packed = pack(pieces, {r: p.pages for r, p in self.places.items()}, self.capacity.page_width, unit)
         requests = [piece.request for row in pieces for piece in row]
         output = self._run(
             self.steps.prefill, packed.batch, self._specs.prefill, requests, cached=packed.cached
         )
-        through = []
-        for row, row_pieces in enumerate(pieces):
-            for n, piece in enumerate(row_pieces):
-                request = piece.request
-                request.prefilled = piece.stop
-                if piece.stop == len(request.prompt):
-                    self.prefilling.remove(request)
-                    through.append(request)
-                    request.first = int(output.tokens[row, n])
-                    request.drafts = [] if output.drafts is None else [int(output.drafts[row, n])]
-        return through
+        through = self.prefilled(pieces)
+        for request, row, n in through:
+            request.first = int(output.tokens[row, n])
+            request.drafts = [] if output.drafts is None else [int(output.drafts[row, n])]
+        return [request for request, _, _ in through]
 
     def decode(self) -> dict[Request, list[int]]:
         """Tokens of every request that has a row and its first token: one, and one for each draft that was

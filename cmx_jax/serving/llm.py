@@ -16,10 +16,10 @@ from cmx_jax.mesh.runners import make_runner
 from cmx_jax.model.layouts import ready
 from cmx_jax.model.placement import Move
 from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Capacity
 from cmx_jax.serving.model import Model
 from cmx_jax.serving.packing import bucket
 from cmx_jax.serving.pages import pages_for
+from cmx_jax.serving.ranks import Capacity
 from cmx_jax.serving.request import Request, SamplingParams
 
 SCORE_LENGTH = 64  # scored sequences are padded to so many tokens, doubled as often as needed
@@ -171,7 +171,7 @@ def completion(request: Request, model: Model) -> Completion:
     """The result of a finished request."""
     kept = request.tokens[:-1] if request.finish_reason == "stop" else request.tokens
     return Completion(
-        prompt_tokens=request.prompt,
+        prompt_tokens=list(request.prompt),
         tokens=request.tokens,
         text=model.decode(kept),
         finish_reason=request.finish_reason or "",

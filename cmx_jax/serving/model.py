@@ -19,7 +19,8 @@ from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decode import MAX_DRAFTS
 from cmx_jax.model.families import preset, presets, read_config
 from cmx_jax.model.weights import int8_fields
-from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.instance import Instance
+from cmx_jax.serving.ranks import Capacity
 
 SHIPPED = ("tiny",)
 DTYPES = ("float32", "bfloat16")

@@ -1,5 +1,6 @@
 """Prompts of unequal length, packed into the rows of a prefill batch; long ones in chunks."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ class Piece:
 
 
 def schedule(
-    requests: list[tuple[Request, int]], ranks: int, rows: int, budget: int, width: int
+    requests: Iterable[tuple[Request, int]], ranks: int, rows: int, budget: int, width: int
 ) -> list[list[Piece]]:
     """The pieces that each batch row runs in a step.
 
@@ -49,6 +50,8 @@ def schedule(
         if stop > start:
             pieces[row].append(Piece(request, start, stop))
             left[row] -= pages_for(stop - start, width) * width
+            if not any(left):
+                break
     return pieces
 
 

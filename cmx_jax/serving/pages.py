@@ -31,7 +31,9 @@ class PagePool:
         """
         if count < 0 or count > len(self._free):
             raise CmxError(f"{count} pages asked for, {len(self._free)} are free")
-        taken = [self._free.pop() for _ in range(count)]
+        rest = len(self._free) - count
+        taken = self._free[rest:][::-1]
+        del self._free[rest:]
         self._held.update(taken)
         return taken
 

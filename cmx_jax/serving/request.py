@@ -12,7 +12,7 @@ On an instance that does both, PREFILL goes to DECODE directly: the pages stay w
 
 import enum
 import itertools
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cmx_jax.errors import CmxError
@@ -67,9 +67,9 @@ _ids = itertools.count()
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way; times are `time.perf_counter()` seconds."""
+    """One prompt on its way; times are seconds of the scheduler's clock."""
 
-    prompt: list[int]
+    prompt: Sequence[int]
     params: SamplingParams
     id: int = field(default_factory=lambda: next(_ids))
     state: State = State.WAITING
@@ -78,7 +78,7 @@ class Request:
     first: int = -1  # the token behind the prompt, once it is known
     drafts: list[int] = field(default_factory=list)  # what the MTP layer expects behind `tokens`
     finish_reason: str | None = None
-    arrived: float = field(default_factory=time.perf_counter)
+    arrived: float = 0.0
     first_token: float | None = None
     finished: float | None = None
 
@@ -100,15 +100,11 @@ class Request:
 
     def add(self, token: int, eos: tuple[int, ...]) -> bool:
         """Takes the next token; True when it was the last."""
-        now = time.perf_counter()
-        self.first_token = self.first_token or now
         self.tokens.append(token)
         if token in eos and not self.params.ignore_eos:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.params.max_tokens:
             self.finish_reason = "length"
-        if self.finish_reason:
-            self.finished = now
         return self.finish_reason is not None
 
     @property
