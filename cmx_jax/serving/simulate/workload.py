@@ -1,0 +1,150 @@
+"""Requests as they arrive: drawn from distributions, or read from a trace."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cmx_jax.errors import CmxError
+
+BLOCK = 512  # tokens that one id of a trace's `hash_ids` stands for
+CHUNK = 1 << 14  # arrivals drawn at once
+
+
+class Arrival(NamedTuple):
+    """A request: seconds, tokens, and ids of the prompt's blocks (equal ids: equal text from its start)."""
+
+    time: float
+    prompt: int
+    output: int
+    blocks: tuple[int, ...] = ()
+
+
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+
+# Name, how many numbers, and a draw of real lengths.
+DISTRIBUTIONS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
+    "fixed": (1, lambda rng, n, tokens: np.full(n, tokens)),
+    "uniform": (2, lambda rng, n, low, high: rng.uniform(low - 0.5, high + 0.5, n)),
+    "exponential": (1, lambda rng, n, mean: rng.exponential(mean, n)),
+    "lognormal": (2, lambda rng, n, median, sigma: rng.lognormal(math.log(median), sigma, n)),
+}
+
+
+def lengths(text: str) -> Draw:
+    """A distribution of lengths: `4096`, `uniform:LOW,HIGH`, `exponential:MEAN`, `lognormal:MEDIAN,SIGMA`.
+
+    Raises:
+      CmxError: it is none of these.
+    """
+    name, _, rest = text.partition(":") if ":" in text else ("fixed", "", text)
+    count, draw = DISTRIBUTIONS.get(name, (0, None))
+    try:
+        numbers = [float(number) for number in rest.split(",")]
+        if draw is None or len(numbers) != count or not all(0 < n < 1e9 for n in numbers):
+            raise ValueError
+    except ValueError:
+        raise CmxError(
+            f"a length is {text!r}, expected tokens such as 4096, or uniform:LOW,HIGH, exponential:MEAN or "
+            "lognormal:MEDIAN,SIGMA, of numbers above zero"
+        ) from None
+    return lambda rng, n: np.maximum(np.rint(draw(rng, n, *numbers)), 1).astype(np.int64)
+
+
+def synthetic(
+    *,
+    rate: float,
+    prompt: str,
+    output: str,
+    burstiness: float = 1.0,
+    seed: int = 0,
+    requests: int | None = None,
+    duration: float | None = None,
+) -> Iterator[Arrival]:
+    """Requests whose intervals are of a gamma distribution (as vLLM's `--burstiness`).
+
+    Args:
+      rate: requests a second.
+      prompt, output: see `lengths`.
+      burstiness: the distribution's shape; 1 is a Poisson process, below 1 burstier, above more even.
+      seed: of all draws.
+      requests: how many, or
+      duration: for how many seconds.
+
+    Raises:
+      CmxError: a number that cannot be.
+    """
+    for name, value in (("rate", rate), ("burstiness", burstiness)):
+        if not 0 < value < math.inf:
+            raise CmxError(f"{name} is {value:g}, expected above zero")
+    if (requests is None) == (duration is None):
+        raise CmxError("expected a number of requests or a duration, one of them")
+    for name, limit in (("requests", requests), ("duration", duration)):
+        if limit is not None and not 0 < limit < math.inf:
+            raise CmxError(f"{name} is {limit:g}, expected above zero")
+    if seed < 0:
+        raise CmxError(f"seed is {seed}, expected zero or more")
+    drawn = _drawn(rate, burstiness, lengths(prompt), lengths(output), np.random.default_rng(seed))
+    if requests is not None:
+        return islice(drawn, requests)
+    return _until(drawn, duration or 0.0)
+
+
+def _drawn(
+    rate: float, burstiness: float, prompt: Draw, output: Draw, rng: np.random.Generator
+) -> Iterator[Arrival]:
+    now = 0.0
+    while True:
+        times = now + rng.gamma(burstiness, 1 / (rate * burstiness), CHUNK).cumsum()
+        prompts, outputs = prompt(rng, CHUNK).tolist(), output(rng, CHUNK).tolist()
+        yield from map(Arrival, times.tolist(), prompts, outputs)
+        now = float(times[-1])
+
+
+def _until(drawn: Iterator[Arrival], duration: float) -> Iterator[Arrival]:
+    for arrival in drawn:
+        if arrival.time > duration:
+            return
+        yield arrival
+
+
+def mooncake(path: Path) -> list[Arrival]:
+    """A trace in Mooncake's format: a line is `{"timestamp": ms, "input_length", "output_length",
+    "hash_ids": [...]}`, an id for each 512 tokens of the prompt. `hash_ids` may be missing.
+
+    Raises:
+      CmxError: the file cannot be read, or a line is none.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise CmxError(f"--trace {path}: {reason}; give a JSONL file in Mooncake's format") from None
+    found = [_arrival(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise CmxError(f"--trace {path}: no requests in it; give a JSONL file in Mooncake's format")
+    return sorted(found, key=lambda arrival: arrival.time)
+
+
+def _arrival(path: Path, number: int, line: str) -> Arrival:
+    try:
+        row = json.loads(line)
+        found = Arrival(
+            float(row["timestamp"]) / 1e3,
+            int(row["input_length"]),
+            int(row["output_length"]),
+            tuple(int(block) for block in row.get("hash_ids", ())),
+        )
+        ok = 0 <= found.time < math.inf and found.prompt > 0 and found.output > 0
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        ok = False
+    if not ok:
+        raise CmxError(
+            f"--trace {path}, line {number}: expected an object with timestamp (ms, zero or more), "
+            "input_length and output_length (above zero), and hash_ids (integers)"
+        )
+    return found
