@@ -42,7 +42,7 @@ def add(verbs: Any) -> None:
     traffic.add_argument("--seed", type=int, default=0)
 
     machine = verb.add_argument_group("instances of a supernode")
-    for kind, (instances, npus, ranks, sequences) in POOLS.items():
+    for kind, (instances, npus, ranks) in POOLS.items():
         machine.add_argument(f"--{kind}-instances", type=int, default=instances, help=f"default {instances}")
         machine.add_argument(f"--{kind}-npus", type=int, default=npus, help=f"of each (default {npus})")
         machine.add_argument(
@@ -125,8 +125,8 @@ def _deployment(args: argparse.Namespace) -> Any:
     )
     if deployment.npus > CLOUDMATRIX384.npus:
         raise CmxError(
-            f"{args.prefill_instances} x {args.prefill_npus} and {args.decode_instances} x {args.decode_npus} "
-            f"NPUs are {deployment.npus}, expected at most the supernode's {CLOUDMATRIX384.npus}: give fewer "
-            "instances, or more --supernodes"
+            f"{args.prefill_instances} x {args.prefill_npus} prefill and {args.decode_instances} x "
+            f"{args.decode_npus} decode NPUs are {deployment.npus}, expected at most the supernode's "
+            f"{CLOUDMATRIX384.npus}: give fewer instances, or more --supernodes"
         )
     return deployment

@@ -7,6 +7,7 @@ taken (section 2: no affinity).
 
 from collections import deque
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from cmx_jax.errors import CmxError
@@ -15,6 +16,7 @@ from cmx_jax.serving.ranks import Ranks
 from cmx_jax.serving.request import Request, State
 
 R = TypeVar("R", bound=Ranks)
+_load = attrgetter("load")
 
 
 class Scheduler(Generic[R]):
@@ -33,8 +35,9 @@ class Scheduler(Generic[R]):
         self.waiting: deque[Request] = deque()
         self.transfers: deque[tuple[R, Request]] = deque()
         self._both = frozenset(prefill) & frozenset(decoders)
-        prompts = [i.capacity for i in prefill if i not in self._both]
-        self._rooms = [(i.capacity, True) for i in decoders] + [(room, False) for room in prompts]
+        rooms = [(i.capacity, True) for i in decoders]  # and whether all of a request's tokens come there
+        rooms += [(i.capacity, False) for i in prefill if i not in self._both]
+        self._rooms = tuple(dict.fromkeys(rooms))
 
     def _queue(self, request: Request) -> None:
         """Lets a request wait.
@@ -109,7 +112,3 @@ class Scheduler(Generic[R]):
         at.release(request)
         request.finished = self.clock()
         request.to(State.FINISHED)
-
-
-def _load(ranks: Ranks) -> int:
-    return ranks.load

@@ -96,6 +96,7 @@ def render(result: dict[str, Any]) -> str:
         lines.append(f"goodput {r['request_goodput']:,.2f} requests/s: {met}")
     lines.append(
         f"busy: prefill {r['prefill_utilization']:.1%}, decode {r['decode_utilization']:.1%} with "
-        f"{r['mean_decode_batch']:,.1f} sequences an instance; prefix cache: {r['prefix_hit_rate']:.1%} of prompts"
+        f"{r['mean_decode_batch']:,.1f} sequences an instance; from the prefix cache: "
+        f"{r['prefix_hit_rate']:.1%} of prompt tokens"
     )
     return "\n".join(lines)

@@ -1,0 +1,349 @@
+"""The simulator against queueing theory, against direct recursions of the same draws, and against the engine."""
+
+import heapq
+import itertools
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import instance
+
+from cmx_jax.cli import main
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.instance import Instance
+from cmx_jax.serving.packing import Piece
+from cmx_jax.serving.ranks import Capacity
+from cmx_jax.serving.request import Request, SamplingParams
+from cmx_jax.serving.simulate import (
+    Arrival,
+    Deployment,
+    Linear,
+    Pool,
+    StepTimes,
+    mooncake,
+    simulate,
+    simulator,
+    summary,
+    synthetic,
+)
+from cmx_jax.serving.simulate.router import ROUTERS
+from cmx_jax.serving.simulate.workload import BLOCK
+
+HUGE = 1 << 20  # tokens
+MS_A_TOKEN = Linear(prefill_ms_per_1k=1000, decode_ms=1)
+ONE_PAGE = Capacity(sequences=1, pages=1, page_width=HUGE, max_num_batched_tokens=HUGE)
+
+
+def served(arrivals: list[Arrival], servers: int) -> np.ndarray:
+    """When each request leaves `servers` first-come-first-served servers that take 1 ms a prompt token."""
+    free, left = [0.0] * servers, []
+    for arrival in arrivals:
+        left.append(max(arrival.time, heapq.heappop(free)) + arrival.prompt / 1e3)
+        heapq.heappush(free, left[-1])
+    return np.array(left)
+
+
+def erlang_c(servers: int, load: float) -> float:
+    """The probability of waiting in M/M/c at `load` = arrival rate / service rate."""
+    last = load**servers / math.factorial(servers) / (1 - load / servers)
+    return last / (sum(load**k / math.factorial(k) for k in range(servers)) + last)
+
+
+@pytest.mark.parametrize(
+    ("servers", "prompt", "load", "sojourn"),
+    [
+        (1, "fixed:1000", 0.5, 1 + 0.5 / (2 * (1 - 0.5))),  # M/D/1
+        (3, "exponential:1000", 1.5, 1 + erlang_c(3, 1.5) / (3 - 1.5)),  # M/M/3
+    ],
+)
+def test_prefill_instances_are_the_servers_of_a_queue(servers, prompt, load, sojourn) -> None:
+    """One prompt at a time, each on its own: every request leaves when the recursion says, and the mean is
+    the closed form's."""
+    arrivals = list(synthetic(rate=load, prompt=prompt, output="1", requests=40_000))
+    pool = Pool(instances=servers, capacity=ONE_PAGE)
+    outcome = simulate(arrivals, Deployment(prefill=pool, decode=Pool(capacity=ONE_PAGE)), MS_A_TOKEN)
+    np.testing.assert_allclose(np.sort(outcome.columns["finished"]), np.sort(served(arrivals, servers)))
+    result = summary(outcome)
+    assert result["mean_ttft_ms"] == pytest.approx(sojourn * 1e3, rel=0.02)
+    assert result["mean_queue_ms"] == pytest.approx(result["mean_ttft_ms"] - 1e3, rel=0.02)
+    assert result["prefill_utilization"] == pytest.approx(load / servers, rel=0.02)
+
+
+def test_rows_of_the_decode_batch_are_the_servers_of_a_queue() -> None:
+    """M/M/4: every row gives a token a millisecond, however many run; prefill and transfer take no time."""
+    arrivals = synthetic(rate=5, prompt="1", output="exponential:500", requests=15_000)
+    capacity = Capacity(sequences=2, pages=2, page_width=HUGE, max_num_batched_tokens=HUGE)
+    many = Capacity(sequences=1, pages=1 << 16, page_width=1)
+    deployment = Deployment(prefill=Pool(capacity=many), decode=Pool(ranks=2, capacity=capacity))
+    outcome = simulate(arrivals, deployment, Linear(decode_ms=1))
+    load = 5 * 0.5
+    expected = 500 * (1 + erlang_c(4, load) / (4 - load))
+    assert summary(outcome)["mean_e2el_ms"] == pytest.approx(expected, rel=0.02)
+    assert summary(outcome)["mean_decode_batch"] == pytest.approx(load, rel=0.02)
+
+
+def held(node: Any) -> int:
+    instances = {*node.prefill, *node.decoders}
+    left = sum(i.load + len(i.places) + len(i.prefilling) + i.running + len(i.ready) for i in instances)
+    return left + len(node.waiting) + len(node.transfers) + node.outstanding
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 3), st.integers(1, 90), st.integers(1, 30), st.integers(0, 3)), min_size=1
+    ),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2)),
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
+    st.booleans(),
+    st.booleans(),
+    st.floats(0, 2),
+    st.sampled_from(sorted(ROUTERS)),
+    st.integers(1, 3),
+)
+def test_every_request_finishes_once_and_leaves_nothing(
+    rows, prefill, decode, both, one_host, acceptance, router, supernodes
+) -> None:
+    arrivals = [Arrival(t, prompt, output, (block,)) for t, prompt, output, block in sorted(rows)]
+
+    def pool(instances: int, ranks: int, sequences: int) -> Pool:
+        room = Capacity(sequences=sequences, pages=15, page_width=8, max_num_batched_tokens=32)
+        return Pool(instances=instances, ranks=ranks, sharing=2, capacity=room)
+
+    given_ = {"acceptance": acceptance, "prefix_blocks": 2, "one_host": one_host}
+    deployment = Deployment(prefill=pool(*prefill), decode=None if both else pool(*decode), **given_)
+    times = Linear(prefill_ms=1, prefill_ms_per_1k=99, decode_ms=7, decode_ms_per_1m=9, transfer_ms_per_1k=50)
+    outcome = simulate(arrivals, deployment, times, supernodes=supernodes, router=router)
+    c = outcome.columns
+    assert sorted(zip(c["arrived"], c["prompt"], c["output"], strict=True)) == sorted(a[:3] for a in arrivals)
+    assert not any(map(held, outcome.nodes))
+    assert (c["arrived"] <= c["started"]).all()
+    assert (c["started"] < c["first_token"]).all()
+    steps = np.ceil((c["output"] - 1) / (1 + acceptance))
+    assert (c["finished"] - c["first_token"] >= steps * 7e-3 - 1e-9).all()
+
+
+def test_a_seed_says_everything() -> None:
+    def columns(seed: int) -> np.ndarray:
+        drawn = synthetic(
+            rate=50,
+            prompt="lognormal:200,0.8",
+            output="uniform:1,40",
+            burstiness=0.5,
+            seed=seed,
+            requests=500,
+        )
+        room = Capacity(sequences=8, pages=256)
+        deployment = Deployment(prefill=Pool(capacity=room), decode=Pool(ranks=4, capacity=room))
+        return np.array([*simulate(drawn, deployment, MS_A_TOKEN).columns.values()])
+
+    np.testing.assert_array_equal(columns(1), columns(1))
+    assert not np.array_equal(columns(1), columns(2))
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_intervals_have_the_rate_and_the_burstiness(burstiness: float) -> None:
+    given_ = {"prompt": "3", "output": "uniform:2,4", "seed": 5}
+    drawn = list(synthetic(rate=20, burstiness=burstiness, duration=1000, **given_))
+    intervals = np.diff([0.0, *(a.time for a in drawn)])
+    assert intervals.mean() == pytest.approx(1 / 20, rel=0.03)
+    assert intervals.var() / intervals.mean() ** 2 == pytest.approx(1 / burstiness, rel=0.06)
+    assert drawn[-1].time <= 1000
+    assert set(np.unique([a.output for a in drawn])) == {2, 3, 4}
+
+
+def test_steps_taken_together_take_what_they_take_one_by_one(monkeypatch) -> None:
+    """Step times grow with the context: the middle of a jump stands for all of it."""
+    drawn = list(synthetic(rate=3, prompt="500", output="uniform:50,400", requests=300))
+    room = Capacity(sequences=16, pages=999)
+    deployment = Deployment(prefill=Pool(capacity=room), decode=Pool(ranks=2, capacity=room))
+    times = Linear(prefill_ms_per_1k=20, decode_ms=5, decode_ms_per_sequence=1, decode_ms_per_1m=1000)
+    together = summary(simulate(drawn, deployment, times))
+    monkeypatch.setattr(simulator, "JUMP", 1)
+    single = summary(simulate(drawn, deployment, times))
+    for name in ("mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms"):
+        assert together[name] == pytest.approx(single[name], rel=0.002)
+
+
+def test_prefix_reuse_is_what_a_direct_count_says() -> None:
+    """Requests one after another: each finds its longest prefix among the blocks used last."""
+    rng = np.random.default_rng(0)
+    arrivals, expected, used = [], 0, []  # used: blocks, the one used last at the end
+    for n in range(300):
+        document, blocks = int(rng.integers(6)), int(rng.integers(1, 6))
+        ids = tuple(document * 10 + i for i in range(blocks))
+        prompt = blocks * BLOCK - int(rng.integers(BLOCK))
+        arrivals.append(Arrival(100.0 * n, prompt, 1, ids))
+        found = len(list(itertools.takewhile(lambda block: block in used, ids))) * BLOCK
+        expected += min(found, prompt - 1) // 128 * 128
+        used = [block for block in used if block not in ids] + list(reversed(ids))
+        used = used[-12:]
+    room = Capacity(pages=64, page_width=128, max_num_batched_tokens=1024)
+    pool = Pool(capacity=room)
+    outcome = simulate(arrivals, Deployment(prefill=pool, decode=pool, prefix_blocks=12), MS_A_TOKEN)
+    assert outcome.columns["cached"].sum() == expected > 0
+    c = outcome.columns
+    np.testing.assert_allclose(c["first_token"] - c["arrived"], (c["prompt"] - c["cached"]) / 1e3)
+
+
+# The engine on lanes, each of whose steps lets a clock pass on.
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+
+def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: dict[str, list[float]]) -> None:
+    """Steps of an instance let the clock pass on: by `times`, or by what they took just now."""
+    prefill, decode = one.prefill, one.decode
+
+    def passed(kind: str, step: Any, seconds: float | None) -> Any:
+        began = time.perf_counter()
+        result = step()
+        took[kind].append(time.perf_counter() - began if seconds is None else seconds)
+        clock.now += took[kind][-1]
+        return result
+
+    def run_prefill() -> list[Request]:
+        return passed("prefill", prefill, times and times.prefill(one.next_pieces()))
+
+    def run_decode() -> dict[Request, list[int]]:
+        running = [(one.places[r].rank, r) for r in one.rows if r is not None and r.tokens]
+        busiest = np.bincount([rank for rank, _ in running]).max().item()
+        context = np.mean([len(r.prompt) + len(r.tokens) for _, r in running]).item()
+        return passed("decode", decode, times and times.decode(busiest, context))
+
+    one.prefill, one.decode = run_prefill, run_decode
+
+
+def engine_serves(engine: Engine, clock: Clock, arrivals: list[Arrival]) -> list[Request]:
+    engine.clock = lambda: clock.now
+    pending, requests = deque(arrivals), []
+    while pending or engine.busy:
+        if not engine.busy:
+            clock.now = max(clock.now, pending[0].time)
+        while pending and pending[0].time <= clock.now:
+            arrival = pending.popleft()
+            params = SamplingParams(max_tokens=arrival.output, ignore_eos=True)
+            requests.append(engine.submit([7] * arrival.prompt, params))
+            requests[-1].arrived = arrival.time
+        engine.step()
+    return requests
+
+
+class Replayed:
+    """The seconds that were measured, step by step."""
+
+    def __init__(self, took: dict[str, list[float]]):
+        self.took: dict[str, Iterator[float]] = {kind: iter(seconds) for kind, seconds in took.items()}
+
+    def prefill(self, pieces: list[list[Piece]]) -> float:
+        return next(self.took["prefill"])
+
+    def decode(self, sequences: int, context: float) -> float:
+        return next(self.took["decode"])
+
+    def transfer(self, tokens: int) -> float:
+        return 0.0
+
+    fetch = transfer
+
+
+@pytest.mark.parametrize("case", ["one instance, measured", "one instance", "two prefill, one decode"])
+def test_the_engine_on_lanes_takes_what_the_simulator_says(case, base, monkeypatch) -> None:
+    """The same trace; step times measured in that run, or given. Both wait, pack, chunk and join alike."""
+    both = case != "two prefill, one decode"
+    room = {"sequences": 2, "pages": 8, "max_num_batched_tokens": 16}
+    prefill = [instance(base, f"prefill-{i}", 2, **room) for i in range(1 if both else 2)]
+    decode = prefill[0] if both else instance(base, "decode", 4, **room)
+    linear = Linear(prefill_ms=2, prefill_ms_per_1k=200, decode_ms=3, decode_ms_per_sequence=0.5)
+    drawn = list(synthetic(rate=60, prompt="uniform:1,40", output="uniform:1,12", seed=3, requests=40))
+    if "measured" in case:
+        monkeypatch.setattr(simulator, "JUMP", 1)
+    clock, took = Clock(), {"prefill": [], "decode": []}
+    for one in dict.fromkeys([*prefill, decode]):
+        clocked(one, clock, None if "measured" in case else linear, took)
+    requests = engine_serves(Engine(prefill, decode), clock, drawn)
+
+    pool = Pool(instances=len(prefill), ranks=2, capacity=prefill[0].capacity)
+    decoders = None if both else Pool(ranks=4, capacity=decode.capacity)
+    deployment = Deployment(prefill=pool, decode=decoders, one_host=True)
+    times = Replayed(took) if "measured" in case else linear
+    result = summary(simulate(drawn, deployment, times))
+    tpots = [r.tpot_s for r in requests if len(r.tokens) > 1]
+    within = 0.1 if not both else 1e-6
+    assert result["mean_ttft_ms"] == pytest.approx(np.mean([r.ttft_s for r in requests]) * 1e3, rel=within)
+    assert result["mean_tpot_ms"] == pytest.approx(np.mean(tpots) * 1e3, rel=within)
+
+
+# The command.
+
+FLAGS = ["--prefill-ms-per-1k", "10", "--decode-ms", "20", "--json"]
+
+
+def test_the_command_serves_a_trace(tmp_path, capsys) -> None:
+    rows = [
+        {"timestamp": 1000 * n, "input_length": 1024, "output_length": 3, "hash_ids": [0, 1]}
+        for n in range(4)
+    ]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--prefix-tokens", "99999", "--slo-ttft-ms", "5", "--slo-tpot-ms", "25"]
+    assert main(["simulate", "--trace", str(path), *flags, *FLAGS]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["completed"], result["total_input_tokens"], result["total_output_tokens"]) == (4, 4096, 12)
+    assert result["prefix_hit_rate"] == 3 * (1024 - 128) / 4096
+    assert result["mean_tpot_ms"] == pytest.approx(20)
+    assert result["slo_attainment"] == 0.75  # the first has to run its whole prompt
+    assert main(["simulate", "--trace", str(path), *FLAGS[:-1]]) == 0
+    assert "4 requests in 3.1 s on 256 NPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "expected --trace FILE or --rate R, one of them"),
+        (["--rate", "-1"], "rate is -1, expected above zero"),
+        (["--rate", "nan"], "rate is nan, expected above zero"),
+        (["--rate", "1", "--burstiness", "0"], "burstiness is 0, expected above zero"),
+        (["--rate", "1", "--prompt", "-5"], "a length is '-5', expected tokens such as 4096"),
+        (["--rate", "1", "--output", "zipf:2"], "a length is 'zipf:2', expected tokens"),
+        (["--rate", "1", "--duration", "-3"], "duration is -3, expected above zero"),
+        (["--rate", "1", "--requests", "0"], "requests is 0, expected above zero"),
+        (["--rate", "1", "--prompt", "300000"], "exceed a rank's cache of 2048 pages of 128 tokens"),
+        (["--rate", "1", "--prefill-instances", "0"], "instances is 0, expected at least 1"),
+        (["--rate", "1", "--prefill-instances", "20"], "are 480, expected at most the supernode's 384"),
+        (["--rate", "1", "--block-size", "0"], "block_size is 0, expected at least 1"),
+        (["--rate", "1", "--router", "best"], "router 'best' is unknown, expected one of"),
+        (["--rate", "1", "--supernodes", "0"], "supernodes is 0, expected at least 1"),
+        (["--rate", "1", "--mtp-acceptance", "-1"], "acceptance is -1"),
+        (["--rate", "1", "--decode-ms", "-2"], "decode_ms is -2, expected zero or more"),
+        (["--rate", "1", "--requests", "2", "--slo-tpot-ms", "-1"], "slo_tpot_ms is -1, expected above zero"),
+        (["--trace", "/nowhere"], "--trace /nowhere: No such file"),
+    ],
+)
+def test_nonsense_is_one_line(flags, message, capsys) -> None:
+    assert main(["simulate", *FLAGS, *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"timestamp": 0}', '{"timestamp": -1, "input_length": 1, "output_length": 1}']
+)
+def test_a_line_that_is_no_request_is_named(line, tmp_path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 1, "output_length": 1}\n' + line)
+    with pytest.raises(CmxError, match="line 2: expected an object with timestamp"):
+        mooncake(path)
