@@ -1,4 +1,4 @@
-"""The simulator against queueing theory, against direct recursions of the same draws, and against the engine."""
+"""The simulator against queueing theory, direct recursions over the same draws, and the engine on lanes."""
 
 import heapq
 import itertools
@@ -183,7 +183,7 @@ def test_prefix_reuse_is_what_a_direct_count_says() -> None:
         ids = tuple(document * 10 + i for i in range(blocks))
         prompt = blocks * BLOCK - int(rng.integers(BLOCK))
         arrivals.append(Arrival(100.0 * n, prompt, 1, ids))
-        found = len(list(itertools.takewhile(lambda block: block in used, ids))) * BLOCK
+        found = len(list(itertools.takewhile(used.__contains__, ids))) * BLOCK
         expected += min(found, prompt - 1) // 128 * 128
         used = [block for block in used if block not in ids] + list(reversed(ids))
         used = used[-12:]

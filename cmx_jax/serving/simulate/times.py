@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, fields
 from math import inf
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.packing import Piece
 
 
+@runtime_checkable
 class StepTimes(Protocol):
     """Seconds; constants, measurements or predictions."""
 
