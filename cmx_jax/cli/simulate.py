@@ -18,10 +18,8 @@ TIMES = (
     ("--transfer-ms-per-1k", 0.0, "of moving 1,000 tokens' rows to decode"),
     ("--fetch-ms-per-1k", 0.0, "of fetching 1,000 tokens' rows from the prefix cache"),
 )
-POOLS = {
-    "prefill": (6, 16, 1, 1),
-    "decode": (1, 160, 320, 48),
-}  # the paper's (section 5), of a die 48 sequences
+# the paper's: instances, NPUs of each, ranks that have sequences of their own
+POOLS = {"prefill": (6, 16, 1), "decode": (1, 160, 320)}
 
 
 def add(verbs: Any) -> None:

@@ -204,7 +204,7 @@ class Host:
         elif self.instance is not None and self.steps > 1 and self.seconds > 0:
             done = max(math.ceil((self.node.events.now - self.began) / self.seconds - 1e-9), 1)
             if done < self.steps:
-                self._decode_for(done)
+                self._decode_for(self.instance, done)
 
     def start(self) -> None:
         """The next step of whoever has one to run."""
@@ -247,21 +247,23 @@ class Host:
             i.running or i.ready for i in self.decoders if i is not instance
         ):
             steps = 1
-        context = instance.tokens / instance.running + (steps - 1) / 2 * instance.speed
-        self.seconds = self.node.times.decode(instance.busiest, context)
         self.began, self.instance = self.node.events.now, instance
-        self._decode_for(steps)
+        self._decode_for(instance, steps)
         return True
 
-    def _decode_for(self, steps: int) -> None:
+    def _decode_for(self, instance: Virtual, steps: int) -> None:
+        """The decode steps that run are so many, from `began` on."""
+        context = instance.tokens / instance.running + (steps - 1) / 2 * instance.speed
+        self.seconds = self.node.times.decode(instance.busiest, context)
         self.steps, self.step = steps, object()
-        self.node.events.at(self.began + steps * self.seconds, self._decode_ended, self.step)
+        ends = max(self.began + steps * self.seconds, self.node.events.now)
+        self.node.events.at(ends, self._decode_ended, self.step)
 
     def _decode_ended(self, step: object) -> None:
         instance = self.instance
         if step is not self.step or instance is None:  # it was cut
             return
-        seconds = self.steps * self.seconds
+        seconds = self.node.events.now - self.began
         instance.busy += seconds
         instance.row_seconds += seconds * instance.running
         self.step = None
