@@ -4,6 +4,8 @@ import heapq
 import itertools
 import json
 import math
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -58,37 +60,49 @@ def erlang_c(servers: int, load: float) -> float:
     return last / (sum(load**k / math.factorial(k) for k in range(servers)) + last)
 
 
-@pytest.mark.parametrize(
-    ("servers", "prompt", "load", "sojourn"),
-    [
-        (1, "fixed:1000", 0.5, 1 + 0.5 / (2 * (1 - 0.5))),  # M/D/1
-        (3, "exponential:1000", 1.5, 1 + erlang_c(3, 1.5) / (3 - 1.5)),  # M/M/3
-    ],
-)
-def test_prefill_instances_are_the_servers_of_a_queue(servers, prompt, load, sojourn) -> None:
-    """One prompt at a time, each on its own: every request leaves when the recursion says, and the mean is
-    the closed form's."""
-    arrivals = list(synthetic(rate=load, prompt=prompt, output="1", requests=40_000))
+@pytest.mark.parametrize(("servers", "prompt", "load"), [(1, "1000", 0.7), (3, "exponential:1000", 2.4)])
+def test_prefill_instances_serve_in_order(servers, prompt, load) -> None:
+    """Each takes one prompt at a time: every request leaves when the recursion says."""
+    arrivals = list(synthetic(rate=load, prompt=prompt, output="1", requests=2000))
     pool = Pool(instances=servers, capacity=ONE_PAGE)
     outcome = simulate(arrivals, Deployment(prefill=pool, decode=Pool(capacity=ONE_PAGE)), MS_A_TOKEN)
     np.testing.assert_allclose(np.sort(outcome.columns["finished"]), np.sort(served(arrivals, servers)))
-    result = summary(outcome)
-    assert result["mean_ttft_ms"] == pytest.approx(sojourn * 1e3, rel=0.02)
-    assert result["mean_queue_ms"] == pytest.approx(result["mean_ttft_ms"] - 1e3, rel=0.02)
-    assert result["prefill_utilization"] == pytest.approx(load / servers, rel=0.02)
 
 
-def test_rows_of_the_decode_batch_are_the_servers_of_a_queue() -> None:
-    """M/M/4: every row gives a token a millisecond, however many run; prefill and transfer take no time."""
-    arrivals = synthetic(rate=5, prompt="1", output="exponential:500", requests=15_000)
-    capacity = Capacity(sequences=2, pages=2, page_width=HUGE, max_num_batched_tokens=HUGE)
-    many = Capacity(sequences=1, pages=1 << 16, page_width=1)
-    deployment = Deployment(prefill=Pool(capacity=many), decode=Pool(ranks=2, capacity=capacity))
-    outcome = simulate(arrivals, deployment, Linear(decode_ms=1))
-    load = 5 * 0.5
-    expected = 500 * (1 + erlang_c(4, load) / (4 - load))
-    assert summary(outcome)["mean_e2el_ms"] == pytest.approx(expected, rel=0.02)
-    assert summary(outcome)["mean_decode_batch"] == pytest.approx(load, rel=0.02)
+DECODE = "--prefill-ms-per-1k 0 --decode-ms 1 --decode-ranks 2 --max-num-seqs 2 --block-size 16384"
+
+
+@pytest.mark.parametrize(
+    ("traffic", "machine", "servers", "load", "sojourn"),
+    [  # a second of service each; the closed form's mean time from arrival to the end, seconds
+        ("--rate 0.5 --prompt 1000 --output 1", "", 1, 0.5, 1 + 0.5 / (2 * (1 - 0.5))),  # M/D/1
+        ("--rate 1.8 --prompt exponential:1000 --output 1", "", 3, 1.8, 1 + erlang_c(3, 1.8) / (3 - 1.8)),
+        ("--rate 2.5 --prompt 1 --output exponential:1000", DECODE, 4, 2.5, 1 + erlang_c(4, 2.5) / (4 - 2.5)),
+    ],
+    ids=["M/D/1", "M/M/3", "M/M/4: rows of decode"],
+)
+def test_queues_have_the_times_of_the_closed_forms(traffic, machine, servers, load, sojourn) -> None:
+    """By the command, without type checks: so many requests take their time. Servers are prefill instances
+    with room for one prompt, or rows of a decode batch whose steps take the same however many run."""
+    one_page = f"--prefill-ms-per-1k 1000 --decode-ms 1 --block-size {HUGE} --prefill-instances {servers}"
+    flags = f"--prefill-kv-tokens {HUGE} --decode-kv-tokens {HUGE} --max-num-batched-tokens {HUGE}"
+    command = [
+        sys.executable,
+        "-m",
+        "cmx_jax.cli",
+        "simulate",
+        "--json",
+        "--requests",
+        "40000",
+        *traffic.split(),
+    ]
+    done = subprocess.run(
+        [*command, *flags.split(), *(machine or one_page).split()], capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    assert result["mean_e2el_ms"] == pytest.approx(sojourn * 1e3, rel=0.02)
+    busy = result["mean_decode_batch"] if machine else result["prefill_utilization"] * servers
+    assert busy == pytest.approx(load, rel=0.02)
 
 
 def held(node: Any) -> int:
@@ -203,7 +217,7 @@ class Clock:
     now: float = 0.0
 
 
-def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: dict[str, list[float]]) -> None:
+def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: Any, patch: Any) -> None:
     """Steps of an instance let the clock pass on: by `times`, or by what they took just now."""
     prefill, decode = one.prefill, one.decode
 
@@ -223,7 +237,8 @@ def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: dict[str
         context = np.mean([len(r.prompt) + len(r.tokens) for _, r in running]).item()
         return passed("decode", decode, times and times.decode(busiest, context))
 
-    one.prefill, one.decode = run_prefill, run_decode
+    patch.setattr(one, "prefill", run_prefill)
+    patch.setattr(one, "decode", run_decode)
 
 
 def engine_serves(engine: Engine, clock: Clock, arrivals: list[Arrival]) -> list[Request]:
@@ -259,31 +274,36 @@ class Replayed:
     fetch = transfer
 
 
-@pytest.mark.parametrize("case", ["one instance, measured", "one instance", "two prefill, one decode"])
-def test_the_engine_on_lanes_takes_what_the_simulator_says(case, base, monkeypatch) -> None:
-    """The same trace; step times measured in that run, or given. Both wait, pack, chunk and join alike."""
-    both = case != "two prefill, one decode"
-    room = {"sequences": 2, "pages": 8, "max_num_batched_tokens": 16}
-    prefill = [instance(base, f"prefill-{i}", 2, **room) for i in range(1 if both else 2)]
-    decode = prefill[0] if both else instance(base, "decode", 4, **room)
+@pytest.fixture(scope="module")
+def instances(base) -> dict[str, list[Instance]]:
+    """Prefill instances and, last, the one that decodes."""
+    both = instance(base, "both", 4, sequences=2, pages=16)
+    split = [instance(base, f"prefill-{i}", 2, sequences=1, pages=8) for i in range(2)]
+    return {"one": [both, both], "three": [*split, instance(base, "decode", 4, sequences=1, pages=8)]}
+
+
+@pytest.mark.parametrize(("started", "measured"), [("one", True), ("one", False), ("three", False)])
+def test_the_engine_on_lanes_takes_what_the_simulator_says(started, measured, instances, monkeypatch) -> None:
+    """The same trace; step times measured in that run, or given. Both wait, pack and join alike."""
+    *prefill, decode = instances[started]
+    both = decode in prefill
     linear = Linear(prefill_ms=2, prefill_ms_per_1k=200, decode_ms=3, decode_ms_per_sequence=0.5)
-    drawn = list(synthetic(rate=60, prompt="uniform:1,40", output="uniform:1,12", seed=3, requests=40))
-    if "measured" in case:
-        monkeypatch.setattr(simulator, "JUMP", 1)
+    drawn = list(synthetic(rate=90, prompt="uniform:1,24", output="uniform:1,12", seed=3, requests=60))
     clock, took = Clock(), {"prefill": [], "decode": []}
     for one in dict.fromkeys([*prefill, decode]):
-        clocked(one, clock, None if "measured" in case else linear, took)
+        clocked(one, clock, None if measured else linear, took, monkeypatch)
     requests = engine_serves(Engine(prefill, decode), clock, drawn)
 
-    pool = Pool(instances=len(prefill), ranks=2, capacity=prefill[0].capacity)
-    decoders = None if both else Pool(ranks=4, capacity=decode.capacity)
+    if measured:
+        monkeypatch.setattr(simulator, "JUMP", 1)
+    pool = Pool(instances=len(prefill), ranks=prefill[0].ranks, capacity=prefill[0].capacity)
+    decoders = None if both else Pool(ranks=decode.ranks, capacity=decode.capacity)
     deployment = Deployment(prefill=pool, decode=decoders, one_host=True)
-    times = Replayed(took) if "measured" in case else linear
-    result = summary(simulate(drawn, deployment, times))
+    result = summary(simulate(drawn, deployment, Replayed(took) if measured else linear))
     tpots = [r.tpot_s for r in requests if len(r.tokens) > 1]
-    within = 0.1 if not both else 1e-6
-    assert result["mean_ttft_ms"] == pytest.approx(np.mean([r.ttft_s for r in requests]) * 1e3, rel=within)
-    assert result["mean_tpot_ms"] == pytest.approx(np.mean(tpots) * 1e3, rel=within)
+    assert result["mean_ttft_ms"] == pytest.approx(np.mean([r.ttft_s for r in requests]) * 1e3, rel=1e-6)
+    assert result["mean_tpot_ms"] == pytest.approx(np.mean(tpots) * 1e3, rel=1e-6)
+    assert result["mean_queue_ms"] > 0
 
 
 # The command.

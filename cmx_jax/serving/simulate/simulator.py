@@ -209,10 +209,13 @@ class Host:
     def start(self) -> None:
         """The next step of whoever has one to run."""
         for _ in self.work:
+            if self.node.lockstep and self.turn == 0:
+                self.node.place()
             instance, start = self.work[self.turn]
             self.turn = (self.turn + 1) % len(self.work)
             if start(instance):
                 return
+        self.turn = 0
 
     def _start_prefill(self, instance: Virtual) -> bool:
         if not instance.prefilling:
@@ -243,10 +246,10 @@ class Host:
         if not instance.running:
             return False
         steps = min(instance.ends[0][0] - instance.steps, JUMP)
-        if any(i.prefilling for i in self.prefill) or any(
-            i.running or i.ready for i in self.decoders if i is not instance
-        ):
-            steps = 1
+        others = any(i.running or i.ready for i in self.decoders if i is not instance)
+        waiting = self.node.lockstep and self.node.waiting
+        if others or waiting or any(i.prefilling for i in self.prefill):
+            steps = 1  # then it is another's turn
         self.began, self.instance = self.node.events.now, instance
         self._decode_for(instance, steps)
         return True
@@ -286,6 +289,7 @@ class Supernode(Scheduler[Virtual]):
             prefill if pool is None else [Virtual(f"decode-{i}", pool, speed) for i in range(pool.instances)]
         )
         super().__init__(prefill, decoders, lambda: events.now)
+        self.lockstep = deployment.one_host  # prompts are admitted where a turn begins
         self.prefix = PrefixCache(deployment.prefix_blocks)
         self.outstanding = 0  # requests here that are not finished
         everyone = list(dict.fromkeys([*prefill, *decoders]))
@@ -316,19 +320,34 @@ class Supernode(Scheduler[Virtual]):
             self._finish(at, job)
         self._go_on()
 
-    def _go_on(self) -> None:
-        """What the scheduler does between steps."""
-        for source, target, request in self._receive() if self.transfers else ():
-            self._send(source, target, request)
-        for at, job in self._admit() if self.waiting else ():
+    def _go_on(self, *fresh: Virtual) -> None:
+        """What the scheduler does between steps; then those that have something new begin, `fresh` too."""
+        woken = list(fresh)
+        for move in self._receive() if self.transfers else ():
+            ends = self._sent(*move)
+            if ends > self.events.now:
+                self.events.at(ends, self._received, move)
+            else:
+                woken.append(self._arrived(*move))
+        if self.lockstep and self.waiting:
+            woken.append(self.prefill[0])
+        elif self.waiting:
+            woken += self.place()
+        for instance in woken:
+            self._hosts[instance].wake()
+
+    def place(self) -> list[Virtual]:
+        """Admits what waits; returns the instances that were given something."""
+        placed = self._admit()
+        for at, job in placed:
             if job.blocks:
                 width = at.capacity.page_width
                 found = min(self.prefix.match(job.blocks), len(job.prompt) - 1)  # one token is left to run
                 job.cached = job.prefilled = found // width * width
-            self._hosts[at].wake()
+        return [at for at, _ in placed]
 
-    def _send(self, source: Virtual, target: Virtual, job: Request) -> None:
-        """Over the plane of transfers: both ranks have one link, which one request uses at a time."""
+    def _sent(self, source: Virtual, target: Virtual, job: Request) -> float:
+        """When a request's pages have come over. Each rank has one link, which one request uses at a time."""
         receiver = target.places[job].rank
         sender = source.places[job].rank * source.sharing
         if source.sharing > 1:
@@ -337,14 +356,15 @@ class Supernode(Scheduler[Virtual]):
         free, links = self._link_free, ((source, sender), (target, receiver))
         ends = max(self.events.now, free[links[0]], free[links[1]]) + self.times.transfer(len(job.prompt))
         free[links[0]] = free[links[1]] = ends
-        self.events.at(ends, self._received, (source, target, job))
+        return ends
 
-    def _received(self, moved: tuple[Virtual, Virtual, Any]) -> None:
-        source, target, job = moved
+    def _received(self, move: tuple[Virtual, Virtual, Any]) -> None:
+        self._go_on(self._arrived(*move))
+
+    def _arrived(self, source: Virtual, target: Virtual, job: Any) -> Virtual:
         self._moved(source, job)
         target.ready.append(job)
-        self._hosts[target].wake()
-        self._go_on()
+        return target
 
     def _finish(self, at: Virtual, request: Any) -> None:
         super()._finish(at, request)
