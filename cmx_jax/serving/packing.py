@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +13,7 @@ from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.request import Request
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """The tokens `[start, stop)` of a prompt."""
 
     request: Request

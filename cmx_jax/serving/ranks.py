@@ -5,6 +5,7 @@ Nothing here knows how a step is run: `Instance` runs it with JAX, the simulator
 
 import heapq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +26,7 @@ class Capacity:
     )
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a request lies on an instance: its rank, pages there, and row of the decode batch (or None)."""
 
     rank: int

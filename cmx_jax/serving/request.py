@@ -25,6 +25,8 @@ class State(enum.Enum):
     DECODE = "decode"
     FINISHED = "finished"
 
+    __hash__ = object.__hash__  # Enum's own is slow, and the simulator moves millions of requests
+
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.PREFILL}),

@@ -211,6 +211,8 @@ class Host:
         for _ in self.work:
             if self.node.lockstep and self.turn == 0:
                 self.node.place()
+            if self.node.lockstep and self.turn == len(self.prefill):
+                self.node.receive()
             instance, start = self.work[self.turn]
             self.turn = (self.turn + 1) % len(self.work)
             if start(instance):
@@ -289,7 +291,7 @@ class Supernode(Scheduler[Virtual]):
             prefill if pool is None else [Virtual(f"decode-{i}", pool, speed) for i in range(pool.instances)]
         )
         super().__init__(prefill, decoders, lambda: events.now)
-        self.lockstep = deployment.one_host  # prompts are admitted where a turn begins
+        self.lockstep = deployment.one_host  # prompts are admitted, and moved, at their time in a turn
         self.prefix = PrefixCache(deployment.prefix_blocks)
         self.outstanding = 0  # requests here that are not finished
         everyone = list(dict.fromkeys([*prefill, *decoders]))
@@ -323,18 +325,24 @@ class Supernode(Scheduler[Virtual]):
     def _go_on(self, *fresh: Virtual) -> None:
         """What the scheduler does between steps; then those that have something new begin, `fresh` too."""
         woken = list(fresh)
-        for move in self._receive() if self.transfers else ():
+        if self.lockstep:
+            woken.append(self.prefill[0])
+        else:
+            woken += self.receive() if self.transfers else ()
+            woken += self.place() if self.waiting else ()
+        for instance in woken:
+            self._hosts[instance].wake()
+
+    def receive(self) -> list[Virtual]:
+        """Lets pages move to decode; returns the instances where they are already."""
+        woken = []
+        for move in self._receive():
             ends = self._sent(*move)
             if ends > self.events.now:
                 self.events.at(ends, self._received, move)
             else:
                 woken.append(self._arrived(*move))
-        if self.lockstep and self.waiting:
-            woken.append(self.prefill[0])
-        elif self.waiting:
-            woken += self.place()
-        for instance in woken:
-            self._hosts[instance].wake()
+        return woken
 
     def place(self) -> list[Virtual]:
         """Admits what waits; returns the instances that were given something."""
