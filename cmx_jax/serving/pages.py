@@ -43,9 +43,10 @@ class PagePool:
         Raises:
           CmxError: one of them is not held, or named twice; nothing is freed then.
         """
-        if len(set(pages)) != len(pages) or not self._held.issuperset(pages):
+        given = set(pages)
+        if len(given) != len(pages) or not given <= self._held:
             raise CmxError(f"pages {pages} are not all held: freed twice?")
-        self._held.difference_update(pages)
+        self._held -= given
         self._free.extend(reversed(pages))
 
 

@@ -67,7 +67,7 @@ class Ranks:
           False, with nothing changed, if no rank has room.
         """
         need = pages_for(tokens, self.capacity.page_width)
-        rank = int((self._held + self._full if decode else self._held).argmin())
+        rank = int((self._held + self._full if decode else self._held).argmin()) if self.ranks > 1 else 0
         if self.pools[rank].free < need or (decode and not self._free_rows[rank]):
             return False
         row = None
