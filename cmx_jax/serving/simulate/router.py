@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def simulate(
     events, rows = Events(), array("d")
 
     def done(job: Job) -> None:
-        ends = (job.arrived, job.started, job.first_token, job.finished)
+        ends: tuple[Any, ...] = (job.arrived, job.started, job.first_token, job.finished)
         rows.extend((*ends, len(job.prompt), job.params.max_tokens, job.cached))
 
     nodes = [Supernode(deployment, times, events, done) for _ in range(supernodes)]

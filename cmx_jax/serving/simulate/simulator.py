@@ -309,12 +309,13 @@ class Supernode(Scheduler[Virtual]):
         self._go_on()
 
     def prefill_ended(self, at: Virtual, pieces: Any) -> None:
-        for request, _, _ in at.prefilled(pieces):
-            if request.blocks:
-                self.prefix.use(request.blocks)
-            self._prefilled(at, request, last=request.params.max_tokens == 1)
-            if request.state is State.DECODE:
-                at.ready.append(request)
+        job: Any
+        for job, _, _ in at.prefilled(pieces):
+            if job.blocks:
+                self.prefix.use(job.blocks)
+            self._prefilled(at, job, last=job.params.max_tokens == 1)
+            if job.state is State.DECODE:
+                at.ready.append(job)
         self._go_on()
 
     def decode_ended(self, at: Virtual, steps: int) -> None:
