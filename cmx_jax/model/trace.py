@@ -76,6 +76,20 @@ def trace_model(
     traced = trace_step(c, layout, step, length=context, **given)
     took = time.perf_counter() - began
     tokens = sequences * (context if step == "prefill" else 1 + drafts) // layout.sequence_ranks
+    view = _view(c, layout, tokens, dtype, machine, ranks_per_npu)
+    found = trace(traced, source=source, target=target, dump=dump, view=view)
+    found.seconds["trace"] += took
+    if layout.auto and source != "hlo":
+        found.notes.append(
+            "auto: collectives are the compiler's, which source hlo shows; products are of all ranks"
+        )
+    return found
+
+
+def _view(
+    c: ModelConfig, layout: Layout, tokens: int, dtype: str, machine: Supernode, ranks_per_npu: int
+) -> View:
+    """Where ranks sit, and what is useful when a rank has so many tokens: each goes to its experts once."""
     copies = c.num_experts_per_tok + shared_in_slots(c, layout)
 
     def useful(found: Product) -> float | None:
@@ -96,11 +110,4 @@ def trace_model(
             return tokens * copies * c.hidden_size * (4 if back == "float32" else 2) / layout.microbatches
         return None
 
-    view = View(machine, ranks_per_npu, payload=payload, useful=useful)
-    found = trace(traced, source=source, target=target, dump=dump, view=view)
-    found.seconds["trace"] += took
-    if layout.auto and source != "hlo":
-        found.notes.append(
-            "auto: collectives are the compiler's, which source hlo shows; products are of all ranks"
-        )
-    return found
+    return View(machine, ranks_per_npu, payload=payload, useful=useful)
