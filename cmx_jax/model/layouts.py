@@ -97,12 +97,12 @@ LAYOUTS = {
     ),
 }
 
-_FAMILIES: dict[str, Callable[..., Layout]] = {
-    "ep": expert_parallel,
-    "tp": tensor_parallel,
-    "tp-ep": _whole,
-    "ag-rs": _gathered,
-    "auto": _auto,
+_FAMILIES: dict[str, tuple[Callable[..., Layout], str]] = {
+    "ep": (expert_parallel, "experts over {} NPUs, each with its own sequences"),
+    "tp": (tensor_parallel, "every matrix over {} NPUs"),
+    "tp-ep": (_whole, "every matrix over {} NPUs, but each routed expert whole on one"),
+    "ag-rs": (_gathered, "as ep, but all tokens go to all {} NPUs"),
+    "auto": (_auto, "GSPMD splits a plain program over {} NPUs, nothing dropped"),
 }
 
 
@@ -122,5 +122,5 @@ def ready(name: str) -> Ready:
             f"layout {name!r}, expected {', '.join(_FAMILIES)} and a number of ranks, or one of "
             f"{', '.join(LAYOUTS)}"
         )
-    ranks = int(found[2])
-    return Ready(partial(_FAMILIES[found[1]], ranks), "decode", 1, 1, f"{ranks} NPUs")
+    ranks, (make, about) = int(found[2]), _FAMILIES[found[1]]
+    return Ready(partial(make, ranks), "decode", 1, 1, about.format(ranks))
