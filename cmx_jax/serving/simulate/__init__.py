@@ -1,8 +1,8 @@
 """Serving in virtual time: the real scheduler, with steps that take the seconds somebody says they take."""
 
+from cmx_jax.serving.simulate.deployment import Deployment, Pool
 from cmx_jax.serving.simulate.report import render, summary
 from cmx_jax.serving.simulate.router import simulate
-from cmx_jax.serving.simulate.simulator import Deployment, Pool
 from cmx_jax.serving.simulate.times import Linear, StepTimes
 from cmx_jax.serving.simulate.workload import Arrival, mooncake, synthetic
 

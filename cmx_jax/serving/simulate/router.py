@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.simulate.simulator import Deployment, Events, Job, Supernode
+from cmx_jax.serving.simulate.deployment import Deployment
+from cmx_jax.serving.simulate.host import Events
+from cmx_jax.serving.simulate.instance import Job
+from cmx_jax.serving.simulate.simulator import Supernode
 from cmx_jax.serving.simulate.times import StepTimes
 from cmx_jax.serving.simulate.workload import Arrival
 

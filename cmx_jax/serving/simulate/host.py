@@ -1,0 +1,122 @@
+"""Virtual time, and who runs steps in it."""
+
+import heapq
+import math
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from cmx_jax.serving.simulate.instance import Virtual
+
+JUMP = 64  # decode steps that are one event, at most
+
+
+class Events:
+    """What happens when, and the time now; equal times in the order in which they were said."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.heap: list[tuple[float, int, Callable[..., None], Any]] = []
+        self._order = count()
+
+    def at(self, time: float, call: Callable[..., None], argument: Any) -> None:
+        heapq.heappush(self.heap, (time, next(self._order), call, argument))
+
+    def next(self) -> None:
+        self.now, _, call, argument = heapq.heappop(self.heap)
+        call(argument)
+
+
+class Host:
+    """What runs the steps of its instances one at a time, in turn: prefill of each, then decode of each.
+
+    `node` is the `cmx_jax.serving.simulate.simulator.Supernode` that they belong to.
+    """
+
+    def __init__(self, node: Any, prefill: list[Virtual], decoders: list[Virtual]):
+        self.node, self.prefill, self.decoders = node, prefill, decoders
+        self.work = [(i, self._start_prefill) for i in prefill] + [(i, self._start_decode) for i in decoders]
+        self.turn = 0
+        self.step: object | None = None  # what runs, and is still valid: a step that is cut ends another way
+        self.instance: Virtual | None = None  # whose decode steps run
+        self.began = self.seconds = 0.0
+        self.steps = 0
+
+    def wake(self) -> None:
+        """There is new work: it begins now, or behind the decode step that runs."""
+        if self.step is None:
+            self.start()
+        elif self.instance is not None and self.steps > 1 and self.seconds > 0:
+            done = max(math.ceil((self.node.events.now - self.began) / self.seconds - 1e-9), 1)
+            if done < self.steps:
+                self._decode_for(self.instance, done)
+
+    def start(self) -> None:
+        """The next step of whoever has one to run."""
+        for _ in self.work:
+            if self.node.lockstep and self.turn == 0:
+                self.node.place()
+            if self.node.lockstep and self.turn == len(self.prefill):
+                self.node.receive()
+            instance, start = self.work[self.turn]
+            self.turn = (self.turn + 1) % len(self.work)
+            if start(instance):
+                return
+        self.turn = 0
+
+    def _start_prefill(self, instance: Virtual) -> bool:
+        if not instance.prefilling:
+            return False
+        node, now = self.node, self.node.events.now
+        pieces = instance.next_pieces()
+        fetch = 0
+        for row in pieces:
+            for piece in row:
+                job: Any = piece.request
+                if job.started is None:
+                    job.started, fetch = now, max(fetch, job.cached)
+        seconds = node.times.prefill(pieces) + (node.times.fetch(fetch) if fetch else 0.0)
+        instance.busy += seconds
+        self.step, self.instance = pieces, None
+        node.events.at(now + seconds, self._prefill_ended, (instance, pieces))
+        return True
+
+    def _prefill_ended(self, ran: tuple[Virtual, Any]) -> None:
+        instance, pieces = ran
+        self.step = None
+        self.node.prefill_ended(instance, pieces)
+        if self.step is None:
+            self.start()
+
+    def _start_decode(self, instance: Virtual) -> bool:
+        instance.join()
+        if not instance.running:
+            return False
+        steps = min(instance.ends[0][0] - instance.steps, JUMP)
+        others = any(i.running or i.ready for i in self.decoders if i is not instance)
+        waiting = self.node.lockstep and self.node.waiting
+        if others or waiting or any(i.prefilling for i in self.prefill):
+            steps = 1  # then it is another's turn
+        self.began, self.instance = self.node.events.now, instance
+        self._decode_for(instance, steps)
+        return True
+
+    def _decode_for(self, instance: Virtual, steps: int) -> None:
+        """The decode steps that run are so many, from `began` on."""
+        context = instance.tokens / instance.running + (steps - 1) / 2 * instance.speed
+        self.seconds = self.node.times.decode(instance.busiest, context)
+        self.steps, self.step = steps, object()
+        ends = max(self.began + steps * self.seconds, self.node.events.now)
+        self.node.events.at(ends, self._decode_ended, self.step)
+
+    def _decode_ended(self, step: object) -> None:
+        instance = self.instance
+        if step is not self.step or instance is None:  # it was cut
+            return
+        seconds = self.node.events.now - self.began
+        instance.busy += seconds
+        instance.row_seconds += seconds * instance.running
+        self.step = None
+        self.node.decode_ended(instance, self.steps)
+        if self.step is None:
+            self.start()
