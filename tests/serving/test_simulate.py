@@ -31,9 +31,9 @@ from cmx_jax.serving.simulate import (
     Linear,
     Pool,
     StepTimes,
+    host,
     mooncake,
     simulate,
-    simulator,
     summary,
     synthetic,
 )
@@ -182,7 +182,7 @@ def test_steps_taken_together_take_what_they_take_one_by_one(monkeypatch) -> Non
     deployment = Deployment(prefill=Pool(capacity=room), decode=Pool(ranks=2, capacity=room))
     times = Linear(prefill_ms_per_1k=20, decode_ms=5, decode_ms_per_sequence=1, decode_ms_per_1m=1000)
     together = summary(simulate(drawn, deployment, times))
-    monkeypatch.setattr(simulator, "JUMP", 1)
+    monkeypatch.setattr(host, "JUMP", 1)
     single = summary(simulate(drawn, deployment, times))
     for name in ("mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms"):
         assert together[name] == pytest.approx(single[name], rel=0.002)
@@ -295,7 +295,7 @@ def test_the_engine_on_lanes_takes_what_the_simulator_says(started, measured, in
     requests = engine_serves(Engine(prefill, decode), clock, drawn)
 
     if measured:
-        monkeypatch.setattr(simulator, "JUMP", 1)
+        monkeypatch.setattr(host, "JUMP", 1)
     pool = Pool(instances=len(prefill), ranks=prefill[0].ranks, capacity=prefill[0].capacity)
     decoders = None if both else Pool(ranks=decode.ranks, capacity=decode.capacity)
     deployment = Deployment(prefill=pool, decode=decoders, one_host=True)
