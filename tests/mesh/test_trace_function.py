@@ -20,6 +20,11 @@ def ring(x):
     turns = lambda x: jax.lax.scan(turn, x, None, length=4)[0]
     return jax.shard_map(turns, in_specs=P("x"), out_specs=P("x"))(x)
 
+OWN = jax.sharding.Mesh(jax.devices()[:4], ("y",))
+
+def brings_its_mesh(x):
+    return jax.shard_map(lambda x: jax.lax.psum(x, "y"), mesh=OWN, in_specs=P("y"), out_specs=P())(x)
+
 def shapes():
     return jax.ShapeDtypeStruct((8, 16), jnp.bfloat16)
 
@@ -44,6 +49,13 @@ def test_a_module_of_the_current_folder(mine: str, args: list[str]) -> None:
     assert [(r["op"], r["axes"], r["count"], r["wire_bytes"]) for r in found.collectives] == [
         ("permute", ["x"], 4, 4 * 2 * 16 * 2)
     ]
+
+
+@pytest.mark.parametrize("source", ["jaxpr", "stablehlo", "hlo"])
+def test_a_function_with_a_mesh_of_its_own(mine: str, source: str) -> None:
+    found = trace_function(f"{mine}:brings_its_mesh", ["float32[8,16]"], source=source)
+    (only,) = found.collectives
+    assert (only["op"], only["axes"], only["wire_bytes"]) == ("all_reduce", ["y"], 2 * 2 * 16 * 4 * 3 / 4)
 
 
 def test_what_the_compiler_inserts_into_a_library_s_function(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +93,7 @@ def test_a_mistake_is_one_line(name: str, args: list[str], mesh: str | None, sai
 
 
 def test_a_function_that_fails_says_where(mine: str) -> None:
-    with pytest.raises(CmxError, match=rf"{mine}:broken: TypeError: of no use \({mine}.py:15\)"):
+    with pytest.raises(CmxError, match=rf"{mine}:broken: TypeError: of no use \({mine}.py:20\)"):
         trace_function(f"{mine}:broken", ["float32[1]"])
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,20 @@ def trace_function(
       CmxError: there is no such function, an argument or the mesh makes no sense, or the function fails.
     """
     axes = read_mesh(mesh)
-    on = _mesh(axes, target if source == "hlo" else None)
+    own = not axes  # the function's mesh is not ours to name
+    on = _mesh(axes, target if source == "hlo" and not own else None)
     fn, given = load(name), read_args(args, on)
-    with jax.set_mesh(on) if isinstance(on, Mesh) else jax.sharding.use_abstract_mesh(on):
+    with nullcontext() if own else _known(on):
         try:
             traced = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*given)
         except Exception as error:  # whatever it raises
             raise _failed(name, error) from None
         return trace(traced, *given, source=source, target=target, dump=dump, view=view)
+
+
+def _known(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
+    """What `jax.shard_map` without a mesh takes."""
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
 def read_mesh(text: str | None) -> dict[str, int]:
