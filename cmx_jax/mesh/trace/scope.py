@@ -22,6 +22,8 @@ def scopes(op_name: str) -> str:
     """The `named_scope`s of `jit(f)/while/body/jvp(Moe)/Dispatch/all_to_all`: `Moe/Dispatch`."""
     kept = []
     for part in op_name.split(";")[0].split("/")[:-1]:  # the last is the operation, of the first of several
+        if part.startswith("("):  # `(psum:psum:Moe`: operations that were put together, in what scope
+            part = part[1:].rsplit(":", 1)[-1]
         while wrapped := WRAPPED.fullmatch(part):
             part = wrapped.group(1)
         if part and not STRUCTURE.fullmatch(part):
