@@ -13,7 +13,22 @@ import pytest
 import cmx_jax.model
 from cmx_jax.quant import QTensor, einsum, quantize_rows
 
-SIZES = {"b": 2, "t": 3, "n": 3, "d": 7, "e": 7, "f": 5, "g": 2, "h": 4, "q": 6, "c": 5, "v": 5, "y": 2}
+SIZES = {
+    "b": 2,
+    "t": 3,
+    "n": 3,
+    "d": 7,
+    "e": 7,
+    "f": 5,
+    "g": 2,
+    "h": 4,
+    "q": 6,
+    "c": 5,
+    "v": 5,
+    "x": 3,
+    "r": 2,
+    "y": 2,
+}
 # The products of the model: spec, and how many of the first operand's last axes are summed
 SPECS = [
     ("btd,dq->btq", 1),
@@ -25,6 +40,8 @@ SPECS = [
     ("...f,fd->...d", 1),
     ("ntd,ndh->nth", 1),
     ("ntf,nfd->ntd", 1),
+    ("xgrd,xdhf->xgrhf", 1),
+    ("xgrf,xfd->xgrd", 1),
 ]
 
 
