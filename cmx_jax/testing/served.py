@@ -31,7 +31,7 @@ def serve(job: dict[str, Any]) -> NoReturn:
     requests = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.register(signal.SIGUSR1, file=os.dup(2))  # pytest captures 2
-    # pytest would rewrite the asserts of a package with a plugin, and warns that it comes too late for this one
+    # of a package that has a plugin pytest rewrites the asserts, and warns that it is too late for this one
     late = ("-W", "ignore:Module already imported so cannot be rewritten")
     raise SystemExit(pytest.main([*job["args"], *late], plugins=[_Served(job, requests, answers)]))
 

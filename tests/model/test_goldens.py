@@ -10,8 +10,10 @@ import cmx_jax
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 # What these change, decoding computes by the same lines as scoring: their logits are enough.
-SCORED = {"attention_bias", "norm_eps", "style4", "tied"} | {
-    f"{family}_{case}" for family in ("qwen3", "llama4") for case in ("bias", "eps", "style4", "tied")
+SCORED = {"attention_bias", "norm_eps", "style4", "tied", "negative_bias", "no_norm_topk", "one_group"} | {
+    f"{family}_{case}"
+    for family in ("qwen3", "llama4")
+    for case in ("bias", "eps", "style4", "tied", "no_norm_topk")
 }
 CASES = sorted(path.name for path in GOLDENS.iterdir() if (path / "config.json").is_file())
 

@@ -33,6 +33,9 @@ CASES: dict[str, dict] = {
     "renamed": {"seed": 1404, "renamed": True},
 }
 
+# What these change, decoding computes by the same lines as scoring: their logits are enough.
+SCORED = {"base_again", "no_norm_topk", "norm_eps", "real_theta", "renamed", "tied"}
+
 
 def tokens_of(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(1000 + seed).integers(0, pangu.TINY["vocab_size"], shape, dtype=np.int32)
@@ -46,6 +49,8 @@ def test_logits_and_greedy_tokens_equal_the_reference(case: str, tmp_path: Path)
     for tokens, found in zip(rows, logits_of(llm, rows), strict=True):
         expected = np.stack([pangu.logits(path, row) for row in tokens])
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    if case in SCORED:
+        return
     prompt = tokens_of(seed, PROMPT).tolist()
     [completion] = llm.generate([prompt], max_new_tokens=NEW, ignore_eos=True)
     assert completion.tokens == pangu.greedy(path, prompt, NEW)

@@ -34,9 +34,8 @@ REPLICAS = {"redundant_slots": 32, "shared_slots": 32, "eplb_interval": 4}
 @pytest.mark.parametrize(
     ("runner", "ranks", "exchange", "fields"),
     [
-        ("lanes", 8, "flat", {}),
+        ("lanes", 8, "flat", {"microbatches": 2}),
         ("lanes", 320, "hierarchical", REPLICAS | {"num_speculative_tokens": 1}),
-        ("lanes", 384, "flat", {"microbatches": 2}),
         ("lanes", 768, "flat", {}),
         ("lanes", 16, "allgather", {"num_speculative_tokens": 2}),
         ("devices", 8, "hierarchical", {"max_num_batched_tokens": 16}),
