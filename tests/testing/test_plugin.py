@@ -240,7 +240,12 @@ def test_an_interrupted_run_leaves_no_process(elsewhere: pytest.Pytester) -> Non
         def test_unmarked(): pass
         """
     )
-    run = subprocess.Popen([sys.executable, "-m", "pytest"], stdout=subprocess.PIPE, start_new_session=True)
+    # a run in the background of a shell is deaf to SIGINT, and so is what it starts
+    code = (
+        "import signal, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); exit(pytest.main())"
+    )
+    command = [sys.executable, "-c", code, "-o", "devices_timeout=60"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     pid = elsewhere.path / "pid"
     while not pid.exists():
         assert run.poll() is None
