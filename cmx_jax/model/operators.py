@@ -16,7 +16,7 @@ from cmx_jax.mesh.trace.jaxpr import Found, Product, read_jaxpr
 from cmx_jax.model.abstract import PAGE_WIDTH, trace_step
 from cmx_jax.model.config import MLAConfig, ModelConfig
 
-STAGES = (
+ATTENTION = (
     "Norm",
     "MLAProlog",
     "QKV",
@@ -25,6 +25,9 @@ STAGES = (
     "FusedAttention",
     "HeadsToTokens",
     "O_proj",
+)
+STAGES = (
+    *ATTENTION,
     "DenseFFN",
     "Gate",
     "SharedExpert",

@@ -19,19 +19,9 @@ from cmx_jax.mesh.cost import operators as cost
 from cmx_jax.mesh.cost.constants import Machine
 from cmx_jax.mesh.cost.overlap import Task
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.operators import Loop, Operator, Step, attention_work
+from cmx_jax.model.operators import ATTENTION, Loop, Operator, Step, attention_work
 from cmx_jax.model.sharding import shared_in_slots
 
-ATTENTION = (
-    "Norm",
-    "MLAProlog",
-    "QKV",
-    "GatherLatents",
-    "KeysAndValues",
-    "FusedAttention",
-    "HeadsToTokens",
-    "O_proj",
-)
 MOE = ("Gate", "SharedExpert", "Dispatch", "MLP", "Combine")
 FUSED = ("MLAProlog", "QKV")  # one kernel on the Ascend, however many products (section 4.2.2)
 CORES = ("attention cores", "MoE cores")
