@@ -51,12 +51,14 @@ class StepOutput:
       accepted: `[B]`, how many drafts were right.
       drafts: `[B, k]`, of what follows (prefill: `[B, N]`).
       stats: of each MoE layer, MTP's last, and rank; summed over microbatches.
+      logprobs: of each of `tokens`.
     """
 
     tokens: Any
     accepted: Any
     drafts: Any
     stats: Any  # MoEStats
+    logprobs: Any = None  # Logprobs [B, 1 + k]
 
 
 Rows = TypeVar("Rows")

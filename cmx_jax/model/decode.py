@@ -25,19 +25,27 @@ from cmx_jax.model.cache import PagedCache, Rows
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Decoded, Stream, decoder, logits, mtp_hidden, with_mtp
 from cmx_jax.model.moe import RunExperts
-from cmx_jax.model.sampling import greedy, next_tokens
+from cmx_jax.model.sampling import greedy, logprobs_of, next_tokens
 from cmx_jax.model.weights import Weights
 
 MAX_DRAFTS = 16  # the MTP layer is compiled once for each
 
 
 def decode_step(
-    weights: Weights, cache: PagedCache, batch: DecodeBatch, *, c: ModelConfig, layout: Layout, sampled: bool
+    weights: Weights,
+    cache: PagedCache,
+    batch: DecodeBatch,
+    *,
+    c: ModelConfig,
+    layout: Layout,
+    sampled: bool,
+    logprobs: bool = False,
 ) -> tuple[PagedCache, StepOutput]:
     """One to `1 + k` tokens of each sequence, attending over its pages.
 
     Args:
       sampled: whether any sequence is not greedy.
+      logprobs: whether those of the tokens are returned.
     """
     if layout.sequence:
         raise CmxError("a layout whose ranks share sequences can prefill only, expected sequence=()")
@@ -65,7 +73,8 @@ def decode_step(
                 weights, c, done[i], tokens, accepted, wheres[i], held_mtp, attention, run, layout.tensor
             )
             done[i] = with_mtp(done[i], modules)
-        outputs.append(StepOutput(tokens, accepted, drafts, None))
+        said = logprobs_of(out, tokens) if logprobs else None
+        outputs.append(StepOutput(tokens, accepted, drafts, None, said))
     rows, where = joined([d.rows for d in done], axis=1), joined(wheres)
     cache = paged.write(cache, batch.page_table, where.addresses, rows, layout.groups)
     return cache, joined(outputs).replace(stats=by_rank([d.stats for d in done]))

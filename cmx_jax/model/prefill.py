@@ -15,7 +15,7 @@ from cmx_jax.model.batch import PrefillBatch, StepOutput, by_rank, joined, run_e
 from cmx_jax.model.cache import PagedCache, Rows
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden, with_mtp
-from cmx_jax.model.sampling import greedy, next_tokens
+from cmx_jax.model.sampling import greedy, logprobs_of, next_tokens
 from cmx_jax.model.weights import Weights
 
 
@@ -28,6 +28,7 @@ def prefill_step(
     layout: Layout,
     sampled: bool,
     cached: bool,
+    logprobs: bool = False,
 ) -> tuple[PagedCache, StepOutput]:
     """Runs prompts, fills their pages, samples their first tokens; with MTP layers drafts the next ones.
 
@@ -35,6 +36,7 @@ def prefill_step(
       sampled: whether any sequence is not greedy.
       cached: whether pages hold earlier chunks to attend to. If not, each token stands at the address that is
         its index.
+      logprobs: whether those of the first tokens are returned.
     """
     parts = split(batch, layout.microbatches)
     wheres = [_whole(Where(part.positions, part.begin), layout) for part in parts]
@@ -47,12 +49,13 @@ def prefill_step(
     for i, (part, stream) in enumerate(zip(parts, streams, strict=True)):
         out = logits(_at_ends(part, done[i].hidden, layout), weights, layout.tensor)
         tokens, drafts = next_tokens(out, part.sampling, part.lengths, sampled), None
+        said = logprobs_of(out, tokens) if logprobs else None
         if weights.mtp is not None:
             behind = Stream(_following(part, tokens, layout), stream.active, stream.attend)
             mtp = mtp_hidden(weights, c, done[i].hidden, behind, run, layout.tensor)
             drafts = greedy(logits(_at_ends(part, mtp.hidden, layout), weights, layout.tensor))
             done[i] = with_mtp(done[i], [mtp])
-        outputs.append(StepOutput(tokens, None, drafts, None))
+        outputs.append(StepOutput(tokens, None, drafts, None, said))
     rows, where = joined([d.rows for d in done], axis=1), joined(wheres)
     cache = paged.write(cache, batch.page_table, where.addresses, rows, layout.groups)
     return cache, joined(outputs).replace(stats=by_rank([d.stats for d in done]))

@@ -18,6 +18,27 @@ class Sampling:
     seed: Any  # [B] uint32
 
 
+@struct.dataclass
+class Logprobs:
+    """Logarithms of probabilities, before temperature, top-k and top-p."""
+
+    chosen: Any  # [B, T] float32: of the tokens taken
+    top: Any  # [B, T, MAX_LOGPROBS] float32: the largest, in order
+    tokens: Any  # [B, T, MAX_LOGPROBS] int32: whose those are
+
+
+MAX_LOGPROBS = 20  # OpenAI's limit
+
+
+def logprobs_of(logits: Float[Array, "B T O"], tokens: Int[Array, "B T"]) -> Logprobs:
+    """What a model said of the tokens taken, and of those that it found likeliest."""
+    with jax.named_scope("Logprobs"):
+        every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        chosen = jnp.take_along_axis(every, tokens[..., None], axis=-1)[..., 0]
+        top, which = jax.lax.top_k(every, min(MAX_LOGPROBS, logits.shape[-1]))
+        return Logprobs(chosen, top, which.astype(jnp.int32))
+
+
 def next_tokens(
     logits: Float[Array, "B T O"], s: Sampling, positions: Int[Array, "B T"], sampled: bool
 ) -> Int[Array, "B T"]:

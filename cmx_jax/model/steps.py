@@ -41,11 +41,11 @@ class Steps:
     """The jitted whole-array programs of an instance.
 
     Attributes:
-      prefill: `(weights, cache, batch, sampled=..., cached=...) -> (cache, StepOutput)`; the cache is
-        donated.
-        `sampled=False` is a cheaper program for batches in which every request is greedy, `cached=False` one
-        for prompts of which nothing lies in pages yet.
-      decode: `(weights, cache, batch, sampled=...) -> (cache, StepOutput)`.
+      prefill: `(weights, cache, batch, sampled=..., logprobs=..., cached=...) -> (cache, StepOutput)`; the
+        cache is donated. `sampled=False` is a cheaper program for batches in which every request is greedy,
+        `cached=False` one for prompts of which nothing lies in pages yet, `logprobs=True` one that returns
+        them. A flag that is not given is False.
+      decode: `(weights, cache, batch, sampled=..., logprobs=...) -> (cache, StepOutput)`.
       score: `(weights, tokens, lengths) -> logits`.
       take_pages: `(cache, ids [ranks * n]) -> pages`: each rank's `n` pages, copied out.
       put_pages: `(cache, ids, pages) -> cache`, donated.
@@ -97,19 +97,21 @@ def compile_steps(
 
     def step(fn: Callable[..., Any], batch: Any, output: StepOutput, *flags: str) -> Callable[..., Any]:
         def compiled(chosen: tuple[bool, ...]) -> Any:
-            static = partial(fn, c=c, layout=layout, **dict(zip(flags, chosen, strict=True)))
+            given = dict(zip(flags, chosen, strict=True))
+            static = partial(fn, c=c, layout=layout, **given)
             ins = (specs.weights, specs.data, batch)
-            return runner.jit(static, ins, (specs.data, output), donate_argnums=(1,), auto=layout.auto)
+            outs = (specs.data, output.replace(logprobs=specs.data if given["logprobs"] else None))
+            return runner.jit(static, ins, outs, donate_argnums=(1,), auto=layout.auto)
 
         variants = {chosen: compiled(chosen) for chosen in product((False, True), repeat=len(flags))}
-        return lambda weights, cache, batch, **given: variants[tuple(given[f] for f in flags)](
+        return lambda weights, cache, batch, **given: variants[tuple(given.get(f, False) for f in flags)](
             weights, cache, batch
         )
 
     data = specs.data
     return Steps(
-        prefill=step(prefill_step, specs.prefill, specs.prefilled, "sampled", "cached"),
-        decode=step(decode_step, data, specs.decoded, "sampled"),
+        prefill=step(prefill_step, specs.prefill, specs.prefilled, "sampled", "logprobs", "cached"),
+        decode=step(decode_step, data, specs.decoded, "sampled", "logprobs"),
         score=runner.jit(
             partial(score_step, c=c, layout=layout, kv_dtype=kv_dtype),
             (specs.weights, data, data),

@@ -20,7 +20,7 @@ from cmx_jax.model.weights import Weights
 from cmx_jax.serving.packing import bucket, pack, sampling
 from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.ranks import Capacity, Ranks
-from cmx_jax.serving.request import Request
+from cmx_jax.serving.request import Request, State, TokenLogprob
 from cmx_jax.serving.traffic import Traffic
 from cmx_jax.serving.transfer import prefill_tp_rank
 
@@ -33,7 +33,8 @@ DECODE_PAGES = 8
 class Instance(Ranks):
     """Prefill, decode or both on the ranks of one layout.
 
-    `weights` are whole arrays with their experts where `placement` says. With MTP layers among them every
+    `weights` are whole arrays with their experts where `placement` says; `prefill_tokens` counts what prefill
+    has run. With MTP layers among them every
     decode step verifies `num_speculative_tokens` drafts. `kv_cache_dtype` is the type of the rows in pages.
     """
 
@@ -67,6 +68,7 @@ class Instance(Ranks):
         self.weights = self.runner.put(self.weights, self._specs.weights)
         self.placement = initial(c, self.layout, mtp)
         self.traffic = Traffic()
+        self.prefill_tokens = 0
         super().__init__(self.name, self.capacity, self.layout.data_ranks, self.layout.microbatches)
 
     def reset(self) -> None:
@@ -89,19 +91,20 @@ class Instance(Ranks):
         unit = math.lcm(PREFILL_PAGES * self.capacity.page_width, self.layout.sequence_ranks)
         packed = pack(pieces, {r: p.pages for r, p in self.places.items()}, self.capacity.page_width, unit)
         requests = [piece.request for row in pieces for piece in row]
-        output = self._run(
-            self.steps.prefill, packed.batch, self._specs.prefill, requests, cached=packed.cached
+        output = self._result(
+            self._start(self.steps.prefill, packed.batch, self._specs.prefill, requests, cached=packed.cached)
         )
+        self.prefill_tokens += sum(piece.stop - piece.start for row in pieces for piece in row)
         through = self.prefilled(pieces)
         for request, row, n in through:
             request.first = int(output.tokens[row, n])
             request.drafts = [] if output.drafts is None else [int(output.drafts[row, n])]
+            _report(request, output, row, n)
         return [request for request, _, _ in through]
 
-    def decode(self) -> dict[Request, list[int]]:
-        """Tokens of every request that has a row and its first token: one, and one for each draft that was
-        right."""
-        running = [(row, r) for row, r in enumerate(self.rows) if r is not None and r.tokens]
+    def start_decode(self) -> None:
+        """Starts a step for all that have a row and their first token; `end_decode` waits for it."""
+        running = [(row, r) for row, r in enumerate(self.rows) if r is not None and r.state is State.DECODE]
         rows, requests = [row for row, _ in running], [r for _, r in running]
         size, width, drafts = len(self.rows), self.capacity.page_width, self.num_speculative_tokens
         tokens, positions = np.full((size, 1 + drafts), -1, np.int32), np.full(size, -1, np.int32)
@@ -112,18 +115,32 @@ class Instance(Ranks):
         longest = bucket(int(positions.max()) + 1 + 2 * drafts, DECODE_PAGES * width)
         table = self._page_table(size, rows, requests, longest // width)
         batch = DecodeBatch(tokens, positions, table, sampling(size, rows, requests))
-        output = self._run(self.steps.decode, batch, self._data, requests)
+        self._decoding = running, tokens, self._start(self.steps.decode, batch, self._data, requests)
+
+    def end_decode(self) -> dict[Request, list[int]]:
+        """Tokens of every request that was in the step: one, and one for each draft that was right."""
+        running, tokens, started = self._decoding
+        output = self._result(started)
         self.traffic.drafted(tokens, output.accepted)
         found = {}
         for row, request in running:
             found[request] = output.tokens[row, : 1 + output.accepted[row]].tolist()
             request.drafts = [] if output.drafts is None else output.drafts[row].tolist()
+            for n in range(len(found[request])):
+                _report(request, output, row, n)
         return found
 
-    def _run(self, step: Any, batch: Any, specs: Any, requests: list[Request], **flags: bool) -> StepOutput:
+    def _start(self, step: Any, batch: Any, specs: Any, requests: list[Request], **flags: bool) -> StepOutput:
+        """Starts a step; what it returns may not be there yet."""
         sampled = any(r.params.temperature > 0 for r in requests)
+        logprobs = any(r.params.logprobs is not None for r in requests)
         batch = self.runner.put(batch, specs)
-        self.cache, output = step(self.weights, self.cache, batch, sampled=sampled, **flags)
+        self.cache, output = step(
+            self.weights, self.cache, batch, sampled=sampled, logprobs=logprobs, **flags
+        )
+        return output
+
+    def _result(self, output: StepOutput) -> StepOutput:
         output = jax.device_get(output)
         self.traffic.add(output.stats, self.config.num_moe_layers)
         return output
@@ -158,7 +175,7 @@ class Instance(Ranks):
             the same pages, the one that `transfer.prefill_tp_rank` names sends.
           ranks: of the decode instance.
         """
-        counts = [pages_for(len(r.prompt), self.capacity.page_width) for r in requests]
+        counts = [pages_for(len(r.inputs), self.capacity.page_width) for r in requests]
         ids, slots = self._page_ids(requests, counts)
         pages = self.steps.take_pages(self.cache, self.runner.put(ids, self._data))
         senders = [
@@ -214,6 +231,14 @@ class Instance(Ranks):
         width, wire = self.config.hidden_size, self.layout.wire
         sizes = message_bytes(width, wire), width * jnp.dtype(back).itemsize
         return self.traffic.report(self.layout.ranks, *sizes)
+
+
+def _report(request: Request, output: StepOutput, row: int, n: int) -> None:
+    """Notes the logarithms of a token, if the request asks for them."""
+    if request.params.logprobs is not None:
+        said, count = output.logprobs, request.params.logprobs
+        top = zip(said.tokens[row, n, :count].tolist(), said.top[row, n, :count].tolist(), strict=True)
+        request.logprobs.append(TokenLogprob(float(said.chosen[row, n]), list(top)))
 
 
 def _copied(pages: Any, slots: list[list[int]], senders: list[int]) -> list[np.ndarray]:

@@ -60,8 +60,14 @@ class Ranks:
         self._free_rows = [list(range(rank * rows, (rank + 1) * rows)) for rank in range(ranks)]  # heaps
         self._full = np.zeros(ranks, np.int64)  # where no row is free: more than any number of pages
 
-    def place(self, request: Request, tokens: int, decode: bool) -> bool:
+    def place(self, request: Request, tokens: int, decode: bool, spare: int = 0) -> bool:
         """Gives a request pages for `tokens` tokens on the emptiest rank, and a row there if it will decode.
+
+        Args:
+          request: without a place here.
+          tokens: that it needs pages for.
+          decode: whether it will decode.
+          spare: pages that are to stay free for each sequence that decodes on the rank, which will grow.
 
         Returns:
           False, with nothing changed, if no rank has room.
@@ -70,6 +76,9 @@ class Ranks:
         rank = int((self._held + self._full if decode else self._held).argmin()) if self.ranks > 1 else 0
         if self.pools[rank].free < need or (decode and not self._free_rows[rank]):
             return False
+        running = self.capacity.sequences - len(self._free_rows[rank])
+        if decode and self.pools[rank].free < need + spare * running:
+            return False
         row = None
         if decode:
             row = heapq.heappop(self._free_rows[rank])
@@ -77,6 +86,18 @@ class Ranks:
             self._full[rank] = 0 if self._free_rows[rank] else self.capacity.pages + 1
         self.places[request] = Place(rank, self.pools[rank].take(need), row)
         self._hold(rank, need)
+        return True
+
+    def grow(self, request: Request, tokens: int) -> bool:
+        """Gives a placed request further pages, so that it has them for `tokens` tokens; False if its rank
+        has no more."""
+        place = self.places[request]
+        more = pages_for(tokens, self.capacity.page_width) - len(place.pages)
+        if more > self.pools[place.rank].free:
+            return False
+        if more > 0:
+            place.pages.extend(self.pools[place.rank].take(more))
+            self._hold(place.rank, more)
         return True
 
     def release(self, request: Request) -> None:
@@ -111,7 +132,7 @@ class Ranks:
         for row, of in enumerate(pieces):
             for n, piece in enumerate(of):
                 piece.request.prefilled = piece.stop
-                if piece.stop == len(piece.request.prompt):
+                if piece.stop == len(piece.request.inputs):
                     self.prefilling.remove(piece.request)
                     through.append((piece.request, row, n))
         return through

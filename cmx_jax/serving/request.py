@@ -5,17 +5,23 @@
     TRANSFER   its first token is known; its pages wait for room on a decode rank
     DECODE     it has a row and pages on a decode rank; every step gives it one token, and one for each
              draft that was right
-    FINISHED   it reached its length or an end token; it holds nothing
+    FINISHED   it reached its length or an end token, was cancelled, or failed; it holds nothing
 
 On an instance that does both, PREFILL goes to DECODE directly: the pages stay where they are.
+
+From every state but the last a request may go back to WAITING: it was preempted, or its instance leaves. It
+keeps its tokens, and what prefill runs the next time (`inputs`) is the prompt and these. From every state it
+may go to FINISHED, when it is cancelled.
 """
 
 import enum
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cmx_jax.errors import CmxError
+from cmx_jax.model.sampling import MAX_LOGPROBS
 
 
 class State(enum.Enum):
@@ -29,17 +35,30 @@ class State(enum.Enum):
 
 
 TRANSITIONS: dict[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.PREFILL}),
-    State.PREFILL: frozenset({State.TRANSFER, State.DECODE, State.FINISHED}),
-    State.TRANSFER: frozenset({State.DECODE}),
-    State.DECODE: frozenset({State.FINISHED}),
+    State.WAITING: frozenset({State.PREFILL, State.FINISHED}),
+    State.PREFILL: frozenset({State.TRANSFER, State.DECODE, State.FINISHED, State.WAITING}),
+    State.TRANSFER: frozenset({State.DECODE, State.FINISHED, State.WAITING}),
+    State.DECODE: frozenset({State.FINISHED, State.WAITING}),
     State.FINISHED: frozenset(),
 }
+
+
+class Overloaded(CmxError):
+    """A queue is full; it may have room after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How a request is continued; vLLM's names.
+
+    Attributes:
+      logprobs: how many of the likeliest tokens are reported at each position, beside the one taken; None:
+        nothing is.
+      stop_token_ids: tokens that end it, as the model's own end tokens do.
 
     Raises:
       CmxError: a value is outside its range.
@@ -51,6 +70,8 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     ignore_eos: bool = False
+    logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for ok, name, expected in (
@@ -59,6 +80,7 @@ class SamplingParams:
             (0 <= self.top_k < 2**31, "top_k", "zero (off) or more, below 2^31"),
             (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
             (0 <= self.seed < 2**32, "seed", "in [0, 2^32)"),
+            (0 <= (self.logprobs or 0) <= MAX_LOGPROBS, "logprobs", f"at most {MAX_LOGPROBS}"),
         ):
             if not ok:
                 raise CmxError(f"{name} is {getattr(self, name)}, expected {expected}")
@@ -67,22 +89,51 @@ class SamplingParams:
 _ids = itertools.count()
 
 
+class TokenLogprob(NamedTuple):
+    """The logarithm of a token's probability, before temperature; and the likeliest tokens with theirs."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way; times are seconds of the scheduler's clock."""
+    """One prompt on its way; times are seconds of the scheduler's clock.
+
+    Attributes:
+      priority: smaller ones go first (vLLM's order), and are preempted last.
+      namespace: of the caching pool; nothing is shared between two.
+      inputs: what prefill runs: the prompt, and behind a preemption what was generated before it.
+      prefilled: tokens of `inputs` that lie in pages.
+      first: the token behind `inputs`, once it is known.
+      drafts: what the MTP layer expects behind `tokens`.
+      logprobs: of each token, where they were asked for.
+      reused_tokens: of the prompt, that came out of the caching pool.
+      finish_reason: `stop`, `length`, `abort` (cancelled) or `error`.
+      error: what went wrong.
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
     id: int = field(default_factory=lambda: next(_ids))
+    priority: int = 0
+    namespace: str = ""
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
-    prefilled: int = 0  # tokens of the prompt that lie in pages
-    first: int = -1  # the token behind the prompt, once it is known
-    drafts: list[int] = field(default_factory=list)  # what the MTP layer expects behind `tokens`
+    prefilled: int = 0
+    first: int = -1
+    drafts: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reused_tokens: int = 0
+    preemptions: int = 0
     finish_reason: str | None = None
+    error: str | None = None
     arrived: float = 0.0
     first_token: float | None = None
     finished: float | None = None
+
+    def __post_init__(self) -> None:
+        self.inputs = self.prompt
 
     def to(self, state: State) -> None:
         """Moves on, along `TRANSITIONS` only."""
@@ -103,11 +154,18 @@ class Request:
     def add(self, token: int, eos: tuple[int, ...]) -> bool:
         """Takes the next token; True when it was the last."""
         self.tokens.append(token)
-        if token in eos and not self.params.ignore_eos:
+        if (token in eos and not self.params.ignore_eos) or token in self.params.stop_token_ids:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.params.max_tokens:
             self.finish_reason = "length"
         return self.finish_reason is not None
+
+    def requeue(self) -> None:
+        """Goes back to the queue with what it has; its pages are released by whoever calls this."""
+        self.inputs = [*self.prompt, *self.tokens] if self.tokens else self.prompt
+        self.prefilled, self.first, self.drafts = 0, -1, []
+        self.preemptions += 1
+        self.to(State.WAITING)
 
     @property
     def ttft_s(self) -> float:

@@ -1,4 +1,4 @@
-"""Which request goes where: admission, moves to decode, and what is released when.
+"""Which request goes where: admission, moves to decode, preemption, and what is released when.
 
 The policy is here once. `engine.py` runs the steps between with JAX, on the wall clock; `simulate/` lets
 virtual time pass instead. Any request may go to any prefill instance and any decode rank: the least loaded is
@@ -14,6 +14,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.ranks import Ranks
 from cmx_jax.serving.request import Request, State
+from cmx_jax.serving.waiting import Waiting
 
 R = TypeVar("R", bound=Ranks)
 _load = attrgetter("load")
@@ -25,19 +26,37 @@ class Scheduler(Generic[R]):
     An instance may be in both lists; a request that is prefilled there stays for decode.
 
     Attributes:
-      waiting: requests without a place, in order.
+      waiting: requests without a place.
       transfers: prefilled requests and where their pages lie, in order.
       clock: seconds; it stamps the requests.
+      ahead: tokens beyond those that it has, for which a sequence is given pages where it decodes; they grow
+        with it, and where none is left some sequence is preempted. None: pages for all that may come, at
+        once.
+      leaving: instances that get no further requests.
     """
 
+    ahead: int | None = None
+
     def __init__(self, prefill: list[R], decoders: list[R], clock: Callable[[], float]):
-        self.prefill, self.decoders, self.clock = prefill, decoders, clock
-        self.waiting: deque[Request] = deque()
+        self.clock = clock
+        self.waiting = Waiting()
         self.transfers: deque[tuple[R, Request]] = deque()
+        self.leaving: set[R] = set()
+        self._carve(prefill, decoders)
+
+    def _carve(self, prefill: list[R], decoders: list[R]) -> None:
+        """These are the instances from now on."""
+        self.prefill, self.decoders = prefill, decoders
         self._both = frozenset(prefill) & frozenset(decoders)
         rooms = [(i.capacity, True) for i in decoders]  # and whether all of a request's tokens come there
-        rooms += [(i.capacity, False) for i in prefill if i not in self._both]
+        whole = self.ahead is not None  # who is preempted comes to prefill with all that it has
+        rooms += [(i.capacity, whole) for i in prefill if i not in self._both]
         self._rooms = tuple(dict.fromkeys(rooms))
+
+    @property
+    def instances(self) -> list[R]:
+        """All of them, each once."""
+        return list(dict.fromkeys([*self.prefill, *self.decoders]))
 
     def _queue(self, request: Request) -> None:
         """Lets a request wait.
@@ -54,18 +73,25 @@ class Scheduler(Generic[R]):
                     f"a prompt of {len(request.prompt)} tokens and max_tokens {request.params.max_tokens} "
                     f"exceed a rank's cache of {room.pages} pages of {room.page_width} tokens"
                 )
-        self.waiting.append(request)
+        self.waiting.push(request)
+
+    def _room(self, request: Request) -> int:
+        """Tokens for which a request needs pages where it decodes."""
+        if self.ahead is None:
+            return request.cached_tokens
+        return min(len(request.prompt) + len(request.tokens) + self.ahead, request.cached_tokens)
 
     def _admit(self) -> list[tuple[R, Request]]:
         """Places waiting requests in order, until one finds no room; returns where they went."""
         placed = []
+        spare = int(self.ahead is not None)
         while self.waiting:
-            request = self.waiting[0]
+            request = self.waiting.first()
             for instance in sorted(self.prefill, key=_load):
                 stays = instance in self._both
-                tokens = request.cached_tokens if stays else len(request.prompt)
-                if instance.place(request, tokens, decode=stays):
-                    instance.prefilling.append(self.waiting.popleft())
+                tokens = max(self._room(request), len(request.inputs)) if stays else len(request.inputs)
+                if instance not in self.leaving and instance.place(request, tokens, stays, spare):
+                    instance.prefilling.append(self.waiting.pop())
                     request.to(State.PREFILL)
                     placed.append((instance, request))
                     break
@@ -75,7 +101,8 @@ class Scheduler(Generic[R]):
 
     def _prefilled(self, at: R, request: Request, last: bool) -> None:
         """Sends a request on that has its first token, if that is not its last."""
-        request.first_token = self.clock()
+        if request.first_token is None:
+            request.first_token = self.clock()
         if last:
             self._finish(at, request)
         elif at in self._both:
@@ -91,10 +118,11 @@ class Scheduler(Generic[R]):
           source, target, request: pages that are to be moved.
         """
         moves: list[tuple[R, R, Request]] = []
+        spare = int(self.ahead is not None)
         while self.transfers:
             source, request = self.transfers[0]
             for target in sorted(self.decoders, key=_load):
-                if target.place(request, request.cached_tokens, decode=True):
+                if target not in self.leaving and target.place(request, self._room(request), True, spare):
                     self.transfers.popleft()
                     moves.append((source, target, request))
                     break
@@ -108,7 +136,46 @@ class Scheduler(Generic[R]):
         source.release(request)
         request.to(State.DECODE)
 
-    def _finish(self, at: R, request: Request) -> None:
+    def _grow(self, at: R) -> None:
+        """Gives everyone who decodes here pages for the next step, the most urgent first. Who finds none left
+        on its rank takes the place of the least urgent one there, which goes back to the queue."""
+        here = sorted((r for r in at.rows if r is not None), key=_urgency)
+        for request in here:
+            if request.state is not State.DECODE:
+                continue
+            while request in at.places and not at.grow(request, self._room(request)):
+                rank = at.places[request].rank
+                least = (r for r in reversed(here) if r in at.places and at.places[r].rank == rank)
+                self._preempt(at, next(least))
+
+    def _preempt(self, at: R, request: Request) -> None:
+        """Takes a request's pages; it waits again, before others of its priority, and loses no token."""
         at.release(request)
+        self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
+        request.requeue()
+        self.waiting.push(request, front=True)
+
+    def cancel(self, request: Request, reason: str = "abort", error: str | None = None) -> None:
+        """Ends a request, wherever it is; what it holds is free at once. One that is finished stays so."""
+        if request.state is State.FINISHED:
+            return
+        request.finish_reason, request.error = reason, error
+        at = next((i for i in self.instances if request in i.places), None)
+        if request.state is State.WAITING:
+            self.waiting.remove(request)
+        elif request.state is State.TRANSFER:
+            at = next(source for source, r in self.transfers if r is request)
+            self.transfers.remove((at, request))
+        self._finish(at, request)
+
+    def _finish(self, at: R | None, request: Request) -> None:
+        if at is not None:
+            at.release(request)
         request.finished = self.clock()
         request.to(State.FINISHED)
+
+
+def _urgency(request: Request) -> tuple[int, float, int]:
+    return request.priority, request.arrived, request.id

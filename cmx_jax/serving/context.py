@@ -1,0 +1,117 @@
+"""Context caching (section 4.4.2): prompts' rows as blocks in the caching pool.
+
+A block is `block` tokens of all layers, whole pages as an instance keeps them, under a key that is a chain
+of hashes over all tokens up to its end: equal beginnings have equal keys, whoever computed them. The chain's
+root is a fingerprint of all that the bytes depend on, and of the tenant. Blocks are written once and never
+changed.
+
+The MTP layer's row of a block's last token was computed with the token that followed it when the block was
+stored. Another one may follow now; that makes a draft worse at times, and changes no text, as drafts are
+verified.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.ems.keys import Fingerprint, chain, root
+
+
+@runtime_checkable
+class BlockPool(Protocol):
+    """What of `cmx_jax.serving.ems.Pool` is used here."""
+
+    def get_many(self, namespace: str, keys: Sequence[bytes]) -> list[bytes]: ...
+
+    def put_async(self, namespace: str, key: bytes, payload: bytes) -> Any: ...
+
+
+class ContextCache:
+    """Blocks of pages of one layout in a pool.
+
+    Attributes:
+      pool: where the bytes are.
+      block: tokens of a block.
+      hits, queries: tokens found, and asked for.
+    """
+
+    def __init__(self, pool: BlockPool, fingerprint: Fingerprint, pages: Any):
+        """Args:
+          pool: the caching pool.
+          fingerprint: of an instance; its tenant is replaced by a request's namespace.
+          pages: arrays or shapes `[P, L, W, C]` of an instance's cache.
+
+        Raises:
+          CmxError: blocks are not whole pages.
+        """
+        block, width = fingerprint.block, fingerprint.page[1]
+        if block < 1 or block % width:
+            raise CmxError(f"a block of the caching pool has {block} tokens, expected a multiple of {width}")
+        self.pool, self.block, self._pages = pool, block, block // width
+        self._fingerprint = fingerprint
+        leaves, self._tree = jax.tree.flatten(pages)
+        self._leaves = [((self._pages, *leaf.shape[1:]), np.dtype(leaf.dtype)) for leaf in leaves]
+        self._sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._leaves]
+        self._threads = ThreadPoolExecutor(2, "context-cache")
+        self.hits = self.queries = 0
+
+    def keys(self, tokens: Sequence[int], namespace: str) -> list[bytes]:
+        """Of all full blocks, in order."""
+        return chain(root(replace(self._fingerprint, tenant=namespace)), tokens, self.block)
+
+    def lookup(self, tokens: Sequence[int], namespace: str) -> "Future[list[Any]]":
+        """Fetches the longest beginning that is there, in the background; one token at least is left to run.
+
+        Returns:
+          Of each block its pages.
+        """
+        most = (len(tokens) - 1) // self.block
+        self.queries += len(tokens)
+        return self._threads.submit(self._fetch, list(tokens[: most * self.block]), namespace)
+
+    def _fetch(self, tokens: Sequence[int], namespace: str) -> list[Any]:
+        found = []
+        for payload in self.pool.get_many(namespace, self.keys(tokens, namespace)):
+            if len(payload) != sum(self._sizes):
+                break
+            found.append(self._opened(payload))
+        return found
+
+    def _opened(self, payload: bytes) -> Any:
+        leaves, at = [], 0
+        for (shape, dtype), size in zip(self._leaves, self._sizes, strict=True):
+            leaves.append(np.frombuffer(payload, dtype, int(np.prod(shape)), at).reshape(shape))
+            at += size
+        return jax.tree.unflatten(self._tree, leaves)
+
+    def store(self, tokens: Sequence[int], namespace: str, pages: Any, known: int = 0) -> None:
+        """Stores the full blocks of a sequence in the background.
+
+        Args:
+          tokens: whose rows the pages hold, from the first on.
+          namespace: whose they are.
+          pages: `[pages, L, W, C]`, on the host.
+          known: leading blocks that the pool has.
+        """
+        count = len(tokens) // self.block
+        if count > known:
+            self._threads.submit(self._put, list(tokens[: count * self.block]), namespace, pages, known)
+
+    def _put(self, tokens: Sequence[int], namespace: str, pages: Any, known: int) -> None:
+        keys, leaves = self.keys(tokens, namespace), jax.tree.leaves(pages)
+        for i in range(known, len(keys)):
+            here = slice(i * self._pages, (i + 1) * self._pages)
+            self.pool.put_async(namespace, keys[i], b"".join(leaf[here].tobytes() for leaf in leaves))
+
+    def joined(self, blocks: list[Any]) -> Any:
+        """Blocks' pages as one."""
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
+
+    def close(self) -> None:
+        """Ends the threads; what is under way is finished."""
+        self._threads.shutdown()

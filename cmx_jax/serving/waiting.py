@@ -1,0 +1,63 @@
+"""Requests that wait for a place: by priority, then in the order in which they came."""
+
+from collections import deque
+from collections.abc import Iterator
+
+from cmx_jax.serving.request import Request
+
+
+class Waiting:
+    """A queue for each priority; the smallest number goes first, as in vLLM.
+
+    Attributes:
+      tokens: of all inputs here.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[int, deque[Request]] = {}
+        self._order: list[int] = []  # priorities that have a queue
+        self.clear()
+
+    def clear(self) -> None:
+        self._queues.clear()
+        self._order.clear()
+        self._count = self.tokens = 0
+
+    def push(self, request: Request, front: bool = False) -> None:
+        """Puts a request behind the others of its priority, or before them."""
+        queue = self._queues.get(request.priority)
+        if queue is None:
+            queue = self._queues[request.priority] = deque()
+            self._order = sorted(self._queues)
+        (queue.appendleft if front else queue.append)(request)
+        self._count += 1
+        self.tokens += len(request.inputs)
+
+    def first(self) -> Request:
+        """Whose turn it is."""
+        return self._queues[self._order[0]][0]
+
+    def pop(self) -> Request:
+        """Takes the first one out."""
+        request = self._queues[self._order[0]].popleft()
+        self._took(request)
+        return request
+
+    def remove(self, request: Request) -> None:
+        """Takes a certain one out."""
+        self._queues[request.priority].remove(request)
+        self._took(request)
+
+    def _took(self, request: Request) -> None:
+        self._count -= 1
+        self.tokens -= len(request.inputs)
+        if not self._queues[request.priority]:
+            del self._queues[request.priority]
+            self._order.remove(request.priority)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Request]:
+        for priority in self._order:
+            yield from self._queues[priority]
