@@ -18,7 +18,7 @@ from typing import Literal
 from cmx_jax.mesh.cost import operators as cost
 from cmx_jax.mesh.cost.constants import Machine
 from cmx_jax.mesh.cost.overlap import Task
-from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.config import MLAConfig, ModelConfig
 from cmx_jax.model.operators import ATTENTION, Loop, Operator, Step, attention_work
 from cmx_jax.model.sharding import shared_in_slots
 
@@ -106,10 +106,12 @@ def _order(loop: Loop) -> tuple[bool, bool]:
 
 
 def _norms(at: Setting, streamed: bool) -> list[Task]:
-    """Two of a layer: each adds to the residual, norms, and rounds for what follows."""
+    """Two of a layer: each adds to the residual, norms, and rounds for what follows. On the Ascend MLAProlog
+    has the first one (section 4.2.2), and starts it."""
     engines, share = at.engines("Norm", streamed)
     found = cost.vector(at.on, at.of.stream_tokens * at.of.c.hidden_size * (2 + 2 + 2 + 1), share)
-    return [Task("Norm", engines, found.us, found.bound, found.memory)] * 2
+    fused = at.on["vector_launch_us"] if at.on.kind == "ascend" else 0.0
+    return [Task("Norm", engines, us, found.bound, found.memory) for us in (found.us - fused, found.us)]
 
 
 def tasks(operator: Operator, at: Setting, streamed: bool) -> list[Task]:
@@ -120,21 +122,23 @@ def tasks(operator: Operator, at: Setting, streamed: bool) -> list[Task]:
         return _exchange(stage, at, engines, share, streamed)
     made: list[cost.Cost] = []
     if stage == "FusedAttention":
-        made.append(cost.attention(on, *attention_work(operator, at.of), share))
+        kernel = "prefill_tflops" if at.of.kind == "prefill" else "attention_tflops"
+        made.append(cost.attention(on, *attention_work(operator, at.of), share, kernel))
     elif stage == "MLP":
         made += _experts(operator, at, share)
     else:
         for i, p in enumerate(operator.products):
             starts = not i or stage not in FUSED or on.kind == "gpu"
             made.append(cost.matmul(on, p.dtype, p.shape, p.bytes, share, starts))
-        made += [cost.vector(on, moved, share) for moved in _beside(operator, at.of)]
+        made += [cost.vector(on, moved, share) for moved in _beside(operator, at)]
     made += [cost.collective(on, x.wire_bytes) for x in operator.collectives]
     return [Task(stage, engines, found.us, found.bound, found.memory) for found in made]
 
 
-def _beside(operator: Operator, of: Step) -> Iterable[float]:
-    """Bytes that vector operators move beside products: rounding, activation, choice of experts, of
-    tokens."""
+def _beside(operator: Operator, at: Setting) -> Iterable[float]:
+    """Bytes that vector operators move beside products: rounding, activation, choice of experts, of tokens;
+    on GPUs the keys of a prompt put together (one kernel with attention on the Ascend, section 4.2.2)."""
+    of, on = at.of, at.on
     first, last = operator.products[0] if operator.products else None, operator.products[-1:]
     if first and operator.stage == "O_proj":  # its input is rounded
         yield 3.0 * first.shape[0] * first.shape[1] * first.shape[2]
@@ -142,13 +146,28 @@ def _beside(operator: Operator, of: Step) -> Iterable[float]:
         yield (4.0 + 1.0) * last[0].shape[1] * last[0].shape[2]
     elif operator.stage == "Gate":
         yield 4.0 * of.stream_tokens * of.c.n_routed_experts
+    elif operator.stage == "KeysAndValues" and on.kind == "gpu" and of.kind == "prefill":
+        a = of.c.attention
+        if isinstance(a, MLAConfig):  # keys: a part read, all written; queries: the rotated part, both ways
+            each = a.qk_nope_head_dim + a.qk_head_dim + 2 * a.qk_rope_head_dim
+            yield 2.0 * of.stream_tokens * of.c.num_attention_heads * each
     elif operator.stage == "LMHead":
         for p in operator.products:
             yield 2 * 4.0 * p.shape[1] * p.shape[3]
+            if on.kind == "ascend" and "MTP" not in p.scope.split("/"):  # drafts are greedy
+                yield from _sorted_bytes(on, p.shape[1], p.shape[3])
+
+
+def _sorted_bytes(on: Machine, rows: float, vocab: int) -> Iterable[float]:
+    """Sampling's sort of logits and their tokens, 8 bytes each (section 4.2.4: sort, cumulative sum, filter):
+    runs of 32, then merges, each of which reads and writes all."""
+    merges = math.ceil(math.log(vocab / 32, on["sort_width"]))
+    yield 2 * 8.0 * rows * vocab * (1 + merges)
 
 
 def _experts(operator: Operator, at: Setting, share: cost.Share) -> list[cost.Cost]:
-    """The busiest rank's experts as grouped products over the rows that there are."""
+    """The busiest rank's experts as grouped products over the rows that there are. DeepEP's kernels for many
+    tokens leave these as they came; Ascend's dispatch and combine place them themselves (section 4.2.1)."""
     groups, rows = at.of.layout.slots_per_rank, at.busy * at.of.stream_tokens * at.copies
     made = []
     for p in operator.products:
@@ -156,7 +175,11 @@ def _experts(operator: Operator, at: Setting, share: cost.Share) -> list[cost.Co
         item = 1 if p.dtype == "int8" else 2
         moved = groups * k * n * item + rows * (k * item + 2 * n)
         made.append(cost.matmul(at.on, p.dtype, (groups, rows / groups, k, n), moved, share))
-    return [*made, cost.vector(at.on, rows * at.of.c.moe_intermediate_size * (2 * 2 + 1), share)]
+    made.append(cost.vector(at.on, rows * at.of.c.moe_intermediate_size * (2 * 2 + 1), share))
+    if at.on.kind == "gpu" and at.of.kind == "prefill":  # grouped products take their rows in expert's order
+        made.append(cost.vector(at.on, rows * at.of.c.hidden_size * (1 + 1), share))
+        made.append(cost.vector(at.on, rows * at.of.c.hidden_size * (2 + 2), share))
+    return made
 
 
 def _exchange(

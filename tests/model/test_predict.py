@@ -173,7 +173,7 @@ def test_the_papers_rows_stand_beside_their_predictions(tables: dict[str, Any]) 
     rows = tables["rows"]
     predicted = [r for r in rows if r["role"] == "predicted"]
     assert len(predicted) == 2 * 2 + 2 * 2 + 3
-    assert {r["table"] for r in rows if r["role"] == "calibrated"} == {"7", "8", "9", "10", "DeepGEMM"}
+    assert {r["table"] for r in rows if r["role"] == "calibrated"} == {"7", "8", "9", "10", "DeepGEMM", "FA3"}
     assert all(r["error"] == pytest.approx(r["predicted"] / r["published"] - 1) for r in rows)
     for s in tables["summary"]:
         errors = [abs(r["error"]) for r in rows if r["group"] == s["group"]]

@@ -76,6 +76,7 @@ _CLOUDMATRIX = {
     ),
     "matmul_fill": Constant(350, "of K", "fitted", "Table 10: depth that a tile's start and end cost"),
     "attention_tflops": Constant(246, "TFLOPS", "fitted", "section 7.5, Table 8: CANN MLA 65.4 % of 376"),
+    "prefill_tflops": Constant(246, "TFLOPS", "assumed", "of attention over whole prompts: as CANN MLA's"),
     "attention_memory": Constant(0.841, "of HBM", "fitted", "Table 9: CANN MLA 1346 of 1600 GB/s"),
     "matmul_memory": Constant(
         0.841,
@@ -84,6 +85,9 @@ _CLOUDMATRIX = {
         "Table 9: weights reach the matrix cores by the same loads as MLA's latents",
     ),
     "vector_memory": Constant(0.6, "of HBM", "stated", _SIM + ": memory efficiency"),
+    "sort_width": Constant(
+        4, "lists", "stated", "Ascend C's MrgSort merges four lists, Sort32 sorts 32 numbers"
+    ),
     "matmul_launch_us": Constant(5.0, "us", "stated", _SIM + ": static cost of a matrix operator"),
     "vector_launch_us": Constant(2.0, "us", "stated", _SIM + ": static cost of a vector operator"),
     "exchange_launch_us": Constant(10.0, "us", "stated", _SIM + ": static cost of communication"),
@@ -120,6 +124,9 @@ def _hopper(network: str) -> dict[str, Constant]:
         "matmul_efficiency": Constant(0.740, "of peak", "fitted", _GEMM),
         "matmul_fill": Constant(740, "of K", "fitted", _GEMM),
         "attention_tflops": Constant(660, "TFLOPS", "fitted", "Table 8: FlashMLA 66.7 % of 989"),
+        "prefill_tflops": Constant(
+            579, "TFLOPS", "fitted", "FlashAttention-3's figure 5: causal, heads of 128, 4,096 tokens"
+        ),
         "attention_memory": Constant(0.896, "of HBM", "fitted", "Table 9: FlashMLA 3000 of 3350 GB/s"),
         "matmul_memory": Constant(
             0.796, "of HBM", "fitted", "DeepGEMM's table for H800: 2668 GB/s at M = 64"

@@ -81,9 +81,12 @@ def matmul(
     return longest(start, compute=matmul_us(machine, dtype, shape, share.cores), memory=read)
 
 
-def attention(machine: Machine, flops: float, moved: float, share: Share = ALL) -> Cost:
-    """Scores, softmax and sum as one kernel: bound by its products or by reading keys and values."""
-    compute = flops / (machine["attention_tflops"] * share.cores * 1e6)
+def attention(
+    machine: Machine, flops: float, moved: float, share: Share = ALL, kernel: str = "attention_tflops"
+) -> Cost:
+    """Scores, softmax and sum as one kernel: bound by its products or by reading keys and values. `kernel`:
+    the constant that says what its products reach, `prefill_tflops` for whole prompts."""
+    compute = flops / (machine[kernel] * share.cores * 1e6)
     read = moved / (machine["hbm_gb_s"] * machine["attention_memory"] * share.memory * 1e3)
     return longest(machine["matmul_launch_us"], compute=compute, memory=read)
 
