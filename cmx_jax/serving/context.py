@@ -10,8 +10,10 @@ stored. Another one may follow now; that makes a draft worse at times, and chang
 verified.
 """
 
+import hashlib
+import logging
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +22,13 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.ems.keys import Fingerprint, chain, root
+
+log = logging.getLogger(__name__)
+
+
+def space(namespace: str) -> str:
+    """A namespace as the pool has it: any text of a client becomes a name that every backend takes."""
+    return f"t-{hashlib.sha256(namespace.encode()).hexdigest()[:32]}" if namespace else "default"
 
 
 @runtime_checkable
@@ -38,6 +47,7 @@ class ContextCache:
       pool: where the bytes are.
       block: tokens of a block.
       hits, queries: tokens found, and asked for.
+      errors: lookups and stores that the pool answered with an error; they are misses, and are logged.
     """
 
     def __init__(self, pool: BlockPool, fingerprint: Fingerprint, pages: Any):
@@ -58,7 +68,8 @@ class ContextCache:
         self._leaves = [((self._pages, *leaf.shape[1:]), np.dtype(leaf.dtype)) for leaf in leaves]
         self._sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._leaves]
         self._threads = ThreadPoolExecutor(2, "context-cache")
-        self.hits = self.queries = 0
+        self._storing: set[Future[None]] = set()
+        self.hits = self.queries = self.errors = 0
 
     def keys(self, tokens: Sequence[int], namespace: str) -> list[bytes]:
         """Of all full blocks, in order."""
@@ -75,11 +86,14 @@ class ContextCache:
         return self._threads.submit(self._fetch, list(tokens[: most * self.block]), namespace)
 
     def _fetch(self, tokens: Sequence[int], namespace: str) -> list[Any]:
-        found = []
-        for payload in self.pool.get_many(namespace, self.keys(tokens, namespace)):
-            if len(payload) != sum(self._sizes):
-                break
-            found.append(self._opened(payload))
+        found: list[Any] = []
+        try:
+            for payload in self.pool.get_many(space(namespace), self.keys(tokens, namespace)):
+                if len(payload) != sum(self._sizes):
+                    break
+                found.append(self._opened(payload))
+        except Exception:
+            self._failed()
         return found
 
     def _opened(self, payload: bytes) -> Any:
@@ -100,17 +114,32 @@ class ContextCache:
         """
         count = len(tokens) // self.block
         if count > known:
-            self._threads.submit(self._put, list(tokens[: count * self.block]), namespace, pages, known)
+            whole = list(tokens[: count * self.block])
+            future = self._threads.submit(self._put, whole, namespace, pages, known)
+            self._storing.add(future)
+            future.add_done_callback(self._storing.discard)
 
     def _put(self, tokens: Sequence[int], namespace: str, pages: Any, known: int) -> None:
         keys, leaves = self.keys(tokens, namespace), jax.tree.leaves(pages)
-        for i in range(known, len(keys)):
-            here = slice(i * self._pages, (i + 1) * self._pages)
-            self.pool.put_async(namespace, keys[i], b"".join(leaf[here].tobytes() for leaf in leaves))
+        try:
+            for i in range(known, len(keys)):
+                here = slice(i * self._pages, (i + 1) * self._pages)
+                payload = b"".join(leaf[here].tobytes() for leaf in leaves)
+                self.pool.put_async(space(namespace), keys[i], payload)
+        except Exception:
+            self._failed()
+
+    def _failed(self) -> None:
+        self.errors += 1
+        log.exception("the caching pool failed")
 
     def joined(self, blocks: list[Any]) -> Any:
         """Blocks' pages as one."""
         return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
+
+    def settle(self, timeout_s: float = 10.0) -> bool:
+        """Waits until the pool was given all that is to be stored; whether that was in time."""
+        return not wait(list(self._storing), timeout_s).not_done
 
     def close(self) -> None:
         """Ends the threads; what is under way is finished."""

@@ -17,6 +17,7 @@ from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.placement import Move, balanced, describe, initial, rehoused
 from cmx_jax.model.steps import DecodeBatch, StepOutput, compile_steps, step_specs
 from cmx_jax.model.weights import Weights
+from cmx_jax.serving.ems.keys import Fingerprint
 from cmx_jax.serving.packing import bucket, pack, sampling
 from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.ranks import Capacity, Ranks
@@ -83,6 +84,11 @@ class Instance(Ranks):
     def page(self) -> tuple[Any, ...]:
         """Shape `[L, W, C]` and type of a page."""
         return *self.cache.rows.shape[1:], str(self.cache.dtype)
+
+    def fingerprint(self, model: str = "") -> Fingerprint:
+        """All that the bytes of its pages depend on, for others to compare; `model`: an id of the weights."""
+        *page, kept = self.page
+        return Fingerprint(model=model, page=tuple(page), dtype=self.dtype, kv_cache_dtype=kept)
 
     def prefill(self) -> list[Request]:
         """Runs the next chunks of placed prompts; returns those that are through, with their first token and

@@ -8,7 +8,7 @@ taken (section 2: no affinity).
 from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.pages import pages_for
@@ -40,7 +40,7 @@ class Scheduler(Generic[R]):
     def __init__(self, prefill: list[R], decoders: list[R], clock: Callable[[], float]):
         self.clock = clock
         self.waiting = Waiting()
-        self.transfers: deque[tuple[R, Request]] = deque()
+        self.transfers: deque[tuple[Any, Request]] = deque()  # from an instance, or from another process
         self.leaving: set[R] = set()
         self._carve(prefill, decoders)
 
@@ -62,6 +62,15 @@ class Scheduler(Generic[R]):
         """Lets a request wait.
 
         Raises:
+          CmxError: as `_check_rooms`.
+        """
+        self._check_rooms(request)
+        self.waiting.push(request)
+
+    def _check_rooms(self, request: Request) -> None:
+        """Whether a request fits where it must go.
+
+        Raises:
           CmxError: a cache that it must go through is smaller than it is.
         """
         for room, whole in self._rooms:
@@ -73,7 +82,6 @@ class Scheduler(Generic[R]):
                     f"a prompt of {len(request.prompt)} tokens and max_tokens {request.params.max_tokens} "
                     f"exceed a rank's cache of {room.pages} pages of {room.page_width} tokens"
                 )
-        self.waiting.push(request)
 
     def _room(self, request: Request) -> int:
         """Tokens for which a request needs pages where it decodes."""
@@ -111,13 +119,13 @@ class Scheduler(Generic[R]):
             request.to(State.TRANSFER)
             self.transfers.append((at, request))
 
-    def _receive(self) -> list[tuple[R, R, Request]]:
+    def _receive(self) -> list[tuple[Any, R, Request]]:
         """Places prefilled requests on decode ranks, in order, as far as there is room.
 
         Returns:
           source, target, request: pages that are to be moved.
         """
-        moves: list[tuple[R, R, Request]] = []
+        moves: list[tuple[Any, R, Request]] = []
         spare = int(self.ahead is not None)
         while self.transfers:
             source, request = self.transfers[0]
@@ -131,22 +139,26 @@ class Scheduler(Generic[R]):
         return moves
 
     @staticmethod
-    def _moved(source: R, request: Request) -> None:
+    def _moved(source: Any, request: Request) -> None:
         """Frees the pages that were moved."""
         source.release(request)
         request.to(State.DECODE)
 
-    def _grow(self, at: R) -> None:
+    def _grow(self, at: R) -> list[Request]:
         """Gives everyone who decodes here pages for the next step, the most urgent first. Who finds none left
-        on its rank takes the place of the least urgent one there, which goes back to the queue."""
-        here = sorted((r for r in at.rows if r is not None), key=_urgency)
+        on its rank takes the place of the least urgent one there, which goes back to the queue, or, where
+        there is none, is finished and returned."""
+        here, over = sorted((r for r in at.rows if r is not None), key=_urgency), []
         for request in here:
             if request.state is not State.DECODE:
                 continue
             while request in at.places and not at.grow(request, self._room(request)):
                 rank = at.places[request].rank
                 least = (r for r in reversed(here) if r in at.places and at.places[r].rank == rank)
-                self._preempt(at, next(least))
+                victim = next(least)
+                self._preempt(at, victim)
+                over += [victim] * (victim.state is State.FINISHED)
+        return over
 
     def _preempt(self, at: R, request: Request) -> None:
         """Takes a request's pages; it waits again, before others of its priority, and loses no token."""

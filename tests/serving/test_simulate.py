@@ -24,7 +24,7 @@ from cmx_jax.serving.engine import Engine
 from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.packing import Piece
 from cmx_jax.serving.ranks import Capacity
-from cmx_jax.serving.request import Request, SamplingParams
+from cmx_jax.serving.request import Request, SamplingParams, State
 from cmx_jax.serving.simulate import (
     Arrival,
     Deployment,
@@ -219,26 +219,33 @@ class Clock:
 
 def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: Any, patch: Any) -> None:
     """Steps of an instance let the clock pass on: by `times`, or by what they took just now."""
-    prefill, decode = one.prefill, one.decode
+    prefill, start, end = one.prefill, one.start_decode, one.end_decode
 
-    def passed(kind: str, step: Any, seconds: float | None) -> Any:
-        began = time.perf_counter()
-        result = step()
+    def passed(kind: str, began: float, seconds: float | None) -> None:
         took[kind].append(time.perf_counter() - began if seconds is None else seconds)
         clock.now += took[kind][-1]
-        return result
 
     def run_prefill() -> list[Request]:
-        return passed("prefill", prefill, times and times.prefill(one.next_pieces()))
+        began, seconds = time.perf_counter(), times and times.prefill(one.next_pieces())
+        result = prefill()
+        passed("prefill", began, seconds)
+        return result
 
-    def run_decode() -> dict[Request, list[int]]:
-        running = [(one.places[r].rank, r) for r in one.rows if r is not None and r.tokens]
+    def start_decode() -> None:
+        running = [(one.places[r].rank, r) for r in one.rows if r is not None and r.state is State.DECODE]
         busiest = np.bincount([rank for rank, _ in running]).max().item()
         context = np.mean([len(r.prompt) + len(r.tokens) for _, r in running]).item()
-        return passed("decode", decode, times and times.decode(busiest, context))
+        one.began = time.perf_counter(), times and times.decode(busiest, context)
+        start()
+
+    def end_decode() -> dict[Request, list[int]]:
+        result = end()
+        passed("decode", *one.began)
+        return result
 
     patch.setattr(one, "prefill", run_prefill)
-    patch.setattr(one, "decode", run_decode)
+    patch.setattr(one, "start_decode", start_decode)
+    patch.setattr(one, "end_decode", end_decode)
 
 
 def engine_serves(engine: Engine, clock: Clock, arrivals: list[Arrival]) -> list[Request]:

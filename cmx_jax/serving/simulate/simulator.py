@@ -121,7 +121,7 @@ class Supernode(Scheduler[Virtual]):
         target.ready.append(job)
         return target
 
-    def _finish(self, at: Virtual, request: Any) -> None:
+    def _finish(self, at: Virtual | None, request: Any) -> None:
         super()._finish(at, request)
         self.outstanding -= 1
         self.done(request)
