@@ -1,0 +1,45 @@
+"""Keys stay where they are when a server comes or goes, but for its own share."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving.ems.stores import key
+
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.ems import Ring
+
+KEYS = [key(n) for n in range(4000)]
+NAMES = st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=12, unique=True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(NAMES)
+def test_a_server_more_takes_its_share_and_moves_nothing_else(names: list[str]) -> None:
+    *before, new = names
+    small, large = Ring(before), Ring(names)
+    moved = [(small.server(k), large.server(k)) for k in KEYS if small.server(k) != large.server(k)]
+    assert {to for _, to in moved} == {new}
+    assert 0.6 < len(moved) / len(KEYS) * len(names) < 1.6
+
+
+@settings(max_examples=10, deadline=None)
+@given(NAMES)
+def test_the_order_of_servers_means_nothing(names: list[str]) -> None:
+    forth, back = Ring(names), Ring(names[::-1])
+    assert all(forth.server(k) == back.server(k) for k in KEYS[:200])
+
+
+def test_shares_are_alike() -> None:
+    shares = Counter(map(Ring(f"node{i}" for i in range(48)).server, KEYS))
+    mean = len(KEYS) / 48
+    assert len(shares) == 48
+    assert max(shares.values()) < 1.7 * mean
+    assert min(shares.values()) > 0.5 * mean
+
+
+@pytest.mark.parametrize(("names", "said"), [([], "none"), (["a", "b", "a"], "a, b, a")])
+def test_no_servers_and_double_ones_are_refused(names: list[str], said: str) -> None:
+    with pytest.raises(CmxError, match=f"servers {said}, expected"):
+        Ring(names)
