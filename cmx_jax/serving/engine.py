@@ -9,6 +9,7 @@ One thread at a time may use an engine.
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.placement import check_slots
@@ -175,7 +176,8 @@ class Engine(Movement):
     def _prefill(self, instance: Instance) -> list[Request]:
         """One prefill step; returns those whose first token was their last."""
         began, finished = time.perf_counter(), []
-        through = instance.prefill()
+        with self.timeline.step(instance.name, "prefill", requests=len(instance.prefilling)):
+            through = instance.prefill()
         self.step_s += time.perf_counter() - began
         ends = {request: request.add(request.first, instance.config.eos_token_ids) for request in through}
         self._store(instance, [r for r in through if ends[r] or instance in self._both])
@@ -191,12 +193,16 @@ class Engine(Movement):
             finished += self._grow(instance)
         running = [instance for instance in self.decoders if decodes(instance)]
         began = time.perf_counter()
-        for instance in running:
-            instance.start_decode()
-        while self.later:
-            self.later.popleft()()
-        for instance in running:
-            for request, tokens in instance.end_decode().items():
+        with ExitStack() as steps:
+            for instance in running:
+                sequences = sum(row is not None for row in instance.rows)
+                steps.enter_context(self.timeline.step(instance.name, "decode", sequences=sequences))
+                instance.start_decode()
+            while self.later:
+                self.later.popleft()()
+            ended = [(instance, instance.end_decode()) for instance in running]
+        for instance, came in ended:
+            for request, tokens in came.items():
                 if any(request.add(token, instance.config.eos_token_ids) for token in tokens):
                     del request.logprobs[len(request.tokens) :]  # what is behind the last token is void
                     self._finish(instance, request)

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
+import jax
+
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.context import ContextCache
 from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.kv import Local, Outbox, Parcel, Ticket, TransferError, carry
 from cmx_jax.serving.request import Request, SamplingParams, State
 from cmx_jax.serving.scheduler import Scheduler
+from cmx_jax.serving.timeline import Timeline
 
 PATIENCE_S = 0.02  # for blocks, when there is nothing else to do
 
@@ -31,6 +34,7 @@ class Movement(Scheduler[Instance]):
       lost: how many were.
       tickets: of prompts for other processes; whoever reads one takes it out.
       later: calls that are made while the next decode step runs.
+      timeline: what happened.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Movement(Scheduler[Instance]):
         self.fetching: dict[Request, tuple[Instance, Future[list[Any]]]] = {}
         self.tickets: dict[Request, Ticket] = {}
         self.later: deque[Callable[[], None]] = deque()
+        self.timeline = Timeline()
         self.ahead = 1 + max(instance.num_speculative_tokens for instance in instances)
         self.outbox = outbox or Outbox(Local(), instances[0].fingerprint())
         super().__init__(prefill, decoders, time.perf_counter)
@@ -57,6 +62,7 @@ class Movement(Scheduler[Instance]):
         """Forgets all requests, as after a step that was broken off."""
         for held in (self.waiting, self.transfers, self.fetching, self.tickets, self.later):
             held.clear()
+        self.timeline.forget()
         for instance in self.instances:
             instance.reset()
 
@@ -64,8 +70,10 @@ class Movement(Scheduler[Instance]):
 
     def _look_up(self, instance: Instance, request: Request) -> None:
         """Lets a request that was placed wait for its blocks, if there may be any."""
+        self.timeline.enters(request, "prefill", instance=instance.name)
         if self.context is not None and len(request.inputs) > self.context.block:
             instance.prefilling.remove(request)
+            self.timeline.enters(request, "fetch blocks", instance=instance.name)
             self.fetching[request] = instance, self.context.lookup(request.inputs, request.namespace)
 
     def _fetched(self) -> None:
@@ -84,6 +92,7 @@ class Movement(Scheduler[Instance]):
                 if not request.preemptions:
                     request.reused_tokens = request.prefilled
             instance.prefilling.append(request)
+            self.timeline.enters(request, "prefill", instance=instance.name, reused=request.prefilled)
 
     def _store(self, instance: Instance, requests: list[Request]) -> None:
         """Copies the pages of prompts that do not move on, for the cache."""
@@ -130,6 +139,8 @@ class Movement(Scheduler[Instance]):
             for request, of in came.items():
                 self._keep(request, of)
                 self._moved(source, request)
+                self.timeline.moved(request, source.name, target.name, len(jax.tree.leaves(of)[0]))
+                self.timeline.enters(request, "decode", instance=target.name)
         return failed
 
     def _lost(self, source: Any, target: Instance, request: Request, why: TransferError) -> list[Request]:
@@ -192,12 +203,23 @@ class Movement(Scheduler[Instance]):
         self._check_rooms(request)
         source: Any = Parcel(pages)
         self.transfers.append((source, request))
+        self.timeline.enters(request, "transfer")
         return request
+
+    def _queue(self, request: Request) -> None:
+        super()._queue(request)
+        self.timeline.enters(request, "waiting")
+
+    def _prefilled(self, at: Instance, request: Request, last: bool) -> None:
+        super()._prefilled(at, request, last)
+        if not last:
+            self.timeline.enters(request, request.state.value, instance=at.name)
 
     def _requeue(self, request: Request) -> None:
         self.fetching.pop(request, None)
         if self.prefill:
             super()._requeue(request)
+            self.timeline.enters(request, "waiting", preempted=request.preemptions)
         else:
             request.finish_reason = "preempted"
             self._finish(None, request)
@@ -205,6 +227,7 @@ class Movement(Scheduler[Instance]):
     def _finish(self, at: Instance | None, request: Request) -> None:
         self.fetching.pop(request, None)
         super()._finish(at, request)
+        self.timeline.ends(request)
 
 
 def check_pages(instances: Sequence[Instance]) -> None:

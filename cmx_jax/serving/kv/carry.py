@@ -28,6 +28,8 @@ def carry(outbox: Outbox, pages: Any) -> Any:
 class Parcel:
     """Pages that were fetched already: to whoever moves them it is the instance that has them."""
 
+    name = "another process"
+
     def __init__(self, pages: Any):
         self._pages = pages
 

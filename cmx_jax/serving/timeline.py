@@ -1,0 +1,106 @@
+"""What happened to requests, and on which instance, for ui.perfetto.dev (the JSON form of trace events).
+
+A track for each request, with its states one behind the other; a track for each instance, with its steps; an
+arrow where pages move. Times are of the wall clock, so that the timelines of several processes are one.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cmx_jax.serving.request import Request, State
+
+EVENTS = 100_000  # that are kept; older ones are forgotten
+REQUESTS = 1  # the process, in Perfetto's words, of requests' tracks
+
+
+class Timeline:
+    """Events of one engine, the newest ones.
+
+    Attributes:
+      name: of the process.
+    """
+
+    def __init__(self, name: str = "engine", events: int = EVENTS):
+        self.name = name
+        self._events: deque[dict[str, Any]] = deque(maxlen=events)
+        self._since: dict[Request, tuple[float, str, dict[str, Any]]] = {}
+        self._pids: dict[str, int] = {}
+        self._arrows = itertools.count(1)
+
+    def enters(self, request: Request, state: str, **about: Any) -> None:
+        """A request is in a state from now on; the one before is over."""
+        now = _now()
+        self._leaves(request, now)
+        if request.state is not State.FINISHED:
+            self._since[request] = now, state, about
+
+    def _leaves(self, request: Request, now: float) -> None:
+        began, state, about = self._since.pop(request, (now, "", {}))
+        if state:
+            args = {"prompt": len(request.prompt), "tokens": len(request.tokens), **about}
+            self._add("X", REQUESTS, request.id, state, began, dur=now - began, args=args)
+
+    def ends(self, request: Request) -> None:
+        """A request is finished."""
+        now = _now()
+        self._leaves(request, now)
+        args = {"reason": request.finish_reason, "error": request.error}
+        self._add("i", REQUESTS, request.id, f"finished: {request.finish_reason}", now, s="t", args=args)
+
+    def forget(self) -> None:
+        """All requests are gone, as after a step that was broken off."""
+        self._since.clear()
+
+    @contextmanager
+    def step(self, instance: str, kind: str, **about: Any) -> Iterator[None]:
+        """A step of an instance."""
+        began = _now()
+        yield
+        self._add("X", self._pid(instance), 1, kind, began, dur=_now() - began, args=about)
+
+    def moved(self, request: Request, source: str, target: str, pages: int) -> None:
+        """Pages went from one instance to another."""
+        now, arrow = _now(), next(self._arrows)
+        args = {"request": request.id, "pages": pages}
+        for phase, instance in (("s", source), ("f", target)):
+            pid = self._pid(instance)
+            self._add("X", pid, 1, "pages", now, dur=1.0, args=args)
+            self._add(phase, pid, 1, "pages", now, id=arrow, cat="kv", bp="e")
+
+    def _pid(self, instance: str) -> int:
+        return self._pids.setdefault(instance, len(self._pids) + REQUESTS + 1)
+
+    def _add(self, ph: str, pid: int, tid: int, name: str, ts: float, **more: Any) -> None:
+        self._events.append({"ph": ph, "pid": pid, "tid": tid, "name": name, "ts": ts, "cat": "cmx", **more})
+
+    def events(self) -> list[dict[str, Any]]:
+        """All of them, and what the tracks are called."""
+        pids = {REQUESTS: f"{self.name}: requests"} | {
+            pid: f"{self.name}: {instance}" for instance, pid in self._pids.items()
+        }
+        found = list(self._events)
+        tracks = sorted({e["tid"] for e in found if e["pid"] == REQUESTS})
+        names = [_meta("process_name", pid, 0, name) for pid, name in pids.items()]
+        names += [_meta("thread_name", REQUESTS, tid, f"request {tid}") for tid in tracks]
+        return names + found
+
+
+def together(timelines: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Timelines of several processes as one document."""
+    events = []
+    for n, found in enumerate(timelines):
+        events += [{**event, "pid": event["pid"] + 1000 * n} for event in found]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _meta(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "pid": pid, "tid": tid, "name": what, "args": {"name": name}}
+
+
+def _now() -> float:
+    """Microseconds."""
+    return time.time() * 1e6
