@@ -20,14 +20,20 @@ def add(verbs: Any) -> None:
     verb.add_argument("--hardware", default="cloudmatrix384", help="cloudmatrix384 (default), h800 or h100")
     verb.add_argument("--npus", type=int, default=384, help="that there are (default 384)")
     verb.add_argument("--mtp-acceptance", type=float, default=0.7, help="of a draft (default 0.7)")
+    verb.add_argument("--plots", metavar="DIR", help="the candidates and their front, as PNG and SVG")
     add_json(verb)
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from cmx_jax.model.plan import Load, plan, render
+    from cmx_jax.model.candidates import Load
+    from cmx_jax.serving.figures import Folder, front
     from cmx_jax.serving.model import config_of
+    from cmx_jax.serving.plan import plan, render
 
+    to = Folder(args.plots)
     load = Load(args.prompt, args.output, args.slo_ttft_ms, args.slo_tpot_ms)
     given = {name: getattr(args, name) for name in ("hardware", "npus", "rate", "mtp_acceptance")}
     result = plan(config_of(args.model), load, progress=progress(), **given)
+    if args.plots:
+        to.write("plan", front(result))
     show(result, args.json, render)

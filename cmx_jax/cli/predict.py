@@ -25,6 +25,7 @@ def add(verbs: Any) -> None:
     busiest = "load of the busiest expert rank over the mean (default: what chance makes of even experts)"
     verb.add_argument("--imbalance", type=float, help=busiest)
     verb.add_argument("--sensitivity", action="store_true", help="the step with each constant 10 %% larger")
+    verb.add_argument("--plots", metavar="DIR", help="with --paper: the errors, as PNG and SVG")
     add_json(verb)
 
 
@@ -34,10 +35,16 @@ def _predict(args: argparse.Namespace) -> None:
     from cmx_jax.model import paper
     from cmx_jax.model.layouts import ready
     from cmx_jax.model.predict import predict, render, sensitivity
+    from cmx_jax.serving.figures import Folder, paper_errors
     from cmx_jax.serving.model import config_of
 
+    if args.plots and not args.paper:
+        raise CmxError("--plots is given without --paper: give both")
     if args.paper:
-        show(paper.paper(), args.json, paper.render)
+        to, rows = Folder(args.plots), paper.paper()
+        if args.plots:
+            to.write("paper", paper_errors(rows))
+        show(rows, args.json, paper.render)
         return
     c, found = config_of(args.model), ready(args.layout)
     if found.ranks_per_npu == 1 and args.hardware == "cloudmatrix384":

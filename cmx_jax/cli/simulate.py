@@ -1,14 +1,13 @@
 """`cmx simulate`: a day of traffic in virtual time."""
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cmx_jax.cli.common import add_json, show
 from cmx_jax.errors import CmxError
 
-# of serving/simulate/times.py:Linear
+# of serving/simulate/times.py:Linear; what has no default is required unless --predict is given
 TIMES = (
     ("--prefill-ms", 0.0, "of a prefill step, however short"),
     ("--prefill-ms-per-1k", None, "of 1,000 tokens of a prefill step's longest row"),
@@ -18,8 +17,15 @@ TIMES = (
     ("--transfer-ms-per-1k", 0.0, "of moving 1,000 tokens' rows to decode"),
     ("--fetch-ms-per-1k", 0.0, "of fetching 1,000 tokens' rows from the prefix cache"),
 )
-# the paper's: instances, NPUs of each, ranks that have sequences of their own
-POOLS = {"prefill": (6, 16, 1), "decode": (1, 160, 320)}
+# the paper's: instances, NPUs of each, ranks that have sequences of their own, layout
+POOLS = {"prefill": (6, 16, 1, "ep32"), "decode": (1, 160, 320, "ep320")}
+# of --predict
+PREDICT: tuple[tuple[str, Any, str], ...] = (
+    ("--hardware", "cloudmatrix384", "cloudmatrix384, h800 or h100"),
+    *((f"--{kind}-layout", layout, "as of cmx trace") for kind, (*_, layout) in POOLS.items()),
+    ("--microbatches", 2, "streams of a step"),
+    ("--num-speculative-tokens", 1, "MTP drafts"),
+)
 
 
 def add(verbs: Any) -> None:
@@ -40,44 +46,45 @@ def add(verbs: Any) -> None:
     traffic.add_argument("--seed", type=int, default=0)
 
     machine = verb.add_argument_group("instances of a supernode")
-    for kind, (instances, npus, ranks) in POOLS.items():
+    for kind, (instances, npus, ranks, _) in POOLS.items():
         machine.add_argument(f"--{kind}-instances", type=int, default=instances, help=f"default {instances}")
-        machine.add_argument(f"--{kind}-npus", type=int, default=npus, help=f"of each (default {npus})")
-        machine.add_argument(
-            f"--{kind}-ranks",
-            type=int,
-            default=ranks,
-            help=f"that have sequences of their own (default {ranks})",
-        )
-        machine.add_argument(
-            f"--{kind}-kv-tokens", type=int, default=1 << 18, help=f"that a rank caches (default {1 << 18})"
-        )
+        machine.add_argument(f"--{kind}-npus", type=int, help=f"of each (default {npus})")
+        own = f"that have sequences of their own (default {ranks})"
+        machine.add_argument(f"--{kind}-ranks", type=int, help=own)
+        cached = f"that a rank caches (default {1 << 18}; with --predict what its memory has room for)"
+        machine.add_argument(f"--{kind}-kv-tokens", type=int, help=cached)
     machine.add_argument("--max-num-seqs", type=int, default=48, help="that a decode rank runs (default 48)")
-    batched = "of a prefill step's row (default 16384)"
-    machine.add_argument("--max-num-batched-tokens", type=int, default=16384, help=batched)
-    machine.add_argument("--block-size", type=int, default=128, help="tokens of a page (default 128)")
-    machine.add_argument("--mtp-acceptance", type=float, default=0.0, help="right drafts a step (default 0)")
+    batched = "of a prefill step's row (default 16384; with --predict for each NPU that shares it)"
+    machine.add_argument("--max-num-batched-tokens", type=int, help=batched)
+    machine.add_argument("--block-size", type=int, help="tokens of a page (default 128)")
+    right = "right drafts a step (default 0); with --predict how likely a draft is right (default 0.7)"
+    machine.add_argument("--mtp-acceptance", type=float, help=right)
     cached = "that the prefix cache of a supernode holds (default 0)"
     machine.add_argument("--prefix-tokens", type=int, default=0, help=cached)
     machine.add_argument("--supernodes", type=int, default=1, help="behind one router (default 1)")
     routers = "least-loaded (default), round-robin or prefix"
     machine.add_argument("--router", default="least-loaded", help=routers)
 
-    times = verb.add_argument_group("times, milliseconds")
-    for flag, default, meaning in TIMES:
-        more = {"required": True} if default is None else {"default": default}
-        times.add_argument(flag, type=float, help=meaning, **more)
+    times = verb.add_argument_group("times, milliseconds; or predicted, of a model's layouts on a machine")
+    for flag, _, meaning in TIMES:
+        times.add_argument(flag, type=float, help=meaning)
+    model = "a directory, tiny, or a preset such as deepseek-r1"
+    times.add_argument("--predict", metavar="MODEL", help=model)
+    for flag, default, meaning in PREDICT:
+        of: dict[str, Any] = {"type": int} if isinstance(default, int) else {}
+        times.add_argument(flag, help=f"{meaning} (default {default})", **of)
     verb.add_argument("--slo-ttft-ms", type=float, help="goodput counts what has its first token by then")
     verb.add_argument("--slo-tpot-ms", type=float, help="and further ones this far apart on average")
     add_json(verb)
 
 
 def _simulate(args: argparse.Namespace) -> None:
-    from cmx_jax.serving.simulate import Linear, render, simulate, summary
+    from cmx_jax.serving.simulate import render, simulate, summary
 
-    times = Linear(**{f.name: getattr(args, f.name) for f in fields(Linear)})
-    deployment = _deployment(args)
-    outcome = simulate(_traffic(args), deployment, times, supernodes=args.supernodes, router=args.router)
+    traffic = _traffic(args)
+    times, deployment = _predicted(args) if args.predict else _given(args)
+    _check_npus(args, deployment)
+    outcome = simulate(traffic, deployment, times, supernodes=args.supernodes, router=args.router)
     show(summary(outcome, args.slo_ttft_ms, args.slo_tpot_ms), args.json, render)
 
 
@@ -95,36 +102,107 @@ def _traffic(args: argparse.Namespace) -> Any:
     return synthetic(duration=duration, **given)
 
 
-def _deployment(args: argparse.Namespace) -> Any:
-    from cmx_jax.mesh.supernode import CLOUDMATRIX384
-    from cmx_jax.serving.ranks import Capacity
-    from cmx_jax.serving.simulate import Deployment, Pool
-    from cmx_jax.serving.simulate.workload import BLOCK
+def _destination(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
-    width = args.block_size
+
+def _given(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Times and sizes as flags have them."""
+    from cmx_jax.serving.ranks import Capacity
+    from cmx_jax.serving.simulate import Deployment, Linear, Pool
+
+    for flag, *_ in PREDICT:
+        if getattr(args, _destination(flag)) is not None:
+            raise CmxError(f"{flag} is given without --predict MODEL: give that, or leave it out")
+    ms: dict[str, float] = {}
+    for flag, default, _ in TIMES:
+        value = getattr(args, _destination(flag))
+        if value is None and default is None:
+            raise CmxError(f"{flag} is not given, expected it, or --predict MODEL")
+        ms[_destination(flag)] = (default or 0.0) if value is None else value
+    times, width = Linear(**ms), 128 if args.block_size is None else args.block_size
     if width < 1:
         raise CmxError(f"block_size is {width}, expected at least 1")
+    budget = 16384 if args.max_num_batched_tokens is None else args.max_num_batched_tokens
 
     def pool(kind: str, sequences: int) -> Pool:
         instances, npus, ranks, tokens = (
             getattr(args, f"{kind}_{name}") for name in ("instances", "npus", "ranks", "kv_tokens")
         )
-        budget = args.max_num_batched_tokens
         capacity = Capacity(
-            sequences=sequences, pages=tokens // width, page_width=width, max_num_batched_tokens=budget
+            sequences=sequences,
+            pages=(1 << 18 if tokens is None else tokens) // width,
+            page_width=width,
+            max_num_batched_tokens=budget,
         )
-        return Pool(instances=instances, npus=npus, ranks=ranks, capacity=capacity)
+        usual = POOLS[kind]
+        sizes = usual[1] if npus is None else npus, usual[2] if ranks is None else ranks
+        return Pool(instances=instances, npus=sizes[0], ranks=sizes[1], capacity=capacity)
 
     deployment = Deployment(
         prefill=pool("prefill", 1),
         decode=pool("decode", args.max_num_seqs),
-        acceptance=args.mtp_acceptance,
-        prefix_blocks=args.prefix_tokens // BLOCK,
+        acceptance=args.mtp_acceptance or 0.0,
+        prefix_blocks=_blocks(args),
     )
-    if deployment.npus > CLOUDMATRIX384.npus:
+    return times, deployment
+
+
+def _predicted(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Times and sizes of a model's layouts on a machine."""
+    from dataclasses import replace
+
+    from cmx_jax.mesh.cost.constants import machine
+    from cmx_jax.mesh.layout import Layout
+    from cmx_jax.model.layouts import ready
+    from cmx_jax.serving.model import config_of
+    from cmx_jax.serving.simulate import Deployment, Predicted
+
+    said = [flag for flag, *_ in TIMES] + [f"--{kind}-{of}" for kind in POOLS for of in ("npus", "ranks")]
+    for flag in (*said, "--block-size"):
+        if getattr(args, _destination(flag)) is not None:
+            raise CmxError(f"{flag} is given, but --predict says what it is: leave one of them out")
+    given = {_destination(flag): default for flag, default, _ in PREDICT}
+    given |= {name: said for name in given if (said := getattr(args, name)) is not None}
+    c = config_of(args.predict)
+
+    def layout(kind: str) -> Layout:
+        found, on = ready(given[f"{kind}_layout"]), machine(given["hardware"])
+        if found.ranks_per_npu != on.ranks_per_npu:
+            raise CmxError(
+                f"layout {given[f'{kind}_layout']} has {found.ranks_per_npu} rank(s) an NPU, expected "
+                f"{on.ranks_per_npu} on {on.name}, as of {'ep320' if on.ranks_per_npu > 1 else 'h800-ep144'}"
+            )
+        return replace(found.make(c.n_routed_experts), microbatches=given["microbatches"])
+
+    drafts = given["num_speculative_tokens"]
+    times = Predicted(c, given["hardware"], layout("prefill"), layout("decode"), drafts=drafts)
+    budget = args.max_num_batched_tokens
+    if budget is None:
+        budget = 16384 * max(times.layouts["prefill"].sequence_ranks // times.on.ranks_per_npu, 1)
+    room: dict[str, Any] = {"sequences": args.max_num_seqs, "tokens": args.decode_kv_tokens}
+    deployment = Deployment(
+        prefill=times.pool("prefill", args.prefill_instances, budget=budget, tokens=args.prefill_kv_tokens),
+        decode=times.pool("decode", args.decode_instances, **room),
+        acceptance=times.acceptance(0.7 if args.mtp_acceptance is None else args.mtp_acceptance),
+        prefix_blocks=_blocks(args),
+    )
+    return times, deployment
+
+
+def _blocks(args: argparse.Namespace) -> int:
+    from cmx_jax.serving.simulate.workload import BLOCK
+
+    return int(args.prefix_tokens // BLOCK)
+
+
+def _check_npus(args: argparse.Namespace, deployment: Any) -> None:
+    from cmx_jax.mesh.supernode import CLOUDMATRIX384
+
+    p, d = deployment.prefill, deployment.decode
+    if args.hardware in (None, "cloudmatrix384") and deployment.npus > CLOUDMATRIX384.npus:
         raise CmxError(
-            f"{args.prefill_instances} x {args.prefill_npus} prefill and {args.decode_instances} x "
-            f"{args.decode_npus} decode NPUs are {deployment.npus}, expected at most the supernode's "
-            f"{CLOUDMATRIX384.npus}: give fewer instances, or more --supernodes"
+            f"{p.instances} x {p.npus} prefill and {d.instances} x {d.npus} decode NPUs are "
+            f"{deployment.npus}, expected at most the supernode's {CLOUDMATRIX384.npus}: "
+            "give fewer instances, or more --supernodes"
         )
-    return deployment

@@ -106,7 +106,7 @@ class Step:
         return (self.span + 1) / (2 * self.span) if self.kind == "prefill" else self.context / self.span
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def traced(step: Step) -> Found:
     """The jaxpr of the step at full size, read."""
     program = trace_step(
@@ -121,7 +121,7 @@ def traced(step: Step) -> Found:
     return read_jaxpr(program.jaxpr)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def loops(step: Step) -> tuple[Loop, ...]:
     """The operators of a step by loop. Loops of equal length count as one: that changes no sum."""
     found, microbatches = traced(step), step.layout.microbatches

@@ -1,51 +1,23 @@
-"""Which deployment serves a load within an SLO: layouts, batches, drafts and the ratio of prefill to decode.
+"""Which deployments could serve a load: layouts, batches, drafts and the ratio of prefill to decode.
 
-Every candidate is predicted from its own traced step (`model/predict.py`). What is assumed beyond that: load
-is steady; a prompt waits half a prefill step, runs one, and its rows travel over RDMA; a sequence attends to
-its prompt and half its output on average.
+Instances are those of `model/candidates.py`. What is assumed beyond their predictions: load is steady; a
+prompt waits half a prefill step, runs one, and its rows travel over RDMA; a sequence attends to its prompt
+and half its output on average. `serving/plan.py` drops the first.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import Machine, machine
-from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.supernode import CLOUDMATRIX384
-from cmx_jax.model.config import MLAConfig, ModelConfig
-from cmx_jax.model.memory import page_bytes
-from cmx_jax.model.predict import predict
+from cmx_jax.mesh.cost.constants import machine
+from cmx_jax.model.candidates import Load, candidates, predicted
+from cmx_jax.model.config import ModelConfig
 
-RANKS = {  # of an instance: dies of whole nodes, or GPUs
-    ("ascend", "decode"): (64, 128, 320),
-    ("gpu", "decode"): (32, 64, 144),
-    ("ascend", "prefill"): (16, 32, 64),
-    ("gpu", "prefill"): (16, 32, 64),
-}
-BATCHES = {"decode": (8, 16, 24, 32, 48, 64, 96, 128, 160, 192), "prefill": (1, 2, 4, 8)}
-RDMA = CLOUDMATRIX384.planes[1].npu_gb_s  # an H800 has as much
+STEPS = ("prefill", "decode")
 
 
-@dataclass(frozen=True)
-class Load:
-    """What is asked of a deployment: tokens of a prompt and of its answer, and how soon they must come."""
-
-    prompt: int
-    output: int
-    slo_ttft_ms: float
-    slo_tpot_ms: float
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 < value < math.inf:
-                raise CmxError(f"{name} is {value:g}, expected more than 0")
-        if self.output < 2:
-            raise CmxError(f"output is {self.output}, expected at least 2 tokens: the first is prefill's")
-
-
-def plan(
+def search(
     c: ModelConfig,
     load: Load,
     *,
@@ -53,10 +25,11 @@ def plan(
     npus: int = 384,
     rate: float | None = None,
     mtp_acceptance: float = 0.7,
-    best: int = 5,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Searches instances of both pools, then how many of each.
+
+    Larger batches of an instance are predicted until one does not fit, or misses its SLO.
 
     Args:
       c: the model.
@@ -65,13 +38,13 @@ def plan(
       npus: that there are.
       rate: requests a second to serve; None: as many as can be.
       mtp_acceptance: how likely a draft is right.
-      best: deployments to return.
       progress: told what is predicted.
 
     Returns:
-      `deployments`, the best first: most requests a second, or with a rate the fewest NPUs; `pareto`: decode
-      candidates of which no other is faster for a user (`tpot_ms`) and for the house (`tokens_per_s` an NPU);
-      `candidates`: how many were predicted; `unfit`: why others were not, and how many.
+      `deployments`, with one batch of each decode instance, the best first: most requests a second, or with
+      a rate the fewest NPUs; `decode`: its candidates; `pareto`: those of which no other is faster for a user
+      (`tpot_ms`) and for the house (`tokens_per_s` an NPU); `candidates`: how many there are; `predicted`: of
+      how many; `unfit`: why others do not fit, and how many.
 
     Raises:
       CmxError: nothing meets the SLO, or the rate; says what would.
@@ -81,97 +54,42 @@ def plan(
         raise CmxError(f"npus is {npus} and rate {rate}, expected more than 0")
     unfit: dict[str, int] = {}
     found = {
-        step: list(_predicted(c, on, step, load, npus, mtp_acceptance, unfit, progress))
-        for step in ("decode", "prefill")
+        step: list(predicted(c, on, step, load, npus, mtp_acceptance, unfit, progress)) for step in STEPS
     }
     for step, of in found.items():
         if not of:
             raise CmxError(
                 f"{npus} NPUs of {hardware} hold no {step} instance: {next(iter(unfit), 'too few')}"
             )
-    met = {
-        "decode": _within(found["decode"], "tpot_ms", load.slo_tpot_ms, "a token"),
-        "prefill": _within(found["prefill"], "ttft_ms", load.slo_ttft_ms, "to the first token"),
-    }
-    made = [m for p in met["prefill"] for d in met["decode"] if (m := _deployed(p, d, load, npus, rate))]
+    met = {step: _within(of, *load.slo(step)) for step, of in found.items()}
+    pairs = [(p, d) for p in met["prefill"] for d in met["decode"] if p["drafts"] == min(d["drafts"], 1)]
+    made = [m for p, d in pairs if (m := deployed(p, d, load, npus, rate))]
     if not made:
-        raise CmxError(
-            f"{npus} NPUs of {hardware} cannot serve {rate:g} requests/s, expected more NPUs or less"
+        most = max(
+            (m["requests_per_s"] for p, d in pairs if (m := deployed(p, d, load, npus, None))), default=0
         )
-    made.sort(key=lambda m: (m["npus"], -m["requests_per_s"]) if rate else (-m["requests_per_s"], m["npus"]))
+        raise CmxError(_beyond(npus, hardware, rate, most))
+    made.sort(key=lambda m: order(m, rate))
     return {
-        "load": vars(load) | {"rate": rate},
-        "hardware": hardware,
-        "npus": npus,
-        "deployments": _different(made)[:best],
+        "deployments": _different(made),
+        "decode": found["decode"],
         "pareto": _pareto(found["decode"]),
-        "candidates": sum(map(len, found.values())),
+        "candidates": sum(len(of[-1]) for step in STEPS for of in candidates(c, on, step, npus)),
+        "predicted": sum(map(len, found.values())),
         "unfit": unfit,
     }
 
 
-def _layouts(c: ModelConfig, on: Machine, step: str) -> Iterator[Layout]:
-    """Experts over all ranks of an instance, in INT8, an even number of slots; prompts are shared where heads
-    can be (section 4.3.1)."""
-    for ranks in RANKS[on.kind, step]:
-        given: dict[str, Any] = {"wire": "int8", "redundant_slots": -c.n_routed_experts % ranks}
-        if step == "decode":
-            given["mailbox_rows"] = 0
-        if step == "prefill" or on.kind == "gpu":
-            given["exchange"] = "hierarchical"
-        shares = isinstance(c.attention, MLAConfig) and c.num_attention_heads % ranks == 0
-        given["share_sequences"] = step == "prefill" and on.kind == "ascend" and shares
-        yield from (expert_parallel(ranks, c.n_routed_experts, microbatches=n, **given) for n in (1, 2))
+def order(deployment: dict[str, Any], rate: float | None) -> tuple[float, ...]:
+    """Most requests a second first, with a rate the fewest NPUs; of equals the fastest tokens."""
+    npus, served = deployment["npus"], -deployment["requests_per_s"]
+    return (*((npus, served) if rate else (served, npus)), deployment["decode"]["tpot_ms"])
 
 
-def _predicted(
-    c: ModelConfig,
-    on: Machine,
-    step: str,
-    load: Load,
-    npus: int,
-    acceptance: float,
-    unfit: dict[str, int],
-    progress: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:
-    """Instances of one pool that fit, larger batches until they do not."""
-    mtp = (0, 1) if c.num_nextn_predict_layers else (0,)
-    for layout in _layouts(c, on, step):
-        if layout.ranks > npus * on.ranks_per_npu:
-            continue
-        shared = layout.sequence_ranks
-        context = -(-load.prompt // shared) * shared if step == "prefill" else load.prompt + load.output // 2
-        for drafts in mtp if step == "decode" else mtp[-1:]:
-            for batch in BATCHES[step]:
-                progress(f"{step}: {layout.ranks} ranks, {batch} sequences an NPU")
-                sizes = {"batch": batch, "context": context, "drafts": drafts}
-                try:
-                    one = predict(c, on, layout, step, mtp_acceptance=acceptance, **sizes)  # type: ignore[arg-type]
-                except CmxError as error:
-                    reason = str(error)
-                    unfit[reason] = unfit.get(reason, 0) + 1
-                    if "GB of a rank" in reason:
-                        break
-                    continue
-                yield _instance(c, on, layout, one, load)
-
-
-def _instance(c: ModelConfig, on: Machine, layout: Layout, one: dict[str, Any], load: Load) -> dict[str, Any]:
-    npus = layout.ranks // on.ranks_per_npu
-    names = ("step", "batch", "drafts", "microbatches", "step_ms", "tokens_per_s", "tpot_ms", "bound")
-    found = {"ranks": layout.ranks, "npus": npus} | {name: one[name] for name in names}
-    if one["step"] == "prefill":
-        rows = load.prompt * page_bytes(c, 1, "auto", c.num_nextn_predict_layers > 0)
-        transfer = rows / (RDMA / on.ranks_per_npu * 1e6)
-        found |= {"transfer_ms": transfer, "ttft_ms": 1.5 * one["step_ms"] + transfer}
-    each = load.prompt if one["step"] == "prefill" else load.output - 1
-    return found | {"requests_per_s": one["tokens_per_s"] * npus / each}
-
-
-def _within(of: list[dict[str, Any]], name: str, most: float, what: str) -> list[dict[str, Any]]:
+def _within(of: list[dict[str, Any]], name: str, most: float) -> list[dict[str, Any]]:
     met = [x for x in of if x[name] <= most]
     if not met:
-        x = min(of, key=lambda x: x[name])
+        x, what = min(of, key=lambda x: x[name]), "a token" if name == "tpot_ms" else "to the first token"
         raise CmxError(
             f"nothing meets {most:g} ms {what}: the fastest takes {x[name]:.1f} ms, {x['ranks']} ranks with "
             f"{x['batch']} sequences an NPU"
@@ -179,10 +97,25 @@ def _within(of: list[dict[str, Any]], name: str, most: float, what: str) -> list
     return met
 
 
-def _deployed(
+def _beyond(npus: int, hardware: str, rate: float | None, most: float) -> str:
+    there = f"{npus} NPUs of {hardware}"
+    if rate is None or not most:
+        return f"{there} do not hold both a prefill and a decode instance, expected more NPUs"
+    return f"{there} cannot serve {rate:g} requests/s, expected at most {most:.2f}, or more NPUs"
+
+
+def deployed(
     prefill: dict[str, Any], decode: dict[str, Any], load: Load, npus: int, rate: float | None
 ) -> dict[str, Any] | None:
-    """So many instances of each as serve the rate, or the most; None if they are more than there is."""
+    """So many instances of each as serve the rate, or the most; None if they are more than there is.
+
+    Args:
+      prefill: an instance, as `search` has them.
+      decode: another.
+      load: what is asked of them.
+      npus: that there are.
+      rate: requests a second; None: as many as can be.
+    """
 
     def of(count: int, wanted: float) -> tuple[float, int, int]:
         takes = max(math.ceil(wanted / prefill["requests_per_s"] - 1e-9), 1)
@@ -199,16 +132,24 @@ def _deployed(
     served, decoders, prefillers = max(tried, default=(0.0, 0, 0))
     if not served:
         return None
+    return counted(prefill, prefillers, decode, decoders, load)
+
+
+def counted(
+    prefill: dict[str, Any], prefillers: int, decode: dict[str, Any], decoders: int, load: Load
+) -> dict[str, Any]:
+    """So many instances of each, and what they serve under steady load."""
+    rates = prefillers * prefill["requests_per_s"], decoders * decode["requests_per_s"]
     used = decoders * decode["npus"] + prefillers * prefill["npus"]
     return {
-        "requests_per_s": served,
+        "requests_per_s": min(rates),
         "npus": used,
-        "tokens_per_s_npu": served * load.output / used,
+        "tokens_per_s_npu": min(rates) * load.output / used,
         "prefill_instances": prefillers,
         "decode_instances": decoders,
         "prefill": prefill,
         "decode": decode,
-        "why": _why(served, prefillers * prefill["requests_per_s"], decoders * decode["requests_per_s"]),
+        "why": _why(min(rates), *rates),
     }
 
 
@@ -221,10 +162,10 @@ def _why(served: float, prefill: float, decode: float) -> str:
 
 
 def _different(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first of those with the same decode instance."""
+    """The first of those whose decode instances differ by their batch alone."""
     seen: dict[Any, dict[str, Any]] = {}
     for m in made:
-        seen.setdefault(tuple(m["decode"][n] for n in ("ranks", "batch", "drafts", "microbatches")), m)
+        seen.setdefault(tuple(m["decode"][n] for n in ("ranks", "drafts", "microbatches")), m)
     return list(seen.values())
 
 
@@ -235,29 +176,3 @@ def _pareto(of: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not front or x["tokens_per_s"] > front[-1]["tokens_per_s"]:
             front.append(x)
     return front
-
-
-def render(found: dict[str, Any]) -> str:
-    """The deployments, then the front."""
-    lines = []
-    for m in found["deployments"]:
-        p, d = m["prefill"], m["decode"]
-        pools = (
-            f"{m['prefill_instances']} prefill x {p['npus']}, {m['decode_instances']} decode x {d['npus']}"
-        )
-        lines += [
-            f"{m['requests_per_s']:8.2f} requests/s on {m['npus']} NPUs ({pools}), "
-            f"{m['tokens_per_s_npu']:,.0f} tokens/s each",
-            f"         prefill EP{p['ranks']}, batch {p['batch']}, microbatches {p['microbatches']}: "
-            f"{p['ttft_ms']:.0f} ms to the first token",
-            f"         decode EP{d['ranks']}, batch {d['batch']}, microbatches {d['microbatches']}, drafts "
-            f"{d['drafts']}: {d['tpot_ms']:.1f} ms a token, bound by {d['bound']}; {m['why']}",
-        ]
-    lines += ["", "decode: ms a token against tokens/s of an NPU, where no other has more of both"]
-    lines += [
-        f"{x['tpot_ms']:8.1f} {x['tokens_per_s']:8,.0f}   EP{x['ranks']}, batch {x['batch']}, microbatches "
-        f"{x['microbatches']}, drafts {x['drafts']}"
-        for x in found["pareto"]
-    ]
-    lines.append(f"{found['candidates']} candidates, {sum(found['unfit'].values())} do not fit")
-    return "\n".join(lines)
