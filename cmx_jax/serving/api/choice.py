@@ -1,0 +1,54 @@
+"""One choice of an answer while it grows: tokens in, text and log-probabilities out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from cmx_jax.serving.api.text import Detokenizer, StopStrings
+from cmx_jax.serving.generation import Chunk
+from cmx_jax.serving.request import TokenLogprob
+
+
+class Delta(NamedTuple):
+    """What is new of a choice: text to give out, the tokens taken, and what was said of them."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+
+
+class Choice:
+    """The text of one request.
+
+    An end token belongs to the tokens and their log-probabilities, not to the text (as in vLLM).
+
+    Attributes:
+      finish_reason: None while it grows.
+      tokens: how many were taken.
+      reused_tokens: of the prompt, that came out of the caching pool.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
+        self._text, self._stops = Detokenizer(tokenizer), StopStrings(stops)
+        self.finish_reason: str | None = None
+        self.tokens = self.reused_tokens = 0
+
+    def take(self, chunk: Chunk) -> Delta:
+        """Goes on by a chunk, up to the token that completes a stop string."""
+        self.reused_tokens = chunk.request.reused_tokens
+        text, taken = "", 0
+        ended = len(chunk.tokens) - (chunk.finish_reason == "stop")  # the last one is an end token
+        for token in chunk.tokens[:ended]:
+            text += self._stops.add(self._text.add(token))
+            taken += 1
+            if self._stops.found:
+                self.finish_reason = "stop"
+                break
+        else:
+            taken, self.finish_reason = len(chunk.tokens), chunk.finish_reason
+            if self.finish_reason is not None:
+                text += self._stops.add(self._text.end()) + self._stops.end()
+                self.finish_reason = "stop" if self._stops.found else self.finish_reason
+        self.tokens += taken
+        return Delta(text, chunk.tokens[:taken], chunk.logprobs[:taken])

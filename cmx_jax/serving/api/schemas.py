@@ -1,0 +1,164 @@
+"""What the API takes: OpenAI's names, and vLLM's further ones.
+
+A field that would change the answer and is not implemented is refused, unless it has the value that changes
+nothing. So is a name that nobody knows: a misspelt one would be ignored otherwise.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+# change nothing in the answer
+IGNORED = frozenset(
+    ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user", "verbosity")
+)
+# not implemented: the values, beside null, that ask for nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+}
+MAX_STOPS = 4  # OpenAI's limit
+
+
+def _listed(value: Any) -> Any:
+    """One value as a list of it."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def _prompts(value: Any) -> Any:
+    """The four forms of a prompt as a list of texts or of lists of ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(x) is int for x in value):
+            return [value]
+        if all(isinstance(x, str) for x in value) or all(
+            isinstance(x, list) and all(type(t) is int for t in x) for x in value
+        ):
+            return value
+    raise ValueError("expected text, token ids, or a list of texts or of lists of token ids, not empty")
+
+
+_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_PROMPT = {"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
+_STOP = {"anyOf": [{"type": "string"}, {**_TEXTS, "maxItems": MAX_STOPS}, {"type": "null"}]}
+Text = Annotated[str, Field(min_length=1)]
+Prompts = Annotated[list[str | list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT)]
+Stops = Annotated[list[Text], Field(max_length=MAX_STOPS), BeforeValidator(_listed), WithJsonSchema(_STOP)]
+
+
+class StreamOptions(BaseModel):
+    """Of a stream: a last event with the usage."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool = False
+
+
+class Generate(BaseModel):
+    """What both ways to generate have in common. Sampling parameters are checked by `SamplingParams`.
+
+    Raises:
+      ValueError: a field is unknown or not implemented.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    n: int | None = Field(None, ge=1)
+    stop: Stops = []
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    cache_salt: Text | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> "Generate":
+        for name, value in (self.model_extra or {}).items():
+            if name in IGNORED:
+                continue
+            if name not in NEUTRAL:
+                raise ValueError(f"field {name!r} is unknown: leave it out")
+            if value is not None and value not in NEUTRAL[name]:
+                raise ValueError(f"field {name!r} is not supported: leave it out")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("field 'stream_options' is of streams only: set stream, or leave it out")
+        return self
+
+
+class CompletionRequest(Generate):
+    """`POST /v1/completions`."""
+
+    prompt: Prompts
+    max_tokens: int | None = None
+    echo: bool = False
+    logprobs: int | None = None
+
+
+class Part(BaseModel):
+    """A part of a message's content; only text is understood."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+def _parts(value: Any) -> Any:
+    """A text as its one part."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
+Content = Annotated[list[Part], BeforeValidator(_parts), WithJsonSchema(_CONTENT)]
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = None
+
+    def as_dict(self) -> dict[str, str]:
+        """For a template: the content as one text."""
+        found = {"role": self.role, "content": "".join(part.text for part in self.content)}
+        return found if self.name is None else found | {"name": self.name}
+
+
+class ChatRequest(Generate):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None

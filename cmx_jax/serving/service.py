@@ -1,0 +1,235 @@
+"""An engine that serves an event loop: one thread owns it, everyone else asks that thread.
+
+    event loop                                   engine thread
+    Service.generate --- a call, and it waits -> between two steps: Engine.submit
+    Generation       <-- all chunks of a step -- Engine.step, while there is work; else it sleeps
+    Generation.close --- a call ---------------> between two steps: Engine.cancel
+
+A step hands over what it made as one batch and waits for nobody: text is made of tokens on the loop. A step
+that fails ends every request with an error, the engine forgets them, and the next request is served.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.generation import Chunk, Generation, Interrupted, Live, StepFailed
+from cmx_jax.serving.request import Request, SamplingParams
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+RETRY_AFTER_S = 5.0  # what a client is told that comes while the service drains
+
+
+class Unavailable(CmxError):
+    """The service takes no request: it drains, or its engine is broken."""
+
+
+class Service:
+    """Serves an engine on a thread of its own.
+
+    Attributes:
+      engine: what that thread owns; others may look at counts, nothing else.
+      live: requests that are not finished, as the engine's thread has them.
+      draining: whether new requests are refused.
+      broken: why no request can be served any more, or None.
+      watchers: are told each chunk, on the event loop.
+      busy_s: seconds with work, in steps and between them; less the engine's `step_s` they are its overhead.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.live: dict[Request, Live] = {}
+        self.draining = False
+        self.broken: str | None = None
+        self.watchers: list[Callable[[Chunk], None]] = []
+        self.busy_s = 0.0
+        self._calls: deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = deque()
+        self._wakeup = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+
+    async def start(self) -> None:
+        """Starts the thread; chunks come to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def generate(
+        self,
+        requests: Sequence[tuple[list[int], SamplingParams]],
+        *,
+        priority: int = 0,
+        namespace: str = "",
+    ) -> Generation:
+        """Submits prompts of token ids, all or none.
+
+        Args:
+          requests: each prompt, and how it is continued.
+          priority: smaller ones go first.
+          namespace: of the caching pool.
+
+        Raises:
+          Unavailable: no request is taken now.
+          Overloaded: a queue is full.
+          CmxError: one of them cannot be served.
+        """
+        if self.draining:
+            raise Unavailable("the server is shutting down: ask again later, or another one")
+        generation = Generation(len(requests), self.cancel)
+        try:
+            await self.call(lambda: self._submit(generation, requests, priority, namespace))
+        except asyncio.CancelledError:
+            generation.close()  # the call may have been under way
+            raise
+        return generation
+
+    def cancel(self, generation: Generation, indices: set[int], reason: str) -> None:
+        """Ends requests of a generation, between two steps."""
+
+        def cancel() -> None:
+            for live in [x for x in self.live.values() if x.generation is generation and x.index in indices]:
+                self.engine.cancel(live.request, reason=reason)
+
+        with contextlib.suppress(Unavailable):  # nothing runs any more
+            self._post(cancel)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What a function returns that the engine's thread runs between two steps.
+
+        Raises:
+          Unavailable: the engine is broken, or the service has stopped.
+        """
+        return await asyncio.wrap_future(self._post(function))
+
+    def _post(self, function: Callable[[], T]) -> "concurrent.futures.Future[T]":
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        with self._wakeup:
+            if self.broken or self._stopping:
+                raise Unavailable(self.broken or "the server has stopped")
+            self._calls.append((future, function))
+            self._wakeup.notify()
+        return future
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new request, and waits for those that run; after `timeout_s` seconds it ends them with an
+        error."""
+        self.draining = True
+        until = time.monotonic() + timeout_s
+        try:
+            while self.live and time.monotonic() < until:
+                await asyncio.sleep(0.02)
+        finally:  # also when nobody wants to wait any more
+            self._end(Interrupted("the server is shutting down: the request was not finished"))
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """Ends the thread behind its step; False if it still runs after `timeout_s` seconds, as it may while
+        a program is compiled."""
+        with self._wakeup:
+            self._stopping = True
+            self._wakeup.notify()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # on the engine's thread
+
+    def _serve(self) -> None:
+        ended: float | None = None  # of the last step, while there is work
+        while True:
+            with self._wakeup:
+                while not (self._calls or self._stopping or self.engine.busy):
+                    ended = None
+                    self._wakeup.wait()
+                calls = list(self._calls)
+                self._calls.clear()
+            if self._stopping or self.broken:
+                return self._refuse(calls)
+            for future, function in calls:
+                _answer(future, function)
+            if self.engine.busy:
+                began = time.perf_counter() if ended is None else ended
+                self._step()
+                ended = time.perf_counter()
+                self.busy_s += ended - began
+            self._hand_over()
+
+    def _submit(
+        self,
+        generation: Generation,
+        requests: Sequence[tuple[list[int], SamplingParams]],
+        priority: int,
+        namespace: str,
+    ) -> None:
+        submitted: list[Live] = []
+        try:
+            for index, (prompt, params) in enumerate(requests):
+                request = self.engine.submit(prompt, params, priority=priority, namespace=namespace)
+                submitted.append(Live(generation, index, request))
+        except BaseException:
+            for live in submitted:
+                self.engine.cancel(live.request)
+            raise
+        self.live.update({live.request: live for live in submitted})
+
+    def _step(self) -> None:
+        try:
+            self.engine.step()
+        except Exception as error:
+            log.exception("a step failed")
+            kind = type(error).__name__
+            self._end(StepFailed(f"a step of the engine failed ({kind}): the request was not finished"))
+            self.live.clear()
+            try:
+                self.engine.reset()
+            except Exception:
+                log.exception("the engine cannot be reset")
+                self.broken = "the engine failed and cannot be reset: restart the server"
+
+    def _hand_over(self) -> None:
+        """Gives the event loop what is new, all of it at once."""
+        now = self.engine.clock()
+        chunks = []
+        for request, live in list(self.live.items()):
+            chunk = live.chunk(now)
+            if chunk is not None:
+                chunks.append((live.generation, chunk))
+            if request.finish_reason is not None:
+                del self.live[request]
+        if chunks:
+            self._tell(chunks)
+
+    def _end(self, error: Interrupted) -> None:
+        """Ends all requests for their clients; also from the event loop, while a step runs."""
+        now, live = self.engine.clock(), list(self.live.values())
+        self._tell([(x.generation, x.end(now, error)) for x in live if not x.ended])
+
+    def _tell(self, chunks: list[tuple[Generation, Chunk]]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(self._told, chunks)
+
+    def _told(self, chunks: list[tuple[Generation, Chunk]]) -> None:
+        for generation, chunk in chunks:
+            generation.put(chunk)
+            for watch in self.watchers:
+                watch(chunk)
+
+    def _refuse(self, calls: list[tuple["concurrent.futures.Future[Any]", Callable[[], Any]]]) -> None:
+        for future, _ in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Unavailable(self.broken or "the server has stopped"))
+
+
+def _answer(future: "concurrent.futures.Future[Any]", function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:  # whoever called decides what becomes of it
+        future.set_exception(error)

@@ -1,0 +1,149 @@
+"""`/v1/chat/completions` by OpenAI's own client, and chat templates."""
+
+import json
+
+import openai
+import pytest
+
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.api.template import ChatTemplate
+from cmx_jax.serving.llm import LLM
+
+GREEDY = {"model": "tiny", "temperature": 0}
+TURNS = [
+    {"role": "system", "content": "This is the manual."},
+    {"role": "user", "content": [{"type": "text", "text": "The json "}, {"type": "text", "text": "module"}]},
+]
+PROMPT = "This is the manual.\n\nThe json module"
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM):
+    return llm.generate(PROMPT, max_new_tokens=12)[0]
+
+
+def test_a_conversation_is_continued_as_one_text(client, expected) -> None:
+    found = client.chat.completions.create(messages=TURNS, max_completion_tokens=12, **GREEDY)
+    message = found.choices[0].message
+    assert (message.role, message.content) == ("assistant", expected.text)
+    assert found.choices[0].finish_reason == expected.finish_reason
+    assert found.usage.prompt_tokens == len(expected.prompt_tokens)
+    assert found.usage.completion_tokens == len(expected.tokens)
+
+
+def test_a_stream_begins_with_the_role(client, expected) -> None:
+    events = list(
+        client.chat.completions.create(
+            messages=TURNS, max_tokens=12, n=2, stream=True, stream_options={"include_usage": True}, **GREEDY
+        )
+    )
+    for index in range(2):
+        deltas = [c for e in events for c in e.choices if c.index == index]
+        assert deltas[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in deltas) == expected.text
+        assert [c.finish_reason for c in deltas[:-1]] == [None] * (len(deltas) - 1)
+        assert deltas[-1].finish_reason == expected.finish_reason
+    assert events[-1].usage.completion_tokens == 2 * len(expected.tokens)
+
+
+def test_the_rest_of_the_context_is_the_default(client, llm) -> None:
+    found = client.chat.completions.create(
+        messages=[{"role": "user", "content": "the " * 500}], extra_body={"ignore_eos": True}, **GREEDY
+    )
+    assert found.usage.total_tokens == 512
+    assert found.choices[0].finish_reason == "length"
+
+
+def test_logprobs_are_those_of_completions(client) -> None:
+    of_chat = client.chat.completions.create(
+        messages=TURNS, max_tokens=6, logprobs=True, top_logprobs=2, **GREEDY
+    )
+    [plain] = client.completions.create(prompt=PROMPT, max_tokens=6, logprobs=2, **GREEDY).choices
+    said = of_chat.choices[0].logprobs.content
+    assert [of.token for of in said] == plain.logprobs.tokens
+    assert [of.logprob for of in said] == plain.logprobs.token_logprobs
+    assert [{t.token: t.logprob for t in of.top_logprobs} for of in said] == plain.logprobs.top_logprobs
+    assert all(bytes(of.bytes).decode() == of.token for of in said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: Input should be 'system'"),
+        ({"messages": [{"role": "user", "content": ""}]}, "the prompt is empty"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.type: Input should be 'text'",
+        ),
+        ({"tools": [{"type": "function"}]}, "field 'tools' is not supported"),
+        ({"response_format": {"type": "json_object"}}, "field 'response_format' is not supported"),
+        ({"top_logprobs": 2}, "top_logprobs is 2 without logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "logprobs is 21, expected at most 20"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "both max_tokens and max_completion_tokens"),
+    ],
+)
+def test_a_mistake_is_one_line(client, fields, message) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.post("/chat/completions", body={"messages": TURNS, **GREEDY, **fields}, cast_to=object)
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+    {% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
+    {% if loop.index > 9 %}{% break %}{% endif %}
+<{{ m.role }}>{{ m.content | tojson }}
+{% endfor %}
+{% if add_generation_prompt %}<assistant>{% endif %}"""
+RENDERED = '<s><user>"é\\n"\n<assistant>'
+
+
+@pytest.mark.parametrize(
+    ("files"),
+    [
+        {"chat_template.jinja": TEMPLATE, "tokenizer_config.json": json.dumps({"bos_token": "<s>"})},
+        {"tokenizer_config.json": json.dumps({"bos_token": {"content": "<s>"}, "chat_template": TEMPLATE})},
+        {
+            "tokenizer_config.json": json.dumps(
+                {
+                    "bos_token": "<s>",
+                    "chat_template": [
+                        {"name": "tools", "template": ""},
+                        {"name": "default", "template": TEMPLATE},
+                    ],
+                }
+            )
+        },
+    ],
+)
+def test_a_checkpoint_s_template_is_found_and_rendered_as_hugging_face_does(tmp_path, files) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    template = ChatTemplate.read(tmp_path)
+    assert template.render([{"role": "user", "content": "é\n"}]) == RENDERED
+    with pytest.raises(CmxError, match="refuses the messages: no tools here"):
+        template.render([{"role": "tool", "content": ""}])
+
+
+def test_a_template_cannot_leave_its_sandbox() -> None:
+    escape = ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}", {})
+    with pytest.raises(CmxError, match="unsafe"):
+        escape.render([])
+    with pytest.raises(CmxError, match="refuses"):
+        ChatTemplate("{{ messages.append(1) }}", {}).render([])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("chat_template.jinja", "{% if %}", "chat template is refused"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: cannot be read"),
+    ],
+)
+def test_a_broken_template_is_refused_in_one_line(tmp_path, name, text, message) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CmxError, match=message):
+        ChatTemplate.read(tmp_path)
+
+
+def test_no_template_is_none(tmp_path) -> None:
+    assert ChatTemplate.read(tmp_path) is None

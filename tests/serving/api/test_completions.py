@@ -1,0 +1,208 @@
+"""`/v1/completions` by OpenAI's own client: what is served is what the Python API gives."""
+
+import numpy as np
+import openai
+import pytest
+from reference.dense import logits
+from serving.api.running import Running
+
+from cmx_jax.serving.llm import LLM
+from cmx_jax.serving.model import locate
+
+PROMPTS = ["The json module", "A dictionary is", "Return a list of"]
+GREEDY = {"model": "tiny", "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> list:
+    return llm.generate(PROMPTS, max_new_tokens=24)
+
+
+def log_softmax(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float64) - rows.max(axis=-1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+
+
+def test_greedy_text_equals_the_python_api(client, expected) -> None:
+    found = client.completions.create(prompt=PROMPTS, max_tokens=24, **GREEDY)
+    assert [c.index for c in found.choices] == [0, 1, 2]
+    assert [c.text for c in found.choices] == [e.text for e in expected]
+    assert [c.finish_reason for c in found.choices] == [e.finish_reason for e in expected]
+    usage = found.usage
+    assert usage.prompt_tokens == sum(len(e.prompt_tokens) for e in expected)
+    assert usage.completion_tokens == sum(len(e.tokens) for e in expected)
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_token_ids_are_prompts_too(client, expected) -> None:
+    ids = [e.prompt_tokens for e in expected]
+    for prompt, texts in ((ids, expected), (ids[1], expected[1:2])):
+        found = client.completions.create(prompt=prompt, max_tokens=24, **GREEDY)
+        assert [c.text for c in found.choices] == [e.text for e in texts]
+
+
+def test_a_stream_s_pieces_are_the_same_text(client, expected) -> None:
+    texts, ends, usages = [""] * 3, [None] * 3, []
+    options = {"include_usage": True}
+    for event in client.completions.create(
+        prompt=PROMPTS, max_tokens=24, stream=True, stream_options=options, **GREEDY
+    ):
+        usages.append(event.usage)
+        for choice in event.choices:
+            assert ends[choice.index] is None
+            texts[choice.index] += choice.text
+            ends[choice.index] = choice.finish_reason
+    assert texts == [e.text for e in expected]
+    assert ends == [e.finish_reason for e in expected]
+    assert usages[:-1] == [None] * (len(usages) - 1)
+    assert usages[-1].completion_tokens == sum(len(e.tokens) for e in expected)
+
+
+def test_choices_are_those_of_seeds_in_order(client, llm) -> None:
+    draw = {"temperature": 0.9, "top_p": 0.95}
+    found = client.completions.create(
+        model="tiny", prompt=PROMPTS[:2], max_tokens=8, n=2, seed=2**32 - 1, **draw
+    )
+    expected = [
+        llm.generate(prompt, max_new_tokens=8, seed=seed, **draw)[0].text
+        for prompt in PROMPTS[:2]
+        for seed in (2**32 - 1, 0)
+    ]
+    assert [c.text for c in found.choices] == expected
+
+
+def test_without_a_seed_answers_differ(client) -> None:
+    ask = {"model": "tiny", "prompt": "It is", "max_tokens": 12}
+    assert len({client.completions.create(**ask).choices[0].text for _ in range(3)}) > 1
+
+
+def test_max_tokens_is_16_by_default(client) -> None:
+    found = client.completions.create(prompt="It is", extra_body={"ignore_eos": True}, **GREEDY)
+    assert found.usage.completion_tokens == 16
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_ends_before_a_stop_string_and_the_request_with_it(server: Running, expected, stream) -> None:
+    whole = expected[0].text
+    stop = whole[10:13]
+    found = server.openai.completions.create(
+        prompt=PROMPTS[0], max_tokens=500, stop=["\x00", stop], stream=stream, **GREEDY
+    )
+    events = list(found) if stream else [found]
+    assert "".join(e.choices[0].text for e in events) == whole[: whole.index(stop)]
+    assert events[-1].choices[0].finish_reason == "stop"
+    assert server.idle()
+
+
+def test_stop_token_ids_end_a_text(client, expected) -> None:
+    tokens = expected[0].tokens
+    stop = tokens[5]
+    found = client.completions.create(
+        prompt=PROMPTS[0], max_tokens=24, extra_body={"stop_token_ids": [stop]}, **GREEDY
+    )
+    assert found.usage.completion_tokens == tokens.index(stop) + 1
+    assert found.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_generated_tokens_are_the_dense_reference_s(client, expected, stream) -> None:
+    prompt, tokens = expected[0].prompt_tokens, expected[0].tokens[:10]
+    events = client.completions.create(prompt=prompt, max_tokens=10, logprobs=3, stream=stream, **GREEDY)
+    parts = [e.choices[0].logprobs for e in (events if stream else [events]) if e.choices[0].logprobs]
+    said = log_softmax(logits(locate("tiny"), np.asarray(prompt + tokens)))[len(prompt) - 1 : -1]
+    got = [x for p in parts for x in p.token_logprobs]
+    np.testing.assert_allclose(got, said[np.arange(10), tokens], atol=1e-4)
+    for top, row in zip([x for p in parts for x in p.top_logprobs], said, strict=True):
+        np.testing.assert_allclose(sorted(top.values()), np.sort(row)[-3:], atol=1e-4)
+    texts = [x for p in parts for x in p.tokens]
+    offsets = [x for p in parts for x in p.text_offset]
+    assert offsets == [len("".join(texts[:i])) for i in range(10)]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_scores_prompts_as_lm_evaluation_harness_asks(client, llm, max_tokens, stream) -> None:
+    prompts = [llm.model.encode(p) for p in ("The json module", "Open a file" * 20)]
+    events = client.completions.create(
+        prompt=prompts, max_tokens=max_tokens, logprobs=1, echo=True, seed=1234, stream=stream, **GREEDY
+    )
+    choices = [c for e in (events if stream else [events]) for c in e.choices]
+    for i, ids in enumerate(prompts):
+        parts = [c for c in choices if c.index == i]
+        assert "".join(p.text for p in parts).startswith(llm.model.decode(ids))
+        assert parts[-1].finish_reason == "length"
+        tokens, top, texts, offsets = [], [], [], []
+        for part in parts:
+            tokens += part.logprobs.token_logprobs
+            top += part.logprobs.top_logprobs
+            texts += part.logprobs.tokens
+            offsets += part.logprobs.text_offset
+        assert len(tokens) == len(top) == len(ids) + max_tokens
+        assert tokens[0] is None
+        assert top[0] is None
+        said = log_softmax(logits(locate("tiny"), np.asarray(ids)))
+        np.testing.assert_allclose(tokens[1 : len(ids)], said[np.arange(len(ids) - 1), ids[1:]], atol=1e-4)
+        np.testing.assert_allclose(
+            [max(of.values()) for of in top[1 : len(ids)]], said[:-1].max(axis=1), atol=1e-4
+        )
+        assert offsets == [len("".join(texts[:n])) for n in range(len(texts))]
+
+
+def test_echo_without_logprobs_repeats_the_prompt(client, expected) -> None:
+    found = client.completions.create(prompt=PROMPTS[0], max_tokens=4, echo=True, **GREEDY)
+    assert found.choices[0].text.startswith(PROMPTS[0])
+    assert expected[0].text.startswith(found.choices[0].text.removeprefix(PROMPTS[0]))
+    assert found.choices[0].logprobs is None
+
+
+MISTAKES = [
+    ({"prompt": ""}, "the prompt is empty, expected at least one token"),
+    ({"prompt": []}, "prompt: expected text, token ids, or a list"),
+    ({"prompt": [[]]}, "the prompt is empty"),
+    ({"prompt": [True]}, "prompt: expected text, token ids, or a list"),
+    ({"prompt": ["a", [1]]}, "prompt: expected text, token ids, or a list"),
+    ({"prompt": [2048]}, r"token id 2048, expected ids in \[0, 2048\)"),
+    ({"prompt": "x " * 600}, "there is room for"),
+    ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),
+    ({"max_tokens": 512}, "exceed the 512 tokens that there is room for"),
+    ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
+    ({"temperature": -1}, "temperature is -1.0, expected zero or more"),
+    ({"top_p": 0}, "top_p is 0.0, expected in"),
+    ({"seed": -1}, "seed is -1, expected in"),
+    ({"n": 0}, "n: Input should be greater than or equal to 1"),
+    ({"n": 257}, "257 choices, expected at most 256"),
+    ({"logprobs": 21}, "logprobs is 21, expected at most 20"),
+    ({"logprobs": 21, "echo": True, "max_tokens": 0}, "logprobs is 21, expected at most 20"),
+    ({"stop": [""]}, "stop.0: String should have at least 1 character"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop: List should have at most 4 items"),
+    ({"presence_penalty": 0.5}, "field 'presence_penalty' is not supported: leave it out"),
+    ({"logit_bias": {"5": 1}}, "field 'logit_bias' is not supported"),
+    ({"best_of": 2}, "field 'best_of' is not supported"),
+    ({"max_token": 5}, "field 'max_token' is unknown: leave it out"),
+    ({"stream_options": {"include_usage": True}}, "field 'stream_options' is of streams only"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), MISTAKES)
+def test_a_mistake_is_one_line_in_openai_s_form(client, fields, message) -> None:
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        client.post("/completions", body={"prompt": "x", **GREEDY, **fields}, cast_to=object)
+    error = caught.value.response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert "\n" not in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_fields_that_change_nothing_are_taken(client) -> None:
+    harmless = {"user": "me", "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "suffix": None}
+    client.post("/completions", body={"prompt": "x", "max_tokens": 1, **GREEDY, **harmless}, cast_to=object)
+
+
+def test_another_model_is_not_found(client) -> None:
+    with pytest.raises(openai.NotFoundError, match="model 'gpt-4' is not served here, expected 'tiny'"):
+        client.completions.create(model="gpt-4", prompt="x")
+    with pytest.raises(openai.NotFoundError, match="is not served here"):
+        client.models.retrieve("gpt-4")
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert [m.id for m in client.models.list()] == ["tiny"]
