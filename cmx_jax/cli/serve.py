@@ -1,4 +1,4 @@
-"""`cmx serve`: OpenAI's API over a model."""
+"""`cmx serve`: OpenAI's API over a model, in one process or as a role of several."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.cli import caching
 from cmx_jax.cli.common import (
     add_exchange_options,
     add_model_options,
@@ -17,23 +18,27 @@ from cmx_jax.errors import CmxError
 
 QUEUE = 1024  # requests that may wait
 # of one instance that does everything; pools have sizes of their own
-COLOCATED = {"max_num_seqs": 32, "max_num_batched_tokens": 2048, "runner": "lanes", "ranks": 8}
-PREFILL_INSTANCES = 6
+ALONE = {"max_num_seqs": 32, "max_num_batched_tokens": 2048, "runner": "lanes", "ranks": 8}
+POOLS = {"prefill_instances": 6, "decode_instances": 1}
 LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_ttl_s")
+ROLES = ("all", "prefill", "decode", "router", "cache")
 
 
 def add(verbs: Any) -> None:
     """The verb and its flags."""
     verb = verbs.add_parser("serve", help="answer OpenAI's API over HTTP")
     verb.set_defaults(run=_serve)
-    verb.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or tiny")
+    about = "a Hugging Face directory, or tiny; not for --role cache"
+    verb.add_argument("model", metavar="MODEL", nargs="?", help=about)
     _add_http(verb.add_argument_group("HTTP"))
+    _add_roles(verb.add_argument_group("several processes"))
     _add_engine(verb.add_argument_group("engine"))
+    caching.add_pool(verb.add_argument_group("caching pool"))
     add_model_options(verb)
     add_exchange_options(verb)
     add_spread_options(verb, num_speculative_tokens=1)
     # None: what was not said depends on the deployment and the model
-    verb.set_defaults(**dict.fromkeys((*COLOCATED, "exchange", "num_speculative_tokens")))
+    verb.set_defaults(**dict.fromkeys((*ALONE, "exchange", "num_speculative_tokens")))
 
 
 def _add_http(group: Any) -> None:
@@ -50,11 +55,25 @@ def _add_http(group: Any) -> None:
     group.add_argument("--shutdown-timeout-s", type=float, default=30.0, help=wait)
 
 
+def _add_roles(group: Any) -> None:
+    about = "all (default), or one of: a router, workers that prefill or decode, a cache server"
+    group.add_argument("--role", choices=ROLES, default="all", help=about)
+    secret = "that all roles share; or CMX_CLUSTER_SECRET"
+    group.add_argument("--cluster-secret", metavar="SECRET", help=secret)
+    for role in ("prefill", "decode"):
+        worker = f"a {role} worker of a router; may be given several times"
+        group.add_argument(f"--{role}", action="append", metavar="URL", default=[], help=worker)
+    lost = "when a worker or pages are lost: recompute (default), or fail the request"
+    group.add_argument("--kv-failure-policy", choices=("recompute", "fail"), default="recompute", help=lost)
+
+
 def _add_engine(group: Any) -> None:
     names = ("colocated", "pools")
     about = "one instance (default), or the supernode's pools, with hierarchical exchange"
     group.add_argument("--deployment", choices=names, default="colocated", help=about)
-    group.add_argument("--prefill-instances", type=int, help=f"of pools (default {PREFILL_INSTANCES})")
+    for name, usual in POOLS.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=int, help=f"of pools (default {usual})")
     group.add_argument("--max-num-seqs", type=int, help="decoded at once (default 32)")
     group.add_argument("--max-model-len", type=int, help="tokens of the longest sequence")
     group.add_argument("--max-num-batched-tokens", type=int, help="of a prefill step's row (default 2048)")
@@ -65,61 +84,104 @@ def _add_engine(group: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    api_keys = [*args.api_key, *filter(None, [os.environ.get("CMX_API_KEY")])]
-    if not all((*api_keys, *args.admin_key)):
+    args.api_key += filter(None, [os.environ.get("CMX_API_KEY")])
+    args.cluster_secret = args.cluster_secret or os.environ.get("CMX_CLUSTER_SECRET", "")
+    if not all((*args.api_key, *args.admin_key)):
         raise CmxError("a key is empty, expected at least one character")
     if not args.shutdown_timeout_s >= 0:
         raise CmxError(f"shutdown_timeout_s is {args.shutdown_timeout_s}, expected zero or more")
+    if args.role != "all" and not args.cluster_secret:
+        raise CmxError(f"--role {args.role} needs the secret that all roles share: give --cluster-secret")
+    if args.model is None and args.role != "cache":
+        raise CmxError("expected MODEL: a Hugging Face directory, or tiny")
+    from cmx_jax.cli import roles
 
-    from cmx_jax.serving.api.app import make_app
-    from cmx_jax.serving.api.served import Limits, Served
-    from cmx_jax.serving.api.server import Server, bind, url
-    from cmx_jax.serving.api.template import ChatTemplate
+    run = {"all": _all, "router": roles.router, "cache": roles.cache}.get(args.role, roles.worker)
+    run(args)
+
+
+def _all(args: argparse.Namespace) -> None:
+    from cmx_jax.serving.api.server import bind
     from cmx_jax.serving.service import Service
 
-    limits = Limits(max_body_bytes=args.max_body_bytes, max_choices=args.max_choices)
-    with bind(args.host, args.port) as sock:
-        deployment = _deploy(args)
-        served = Served(
-            name=args.served_model_name or Path(args.model).resolve().name,
-            deployment=deployment,
-            service=Service(deployment.engine),
-            template=ChatTemplate.read(deployment.model.directory),
-            limits=limits,
-        )
-        server = Server(make_app(served, api_keys, args.admin_key), served.service, args.shutdown_timeout_s)
-        ready = f"cmx: {served.name} is served at {url(sock)}/v1, its status at {url(sock)}/"
-        server.run_on(sock, lambda: print(ready, flush=True))
-    if not served.service.stop(0):
+    with bind(args.host, args.port) as sock, caching.pool(args, args.cluster_secret) as pool:
+        deployment = deployed(args)
+        if pool is not None:
+            deployment.cache(pool, args.cache_block)
+        service = Service(deployment.engine)
+        answer_api(args, sock, deployment, service)
+    leave(service)
+
+
+def answer_api(args: argparse.Namespace, sock: Any, deployment: Any, service: Any) -> None:
+    """OpenAI's API over a service or router, until it is told to stop."""
+    from cmx_jax.serving.api.app import make_app
+    from cmx_jax.serving.api.served import Limits, Served
+    from cmx_jax.serving.api.server import Server, url
+    from cmx_jax.serving.api.template import ChatTemplate
+
+    served = Served(
+        name=args.served_model_name or Path(args.model).resolve().name,
+        deployment=deployment,
+        service=service,
+        template=ChatTemplate.read(deployment.model.directory),
+        limits=Limits(max_body_bytes=args.max_body_bytes, max_choices=args.max_choices),
+    )
+    server = Server(make_app(served, args.api_key, args.admin_key), service, args.shutdown_timeout_s)
+    ready = f"cmx: {served.name} is served at {url(sock)}/v1, its status at {url(sock)}/"
+    server.run_on(sock, lambda: print(ready, flush=True))
+
+
+def leave(service: Any) -> None:
+    """Ends the process, also where XLA still compiles in a thread that does not survive an orderly end."""
+    if not service.stop(0):
         sys.stderr.flush()
-        os._exit(0)  # XLA may be compiling in a thread that does not survive an orderly end
+        os._exit(0)
 
 
-def _deploy(args: argparse.Namespace) -> Any:
+def deployed(args: argparse.Namespace) -> Any:
     """The model on its instances, with short sequences' programs compiled."""
-    from cmx_jax.serving.deployment import QueueLimits, colocated, pools, warm_up
+    from cmx_jax.serving.deployment import QueueLimits, colocated, pools, warm_up, worker
 
-    tell, of_one = progress(), {name: getattr(args, name) for name in COLOCATED}
+    tell = progress()
     common: dict[str, Any] = {"max_model_len": args.max_model_len, "dtype": args.dtype, "quant": args.quant}
     common |= parallelism(args)
     limits = QueueLimits(**{name: getattr(args, name) for name in LIMITS})
+    in_pools = args.deployment == "pools" and args.role == "all"
+    _check_unused(args, POOLS if not in_pools else ("ranks",), "pools" if not in_pools else "colocated")
+    common["exchange"] = args.exchange or ("hierarchical" if in_pools else "flat")
     tell("loading")
-    if args.deployment == "pools":
-        if given := [name for name, value in of_one.items() if value is not None]:
-            raise CmxError(f"--{given[0].replace('_', '-')} is of --deployment colocated: leave it out")
-        common["exchange"] = args.exchange or "hierarchical"
-        prefill = PREFILL_INSTANCES if args.prefill_instances is None else args.prefill_instances
-        deployment = pools(args.model, prefill=prefill, **common)
-    else:
-        if args.prefill_instances is not None:
-            raise CmxError("--prefill-instances is of --deployment pools: leave it out")
-        common["exchange"] = args.exchange or "flat"
-        sizes: dict[str, Any] = {
-            name: usual if of_one[name] is None else of_one[name] for name, usual in COLOCATED.items()
+    if in_pools:
+        counts: dict[str, Any] = {
+            name.split("_")[0]: getattr(args, name) or usual for name, usual in POOLS.items()
         }
-        deployment = colocated(args.model, **sizes, **common)
+        of_site = {"runner": args.runner, "max_num_batched_tokens": args.max_num_batched_tokens}
+        counts |= {name: value for name, value in of_site.items() if value is not None}
+        deployment = pools(args.model, **counts, **_sequences(args), **common)
+    else:
+        sizes: dict[str, Any] = {
+            name: usual if getattr(args, name) is None else getattr(args, name)
+            for name, usual in ALONE.items()
+        }
+        if args.role == "all":
+            deployment = colocated(args.model, **sizes, **common)
+        else:
+            deployment = worker(args.role, args.model, host=args.host, **sizes, **common)
     tell("compiling (kept for the next time)")
     warm_up(deployment.engine)
     limits.apply(deployment.engine)
     tell("")
     return deployment
+
+
+def _sequences(args: argparse.Namespace) -> dict[str, Any]:
+    """Of a decode rank, so that the first decode instance has `max_num_seqs`."""
+    from cmx_jax.mesh.pools import DECODE_NPUS
+
+    return {} if args.max_num_seqs is None else {"sequences": -(-args.max_num_seqs // DECODE_NPUS)}
+
+
+def _check_unused(args: argparse.Namespace, names: Any, of: str) -> None:
+    for name in names:
+        if getattr(args, name) is not None:
+            raise CmxError(f"--{name.replace('_', '-')} is of --deployment {of}: leave it out")

@@ -1,21 +1,17 @@
 """The demo: prompts through prefill and decode instances carved out of the 384-device virtual supernode."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.host import enable_compilation_cache, host_devices
-from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.pools import Pools, Slice, carve
-from cmx_jax.mesh.runners import make_runner
+from cmx_jax.mesh.host import enable_compilation_cache
+from cmx_jax.mesh.pools import Pools, carve
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.model import Model
-from cmx_jax.serving.pages import pages_for
-from cmx_jax.serving.ranks import Capacity
 from cmx_jax.serving.request import Request, SamplingParams
+from cmx_jax.serving.site import Site
 from cmx_jax.serving.traffic import Traffic
 
 PROMPTS = (
@@ -26,63 +22,6 @@ PROMPTS = (
     "If the object is",
     "The import statement",
 )
-
-
-def deploy(
-    model: Model,
-    pools: Pools,
-    prefill: int,
-    context: int,
-    *,
-    kv_cache_dtype: str,
-    wire: str | None,
-    exchange: str,
-    num_speculative_tokens: int,
-    microbatches: int,
-    redundant_slots: int,
-    shared_slots: int,
-    eplb_interval: int,
-) -> Engine:
-    """Puts a model on the first decode instance and the first `prefill` prefill instances of the pools.
-
-    Args:
-      model: what to serve.
-      pools: where the instances lie.
-      prefill: prefill instances to start.
-      context: longest sequence to make room for, tokens.
-      kv_cache_dtype: of all instances' pages.
-      wire: type of dispatched tokens; None takes the model's.
-      exchange: how they travel.
-      num_speculative_tokens: MTP drafts; 0 where the model has no MTP layer.
-      microbatches, redundant_slots, shared_slots: of the decode instance.
-      eplb_interval: decode steps between its rebalancings, 0: never.
-
-    Raises:
-      CmxError: there are not as many instances, or the layout does not fit.
-    """
-    if not 1 <= prefill <= len(pools.prefill) or not pools.decode:
-        raise CmxError(f"{prefill} prefill instances asked for, expected 1 to {len(pools.prefill)}")
-    host_devices(pools.supernode.npus)  # all of the supernode, not just what the first instance needs
-    width = Capacity().page_width
-
-    drafts = num_speculative_tokens if model.checkpoint.mtp else 0
-
-    def start(s: Slice, rows: int = 1, **fields: Any) -> Instance:
-        layout = expert_parallel(
-            s.npus, model.config.n_routed_experts, exchange=exchange, wire=wire or model.dtype, **fields
-        )
-        capacity = Capacity(sequences=rows, pages=rows * pages_for(context, width), page_width=width)
-        runner = make_runner("devices", layout.axes, s.start)
-        return model.instance(s.name, layout, runner, capacity, drafts, kv_cache_dtype)
-
-    decode = start(
-        pools.decode[0],
-        max(microbatches, 1),
-        microbatches=microbatches,
-        redundant_slots=redundant_slots,
-        shared_slots=shared_slots,
-    )
-    return Engine([start(s) for s in pools.prefill[:prefill]], decode, eplb_interval=eplb_interval)
 
 
 def run(
@@ -109,13 +48,12 @@ def run(
     progress("reading the model")
     model = Model.read(name_or_path)
     pools = carve(CLOUDMATRIX384)
+    if not 1 <= prefill <= len(pools.prefill):
+        raise CmxError(f"{prefill} prefill instances asked for, expected 1 to {len(pools.prefill)}")
     progress(f"starting {CLOUDMATRIX384.npus} devices, 1 decode and {prefill} prefill instance(s)")
-    context = min(model.config.max_position_embeddings, 256)
-    engine = deploy(
-        model,
-        pools,
-        prefill,
-        context,
+    site = Site(
+        model=model,
+        context=min(model.config.max_position_embeddings, 256),
         kv_cache_dtype=kv_cache_dtype,
         wire=wire,
         exchange=exchange,
@@ -123,8 +61,9 @@ def run(
         microbatches=microbatches,
         redundant_slots=redundant_slots,
         shared_slots=shared_slots,
-        eplb_interval=eplb_interval,
     )
+    started = site.instances(replace(pools, prefill=pools.prefill[:prefill]))
+    engine = Engine(*started, eplb_interval=eplb_interval)
     params = SamplingParams(max_tokens=max_tokens)
     warm = SamplingParams(max_tokens=2)
     for stage, stage_params in (("compiling (kept for the next time)", warm), ("serving", params)):

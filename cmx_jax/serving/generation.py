@@ -25,7 +25,7 @@ class Chunk:
       tokens: new ones; with MTP a step gives several.
       logprobs: of each of them, where they were asked for.
       finish_reason: with the last chunk.
-      error: why it ended, if that is its fault or the service's.
+      error: why it ended, if that is its fault or the service's: `Interrupted`, or what a worker says.
       first: whether it has the first token.
       gap_s: seconds since the chunk before, or since arrival.
       age_s: seconds since arrival.
@@ -36,7 +36,7 @@ class Chunk:
     tokens: list[int]
     logprobs: list[TokenLogprob]
     finish_reason: str | None
-    error: Interrupted | None
+    error: Exception | None
     first: bool
     gap_s: float
     age_s: float

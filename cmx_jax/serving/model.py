@@ -1,7 +1,10 @@
 """A model on disk: found by name or path, read once, put on as many instances as wanted."""
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.cache import cache_dtype
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint
+from cmx_jax.model.checkpoint.digest import digest
 from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decode import MAX_DRAFTS
@@ -97,6 +101,12 @@ class Model:
         checkpoint = open_checkpoint(directory)
         config = _quantized(checkpoint, quant)
         return cls(directory, config, checkpoint, _tokenizer(directory, config), dtype)
+
+    @cached_property
+    def id(self) -> str:
+        """Of weights and arithmetic: equal ids make equal rows in caches, but for their type."""
+        how = json.dumps([sorted(self.config.int8), self.config.int8_scales], default=str)
+        return hashlib.sha256(f"{digest(self.directory)} {how}".encode()).hexdigest()
 
     @property
     def mtp_missing(self) -> bool:

@@ -16,13 +16,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.engine import Engine
 from cmx_jax.serving.generation import Chunk, Generation, Interrupted, Live, StepFailed
-from cmx_jax.serving.request import Request, SamplingParams
+from cmx_jax.serving.request import Request, SamplingParams, TokenLogprob
+from cmx_jax.serving.scoring import batches, prompt_logprobs
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -81,15 +82,95 @@ class Service:
           Overloaded: a queue is full.
           CmxError: one of them cannot be served.
         """
+        submit = self.engine.submit
+        return await self.adopt(
+            *(
+                lambda prompt=prompt, params=params: submit(
+                    prompt, params, priority=priority, namespace=namespace
+                )
+                for prompt, params in requests
+            )
+        )
+
+    async def adopt(self, *calls: Callable[[], Request], told: int = 0) -> Generation:
+        """Hands out the tokens of requests that calls give to the engine, all or none.
+
+        Args:
+          calls: each gives one, on the engine's thread.
+          told: tokens of each that whoever asks has already.
+
+        Raises:
+          Unavailable: no request is taken now.
+          CmxError: a call says why not.
+        """
         if self.draining:
             raise Unavailable("the server is shutting down: ask again later, or another one")
-        generation = Generation(len(requests), self.cancel)
+        generation = Generation(len(calls), self.cancel)
         try:
-            await self.call(lambda: self._submit(generation, requests, priority, namespace))
+            await self.call(lambda: self._submit(generation, calls, told))
         except asyncio.CancelledError:
             generation.close()  # the call may have been under way
             raise
         return generation
+
+    async def score(self, prompts: Sequence[Sequence[int]], top: int) -> list[list[TokenLogprob | None]]:
+        """`prompt_logprobs`, a batch at a time between the engine's steps.
+
+        Raises:
+          Unavailable: the engine is broken, or the service has stopped.
+          CmxError: a prompt exceeds the model's context.
+        """
+        instance = self.engine.instances[0]
+        found: dict[int, list[TokenLogprob | None]] = {}
+        for rows in batches(instance, [len(prompt) for prompt in prompts]):
+            some = [prompts[row] for row in rows]
+            scores = await self.call(lambda some=some: prompt_logprobs(instance, some, top))  # type: ignore[misc]
+            found.update(zip(rows, scores, strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    async def timelines(self) -> list[list[dict[str, Any]]]:
+        """What happened, for `timeline.together`."""
+        return [self.engine.timeline.events()]
+
+    def counts(self) -> dict[str, Any]:
+        """Numbers of the whole engine. They are read while it runs: each is right, but they may be a step
+        apart."""
+        engine, instances, context = self.engine, self.engine.instances, self.engine.context
+        drafts = [i.traffic for i in engine.decoders]
+        pages = sum(i.capacity.pages * i.ranks for i in instances)
+        return {
+            "waiting": len(engine.waiting),
+            "transfers": len(engine.transfers),
+            "running": sum(len(i.places) for i in instances),
+            "kv_cache_usage": sum(i.load for i in instances) / pages,
+            "prefix_queries": context.queries if context else 0,
+            "prefix_hits": context.hits if context else 0,
+            "drafts": sum(int(t.proposed.sum()) for t in drafts),
+            "accepted": sum(int(t.accepted.sum()) for t in drafts),
+            "busy_s": self.busy_s,
+            "step_s": engine.step_s,
+            "steps": engine.steps,
+        }
+
+    def instances(self, npus: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+        """What each instance has to do; `npus`: first NPU and number of them, by name."""
+        engine, found = self.engine, []
+        for i in engine.instances:
+            first, count = npus[i.name]
+            roles = {"prefill": engine.prefill, "decode": engine.decoders}
+            found.append(
+                {
+                    "name": i.name,
+                    "roles": [role for role, of in roles.items() if i in of],
+                    "first_npu": first,
+                    "npus": count,
+                    "requests": len(i.places),
+                    "prefilling": len(i.prefilling),
+                    "pages_used": i.load,
+                    "pages": i.capacity.pages * i.ranks,
+                }
+            )
+        return found
 
     def cancel(self, generation: Generation, indices: set[int], reason: str) -> None:
         """Ends requests of a generation, between two steps."""
@@ -129,6 +210,10 @@ class Service:
         finally:  # also when nobody wants to wait any more
             self._end(Interrupted("the server is shutting down: the request was not finished"))
 
+    async def close(self) -> None:
+        """Stops, behind what runs."""
+        await asyncio.to_thread(self.stop)
+
     def stop(self, timeout_s: float = 10.0) -> bool:
         """Ends the thread behind its step; False if it still runs after `timeout_s` seconds, as it may while
         a program is compiled."""
@@ -163,15 +248,13 @@ class Service:
     def _submit(
         self,
         generation: Generation,
-        requests: Sequence[tuple[list[int], SamplingParams]],
-        priority: int,
-        namespace: str,
+        calls: Sequence[Callable[[], Request]],
+        told: int,
     ) -> None:
         submitted: list[Live] = []
         try:
-            for index, (prompt, params) in enumerate(requests):
-                request = self.engine.submit(prompt, params, priority=priority, namespace=namespace)
-                submitted.append(Live(generation, index, request))
+            for index, call in enumerate(calls):
+                submitted.append(Live(generation, index, call(), told))
         except BaseException:
             for live in submitted:
                 self.engine.cancel(live.request)

@@ -1,6 +1,5 @@
 """The app: all routes over one served model."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from cmx_jax import __version__
-from cmx_jax.serving.api import chat, completions, errors, status
+from cmx_jax.serving.api import admin, chat, completions, errors, status
 from cmx_jax.serving.api.guard import BodyLimit, Keys
 from cmx_jax.serving.api.metrics import Metrics
 from cmx_jax.serving.api.served import Served
@@ -32,7 +31,7 @@ def make_app(served: Served, api_keys: Sequence[str] = (), admin_keys: Sequence[
         await served.service.start()
         yield
         await served.service.drain(0)
-        await asyncio.to_thread(served.service.stop)
+        await served.service.close()
 
     app = FastAPI(
         title="cmx_jax",
@@ -51,7 +50,7 @@ def make_app(served: Served, api_keys: Sequence[str] = (), admin_keys: Sequence[
     app.state.served, app.state.metrics = served, Metrics(served)
     served.service.watchers.append(app.state.metrics.watch)
     errors.handle(app)
-    for part in (router, completions.router, chat.router, status.router):
+    for part in (router, completions.router, chat.router, status.router, admin.router):
         app.include_router(part)
     app.add_middleware(BodyLimit, most=served.limits.max_body_bytes)
     app.add_middleware(Keys, keys=api_keys, admin=admin_keys)  # the outermost
@@ -86,30 +85,3 @@ async def model(model: str, request: Request) -> dict[str, Any]:
 async def metrics(request: Request) -> Response:
     """Prometheus's text."""
     return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.post("/admin/drain")
-async def drain(request: Request) -> dict[str, Any]:
-    """Takes no new request from now on; those that run go on."""
-    service = request.app.state.served.service
-    service.draining = True
-    return {"status": "draining", "running": len(service.live)}
-
-
-@router.get("/admin/requests")
-async def requests(request: Request) -> dict[str, Any]:
-    """Every request that is not finished: its state, and how far it is."""
-    return {
-        "requests": [
-            {
-                "id": r.id,
-                "state": r.state.value,
-                "priority": r.priority,
-                "prompt_tokens": len(r.prompt),
-                "cached_tokens": r.reused_tokens,
-                "generated_tokens": len(r.tokens),
-                "max_tokens": r.params.max_tokens,
-            }
-            for r in list(request.app.state.served.service.live)
-        ]
-    }

@@ -81,7 +81,7 @@ async def _start(served: Served, body: CompletionRequest) -> tuple[Answer, list[
     if body.echo:
         scores: Scores = [[] for _ in prompts]
         if body.logprobs is not None:
-            scores = await served.score(prompts, body.logprobs)
+            scores = await served.service.score(prompts, body.logprobs)
         texts = [x if isinstance(x, str) else served.text(x) for x in body.prompt]
         echoed = list(zip(texts, prompts, scores, strict=True))
     answer = await Answer.start(served, body, "cmpl", prompts, params)

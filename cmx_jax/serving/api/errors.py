@@ -10,7 +10,9 @@ from starlette.exceptions import HTTPException
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.generation import Interrupted, StepFailed
+from cmx_jax.serving.kv import TransferError
 from cmx_jax.serving.request import Overloaded
+from cmx_jax.serving.roles.peer import PeerError
 from cmx_jax.serving.service import RETRY_AFTER_S, Unavailable
 
 TYPES = {
@@ -54,7 +56,7 @@ def answer(error: Exception) -> JSONResponse:
         return response(429, str(error), Retry_After=str(math.ceil(error.retry_after_s)))
     if isinstance(error, StepFailed):
         return response(500, str(error))
-    if isinstance(error, Unavailable | Interrupted):
+    if isinstance(error, Unavailable | Interrupted | TransferError | PeerError):
         return response(503, str(error), Retry_After=str(math.ceil(RETRY_AFTER_S)))
     if isinstance(error, NotFound):
         return response(404, str(error), "model", "model_not_found")

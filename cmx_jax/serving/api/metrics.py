@@ -11,7 +11,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cmx_jax.serving.api.served import Served
-from cmx_jax.serving.api.status import counts
 from cmx_jax.serving.generation import Chunk
 
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
@@ -94,7 +93,7 @@ class _Now(Collector):
         self._served = served
 
     def collect(self) -> Iterator[Metric]:
-        served, now = self._served, counts(self._served)
+        served, now = self._served, self._served.service.counts()
         for suffix, about, value in (
             ("num_requests_running", "Requests that have pages.", now["running"]),
             ("num_requests_waiting", "Requests that have none yet.", now["waiting"]),

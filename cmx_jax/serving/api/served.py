@@ -12,9 +12,9 @@ from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.errors import NotFound
 from cmx_jax.serving.api.schemas import Generate
 from cmx_jax.serving.api.template import ChatTemplate
-from cmx_jax.serving.deployment import Deployment
+from cmx_jax.serving.deployment import Hosted
 from cmx_jax.serving.request import SamplingParams, TokenLogprob
-from cmx_jax.serving.scoring import batches, prompt_logprobs
+from cmx_jax.serving.roles.router import Router
 from cmx_jax.serving.service import Service
 
 Scores = list[list[TokenLogprob | None]]
@@ -40,11 +40,11 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A deployment behind a service, and the name that clients know it by."""
+    """A deployment behind a service or a router, and the name that clients know it by."""
 
     name: str
-    deployment: Deployment
-    service: Service
+    deployment: Hosted
+    service: Service | Router
     template: ChatTemplate | None
     limits: Limits
     created: int = field(default_factory=lambda: int(time.time()))
@@ -131,16 +131,6 @@ class Served:
             stop_token_ids=tuple(body.stop_token_ids or ()),
         )
         return [replace(first, seed=(first.seed + i) % 2**32) for i in range(body.n or 1)]
-
-    async def score(self, prompts: Sequence[Sequence[int]], top: int) -> Scores:
-        """`prompt_logprobs`, a batch at a time between the engine's steps."""
-        instance = self.deployment.engine.prefill[0]
-        found: dict[int, list[TokenLogprob | None]] = {}
-        for rows in batches(instance, [len(prompt) for prompt in prompts]):
-            some = [prompts[row] for row in rows]
-            scores = await self.service.call(lambda some=some: prompt_logprobs(instance, some, top))  # type: ignore[misc]
-            found.update(zip(rows, scores, strict=True))
-        return [found[row] for row in range(len(prompts))]
 
     def text(self, tokens: list[int]) -> str:
         """Text of tokens, special ones too."""

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from cmx_jax.errors import CmxError
 from cmx_jax.serving.api import errors
 from cmx_jax.serving.generation import Generation, Interrupted
 
@@ -35,7 +36,7 @@ async def _events(documents: AsyncIterator[dict[str, Any]]) -> AsyncIterator[byt
     try:
         async for document in documents:
             yield _event(document)
-    except Interrupted as error:
+    except (Interrupted, CmxError) as error:
         yield _event(errors.body(errors.answer(error).status_code, str(error)))
     yield b"data: [DONE]\n\n"
 

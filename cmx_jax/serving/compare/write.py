@@ -26,9 +26,9 @@ class Destination:
         if self.html is not None:
             if self.html.is_dir():
                 raise CmxError(f"{self.html} is a directory, expected a file for the report")
-            _writable(self.html.parent)
+            need_folder(self.html.parent)
         if self.folder is not None:
-            _writable(self.folder if self.folder.exists() else self.folder.parent)
+            need_folder(self.folder if self.folder.exists() else self.folder.parent)
         if self.html is not None or self.folder is not None:
             need_matplotlib()
 
@@ -48,17 +48,24 @@ class Destination:
         if self.html is not None:
             files[self.html] = page(d).encode()
         for path, content in files.items():
-            _write(path, content)
+            write_whole(path, content)
 
 
-def _writable(folder: Path) -> None:
+def need_folder(folder: Path) -> None:
+    """Raises:
+    CmxError: there is no such folder, or nothing can be written to it."""
     if not folder.is_dir():
         raise CmxError(f"{folder} is no directory: make it first")
     if not os.access(folder, os.W_OK):
         raise CmxError(f"{folder} cannot be written to, expected a directory that can")
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file, or leaves what was there before.
+
+    Raises:
+      CmxError: it cannot be written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         part.write_bytes(content)

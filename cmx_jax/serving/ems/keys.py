@@ -9,7 +9,7 @@ machines.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,10 @@ class Fingerprint:
     kv_cache_dtype: str
     block: int = BLOCK
     tenant: str = ""
+
+    def of(self, block: int) -> "Fingerprint":
+        """The same of other blocks."""
+        return replace(self, block=block)
 
 
 def root(fingerprint: Fingerprint) -> bytes:

@@ -1,6 +1,7 @@
 """What a simulation says, under the names of vLLM's `benchmark_serving` where it has them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,10 @@ def summary(
         "total_token_throughput_per_npu": (inputs + outputs) / span / npus,
         "prefix_hit_rate": cached / inputs,
     }
-    found |= _spread("queue", c["started"] - c["arrived"])
-    found |= _spread("ttft", ttft)
-    found |= _spread("tpot", tpot[c["output"] > 1])
-    found |= _spread("e2el", c["finished"] - c["arrived"])
+    found |= spread("queue", c["started"] - c["arrived"])
+    found |= spread("ttft", ttft)
+    found |= spread("tpot", tpot[c["output"] > 1])
+    found |= spread("e2el", c["finished"] - c["arrived"])
     if slo_ttft_ms is not None or slo_tpot_ms is not None:
         good = (ttft * 1e3 <= (slo_ttft_ms or math.inf)) & (tpot * 1e3 <= (slo_tpot_ms or math.inf))
         found |= {"slo_ttft_ms": slo_ttft_ms, "slo_tpot_ms": slo_tpot_ms}
@@ -64,11 +65,12 @@ def summary(
     return found
 
 
-def _spread(name: str, seconds: np.ndarray) -> dict[str, float]:
+def spread(name: str, seconds: np.ndarray, percentiles: Sequence[float] = PERCENTILES) -> dict[str, float]:
+    """Mean, median, deviation and percentiles of samples, in milliseconds; zeros if there are none."""
     ms = seconds * 1e3 if len(seconds) else np.zeros(1)
     found = {f"mean_{name}_ms": float(ms.mean()), f"median_{name}_ms": float(np.median(ms))}
     found[f"std_{name}_ms"] = float(ms.std())
-    return found | {f"p{p}_{name}_ms": float(np.percentile(ms, p)) for p in PERCENTILES}
+    return found | {f"p{p:g}_{name}_ms": float(np.percentile(ms, p)) for p in percentiles}
 
 
 def render(result: dict[str, Any]) -> str:

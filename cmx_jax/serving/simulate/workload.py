@@ -112,9 +112,13 @@ def _until(drawn: Iterator[Arrival], duration: float) -> Iterator[Arrival]:
         yield arrival
 
 
-def mooncake(path: Path) -> list[Arrival]:
+def mooncake(path: Path, flag: str = "--trace") -> list[Arrival]:
     """A trace in Mooncake's format: a line is `{"timestamp": ms, "input_length", "output_length",
     "hash_ids": [...]}`, an id for each 512 tokens of the prompt. `hash_ids` may be missing.
+
+    Args:
+      path: the file.
+      flag: by which it was given, for errors.
 
     Raises:
       CmxError: the file cannot be read, or a line is none.
@@ -123,14 +127,14 @@ def mooncake(path: Path) -> list[Arrival]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise CmxError(f"--trace {path}: {reason}; give a JSONL file in Mooncake's format") from None
-    found = [_arrival(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+        raise CmxError(f"{flag} {path}: {reason}; give a JSONL file in Mooncake's format") from None
+    found = [_arrival(f"{flag} {path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise CmxError(f"--trace {path}: no requests in it; give a JSONL file in Mooncake's format")
+        raise CmxError(f"{flag} {path}: no requests in it; give a JSONL file in Mooncake's format")
     return sorted(found, key=lambda arrival: arrival.time)
 
 
-def _arrival(path: Path, number: int, line: str) -> Arrival:
+def _arrival(where: str, line: str) -> Arrival:
     try:
         row = json.loads(line)
         found = Arrival(
@@ -144,7 +148,7 @@ def _arrival(path: Path, number: int, line: str) -> Arrival:
         ok = False
     if not ok:
         raise CmxError(
-            f"--trace {path}, line {number}: expected an object with timestamp (ms, zero or more), "
+            f"{where}: expected an object with timestamp (ms, zero or more), "
             "input_length and output_length (above zero), and hash_ids (integers)"
         )
     return found

@@ -1,0 +1,70 @@
+"""The roles of `cmx serve` that are processes of their own."""
+
+import argparse
+import signal
+import threading
+
+from cmx_jax.cli import caching, serve
+
+
+def router(args: argparse.Namespace) -> None:
+    """OpenAI's API in front of workers."""
+    from cmx_jax.serving.api.server import bind
+    from cmx_jax.serving.deployment import Hosted
+    from cmx_jax.serving.model import Model
+    from cmx_jax.serving.roles.members import Members
+    from cmx_jax.serving.roles.router import Router
+
+    limits = {name: getattr(args, name) for name in serve.LIMITS[:2]}
+    with bind(args.host, args.port) as sock:
+        model = Model.read(args.model)
+        members = Members(args.prefill, args.decode, args.cluster_secret)
+        context = model.config.max_position_embeddings
+        length = min(context, 4096) if args.max_model_len is None else args.max_model_len
+        hosted = Hosted(name="router", model=model, max_model_len=length)
+        serve.answer_api(args, sock, hosted, Router(members, policy=args.kv_failure_policy, **limits))
+
+
+def worker(args: argparse.Namespace) -> None:
+    """An instance that prefills or decodes."""
+    from cmx_jax.serving.api.server import Server, bind, url
+    from cmx_jax.serving.roles.worker import Worker, make_worker
+    from cmx_jax.serving.service import Service
+
+    if args.role == "decode":
+        args.no_context_cache = True  # it never looks anything up
+    with bind(args.host, args.port) as sock, caching.pool(args, args.cluster_secret) as pool:
+        deployment = serve.deployed(args)
+        if pool is not None:
+            deployment.cache(pool, args.cache_block)
+        made = Worker(
+            role=args.role,
+            deployment=deployment,
+            service=Service(deployment.engine),
+            fingerprint=deployment.fingerprint,
+            secret=args.cluster_secret,
+        )
+        server = Server(make_worker(made), made.service, args.shutdown_timeout_s)
+        ready = f"cmx: {args.role} worker at {url(sock)}"
+        server.run_on(sock, lambda: print(ready, flush=True))
+    serve.leave(made.service)
+
+
+def cache(args: argparse.Namespace) -> None:
+    """A cache server, until SIGTERM or SIGINT."""
+    from cmx_jax.errors import CmxError
+    from cmx_jax.serving.ems import serve as listen
+
+    ended = threading.Event()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, lambda *_: ended.set())
+    with caching.store(args) as store:
+        try:
+            server = listen(store, secret=args.cluster_secret, host=args.host, port=args.port)
+        except OSError as error:
+            raise CmxError(
+                f"{args.host}:{args.port} cannot be bound ({error.strerror}): choose another --port"
+            ) from None
+        print(f"cmx: cache server at {args.host}:{server.port}", flush=True)
+        ended.wait()
+        server.stop()
