@@ -17,12 +17,10 @@ from cmx_jax.model.layouts import ready
 from cmx_jax.model.placement import Move
 from cmx_jax.serving.engine import Engine
 from cmx_jax.serving.model import Model
-from cmx_jax.serving.packing import bucket
 from cmx_jax.serving.pages import pages_for
 from cmx_jax.serving.ranks import Capacity
 from cmx_jax.serving.request import Request, SamplingParams
-
-SCORE_LENGTH = 64  # scored sequences are padded to so many tokens, doubled as often as needed
+from cmx_jax.serving.scoring import device_logits
 
 
 @dataclass(frozen=True)
@@ -115,21 +113,12 @@ class LLM:
         Raises:
           CmxError: tokens that the vocabulary lacks, or more of them than the context holds.
         """
-        c, ranks = self.model.config, self.instance.layout.data_ranks
+        c = self.model.config
         if tokens.min() < 0 or tokens.max() >= c.vocab_size:
             raise CmxError(
                 f"tokens reach from {tokens.min()} to {tokens.max()}, expected [0, {c.vocab_size})"
             )
-        batch, length = tokens.shape
-        if length > c.max_position_embeddings:
-            raise CmxError(f"{length} tokens exceed the context of {c.max_position_embeddings}")
-        padded = np.zeros((bucket(batch, ranks), bucket(length, SCORE_LENGTH)), np.int32)
-        padded[:batch, :length] = tokens
-        counts = np.zeros(padded.shape[0], np.int32)
-        counts[:batch] = lengths
-        data = self.instance.layout.data_spec
-        placed = self.instance.runner.put((padded, counts), (data, data))
-        return self.instance.steps.score(self.instance.weights, *placed)
+        return device_logits(self.instance, tokens, lengths)
 
     def generate(
         self,

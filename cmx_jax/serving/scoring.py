@@ -85,14 +85,19 @@ def _tokens(said: Logprobs, row: int, count: int, top: int) -> list[TokenLogprob
     return [TokenLogprob(c, list(zip(w, b, strict=True))) for c, w, b in pairs]
 
 
+def batch_rows(instance: Instance, length: int) -> int:
+    """Sequences of a batch: as many as `LOGITS` has room for, at least one for each rank."""
+    rows = instance.layout.data_ranks
+    while 2 * rows * length * instance.config.vocab_size <= LOGITS:
+        rows *= 2
+    return rows
+
+
 def batches(instance: Instance, lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of prompts that are scored together: padded to the same length, and as many at a time as their
-    logits may take (at least one for each rank)."""
+    """Indices of sequences that are padded to the same length, as many at a time as their logits may take."""
     by_length: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
         by_length.setdefault(bucket(length, SCORE_LENGTH), []).append(row)
-    for length, rows in sorted(by_length.items()):
-        most = instance.layout.data_ranks
-        while 2 * most * length * instance.config.vocab_size <= LOGITS:
-            most *= 2
+    for length, rows in sorted(by_length.items(), reverse=True):
+        most = batch_rows(instance, length)
         yield from (rows[start : start + most] for start in range(0, len(rows), most))

@@ -8,7 +8,7 @@ from support import BASE
 
 import cmx_jax
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.eval import score
+from cmx_jax.serving import scoring
 from cmx_jax.serving.eval.score import answered, first_token, likelihoods
 from cmx_jax.serving.eval.skills import Item
 from cmx_jax.serving.llm import LLM
@@ -35,7 +35,7 @@ def expected(llm: LLM, before: list[int], behind: list[int]) -> tuple[float, boo
 @pytest.mark.parametrize(("rows", "batches"), [(128, 2), (4, 4)])
 def test_likelihoods_equal_numpy_in_any_batches(llm, contexts, rows, batches, monkeypatch) -> None:
     """Sequences of two padded lengths, so many of the shorter ones at a time."""
-    monkeypatch.setattr(score, "LOGITS", 2048 * 64 * rows)
+    monkeypatch.setattr(scoring, "LOGITS", 2048 * 64 * rows)
     rng, told = np.random.default_rng(2), []
     pairs = [(c, rng.integers(0, 2048, 1 + i % 3).tolist()) for i, c in enumerate(contexts * 2)]
     found = likelihoods(llm, pairs, told.append)

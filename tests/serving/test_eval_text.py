@@ -7,7 +7,7 @@ import pytest
 
 import cmx_jax
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.eval import score
+from cmx_jax.serving import scoring
 from cmx_jax.serving.eval.corpus import documents, fingerprint, split
 from cmx_jax.serving.eval.text import Text, _sums, evaluate_text, read_text, windows
 from cmx_jax.serving.llm import LLM
@@ -37,7 +37,7 @@ def test_windows_are_documents_behind_end_tokens(llm) -> None:
 
 @pytest.mark.parametrize("rows", [128, 2])
 def test_losses_and_divergence_equal_numpy_in_any_batches(llm, narrow, rows, monkeypatch) -> None:
-    monkeypatch.setattr(score, "LOGITS", 2048 * 64 * rows)
+    monkeypatch.setattr(scoring, "LOGITS", 2048 * 64 * rows)
     text = Text("words", [WORDS])
     cut = windows(llm.model, text, 48)
     assert 3 < len(cut) < 8

@@ -4,7 +4,6 @@ A continuation of which every token is the likeliest one behind the true tokens 
 decoding writes: by induction, decoding stands behind the same tokens. So no item needs to be decoded.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.eval.skills import Item
-from cmx_jax.serving.llm import LLM, SCORE_LENGTH
+from cmx_jax.serving.llm import LLM
 from cmx_jax.serving.model import Model
-from cmx_jax.serving.packing import bucket
+from cmx_jax.serving.scoring import batches
 
-LOGITS = 2**24  # numbers that the logits of a batch have at most, if the ranks have one sequence each: 64 MiB
 Tokens = Sequence[int]
 Progress = Callable[[str], None]
 
@@ -81,29 +79,10 @@ def likelihoods(
                 f"{len(before)} tokens and {len(behind)} behind them exceed the context of {context}"
             )
     found: dict[int, Likelihood] = {}
-    for rows in _batches([len(before) + len(behind) - 1 for before, behind in pairs], llm):
+    for rows in batches(llm.instance, [len(before) + len(behind) - 1 for before, behind in pairs]):
         progress(f"scored {len(found)} of {len(pairs)} sequences")
         found |= zip(rows, _scored(llm, [pairs[row] for row in rows]), strict=True)
     return [found[row] for row in range(len(pairs))]
-
-
-def _batches(lengths: list[int], llm: LLM) -> Iterator[list[int]]:
-    """Indices of sequences that are padded to the same length, as many at a time as the logits may take."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for row, length in enumerate(lengths):
-        by_length[bucket(length, SCORE_LENGTH)].append(row)
-    for length, rows in sorted(by_length.items(), reverse=True):
-        most = batch_rows(llm, length)
-        yield from (rows[start : start + most] for start in range(0, len(rows), most))
-
-
-def batch_rows(llm: LLM, length: int) -> int:
-    """Sequences of a batch: as many as `LOGITS` has room for, at least one a rank."""
-    ranks, most = llm.instance.layout.data_ranks, LOGITS // (length * llm.model.config.vocab_size)
-    rows = ranks
-    while rows * 2 <= most:
-        rows *= 2
-    return rows
 
 
 def _scored(llm: LLM, pairs: list[tuple[Tokens, Tokens]]) -> Iterator[Likelihood]:

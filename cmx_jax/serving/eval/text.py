@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Int
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.eval.compare import of_sample
 from cmx_jax.serving.eval.corpus import documents, fingerprint, split
-from cmx_jax.serving.eval.score import NO_TARGET, Progress, batch_rows, first_token, padded, target_logprobs
+from cmx_jax.serving.eval.score import NO_TARGET, Progress, first_token, padded, target_logprobs
 from cmx_jax.serving.llm import LLM
 from cmx_jax.serving.model import Model
+from cmx_jax.serving.scoring import batch_rows
 
 WINDOW = 256  # tokens, or the model's context if that is shorter
 
@@ -86,7 +87,7 @@ def evaluate_text(
     """
     length = min(WINDOW, llm.model.config.max_position_embeddings) if window is None else window
     rows = windows(llm.model, text, length)
-    step = batch_rows(llm, length)
+    step = batch_rows(llm.instance, length)
     sums = []
     for start in range(0, len(rows), step):
         progress(f"read {start} of {len(rows)} windows of text")
