@@ -25,8 +25,9 @@ from cmx_jax.mesh import enable_compilation_cache, expert_parallel, make_runner
 from cmx_jax.mesh.exchange import EXCHANGES, WIRES
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.model import Model
+from cmx_jax.serving.ranks import Capacity
 from cmx_jax.serving.request import SamplingParams
 
 COLLECTIVES = {

@@ -8,7 +8,20 @@ import os
 import sys
 
 from cmx_jax import __version__
-from cmx_jax.cli import checkpoints, compare, evaluate, generate, plan, predict, simulate, trace
+from cmx_jax.cli import (
+    bench,
+    calc,
+    checkpoints,
+    compare,
+    evaluate,
+    generate,
+    plan,
+    pools,
+    predict,
+    serve,
+    simulate,
+    trace,
+)
 from cmx_jax.cli.common import Parser
 from cmx_jax.errors import CmxError
 
@@ -17,7 +30,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="cmx", description="CloudMatrix-Infer in JAX, on a virtual supernode.")
     parser.add_argument("--version", action="version", version=f"cmx_jax {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for group in (generate, evaluate, trace, compare, predict, plan, simulate, checkpoints):
+    for group in (
+        generate,
+        serve,
+        pools,
+        bench,
+        evaluate,
+        trace,
+        compare,
+        predict,
+        plan,
+        simulate,
+        calc,
+        checkpoints,
+    ):
         group.add(verbs)
     return parser
 

@@ -1,10 +1,16 @@
 """The roles of `cmx serve` that are processes of their own."""
 
 import argparse
+import contextlib
+import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from cmx_jax.cli import caching, serve
+from cmx_jax.errors import CmxError
 
 
 def router(args: argparse.Namespace) -> None:
@@ -18,7 +24,7 @@ def router(args: argparse.Namespace) -> None:
     limits = {name: getattr(args, name) for name in serve.LIMITS[:2]}
     with bind(args.host, args.port) as sock:
         model = Model.read(args.model)
-        members = Members(args.prefill, args.decode, args.cluster_secret)
+        members = Members(args.prefill, args.decode, args.cluster_secret, args.queue_ttl_s)
         context = model.config.max_position_embeddings
         length = min(context, 4096) if args.max_model_len is None else args.max_model_len
         hosted = Hosted(name="router", model=model, max_model_len=length)
@@ -50,9 +56,44 @@ def worker(args: argparse.Namespace) -> None:
     serve.leave(made.service)
 
 
+def spanning(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]) -> Any:
+    """What a process of several does: the first one runs, the others follow it."""
+    from cmx_jax.serving.spanning import Leader, Span, follow
+
+    span = Span(coordinator=args.distributed, processes=args.num_processes, index=args.process_id)
+    if args.runner not in (None, "devices"):
+        raise CmxError(f"runner is {args.runner!r}, expected devices: lanes are on one device")
+    args.runner = "devices"
+    ranks: Any = serve.ALONE["ranks"] if args.ranks is None else args.ranks
+    span.start(ranks)
+
+    def lead(deployment: Any) -> None:
+        [instance] = deployment.engine.instances
+        leader = Leader(span, args.cluster_secret)
+        instance.tell = leader.tell
+
+    def follows(deployment: Any) -> None:
+        [instance] = deployment.engine.instances
+        print(f"cmx: process {span.index} of {span.processes} follows {span.coordinator}", flush=True)
+        follow(span, args.cluster_secret, instance)
+        raise Followed
+
+    def ends(args: argparse.Namespace) -> None:
+        with contextlib.suppress(Followed):
+            (serve.deployed if span.index else run)(args)
+        sys.stderr.flush()
+        os._exit(0)  # JAX would wait for the others, which may be gone
+
+    args.joined = follows if span.index else lead
+    return ends
+
+
+class Followed(Exception):
+    """The process that this one followed has ended."""
+
+
 def cache(args: argparse.Namespace) -> None:
     """A cache server, until SIGTERM or SIGINT."""
-    from cmx_jax.errors import CmxError
     from cmx_jax.serving.ems import serve as listen
 
     ended = threading.Event()

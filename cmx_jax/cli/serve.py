@@ -32,6 +32,7 @@ def add(verbs: Any) -> None:
     verb.add_argument("model", metavar="MODEL", nargs="?", help=about)
     _add_http(verb.add_argument_group("HTTP"))
     _add_roles(verb.add_argument_group("several processes"))
+    _add_span(verb.add_argument_group("an instance that spans processes"))
     _add_engine(verb.add_argument_group("engine"))
     caching.add_pool(verb.add_argument_group("caching pool"))
     add_model_options(verb)
@@ -67,6 +68,13 @@ def _add_roles(group: Any) -> None:
     group.add_argument("--kv-failure-policy", choices=("recompute", "fail"), default="recompute", help=lost)
 
 
+def _add_span(group: Any) -> None:
+    whose = "of process 0, that all have; the next port is used, too"
+    group.add_argument("--distributed", metavar="HOST:PORT", help=whose)
+    group.add_argument("--num-processes", type=int, default=2, help="that the instance spans (default 2)")
+    group.add_argument("--process-id", type=int, default=0, help="0 serves, the others follow it (default 0)")
+
+
 def _add_engine(group: Any) -> None:
     names = ("colocated", "pools")
     about = "one instance (default), or the supernode's pools, with hierarchical exchange"
@@ -85,6 +93,7 @@ def _add_engine(group: Any) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     args.api_key += filter(None, [os.environ.get("CMX_API_KEY")])
+    args.joined = lambda _: None  # is told of the instance, before anything runs on it
     args.cluster_secret = args.cluster_secret or os.environ.get("CMX_CLUSTER_SECRET", "")
     if not all((*args.api_key, *args.admin_key)):
         raise CmxError("a key is empty, expected at least one character")
@@ -92,11 +101,17 @@ def _serve(args: argparse.Namespace) -> None:
         raise CmxError(f"shutdown_timeout_s is {args.shutdown_timeout_s}, expected zero or more")
     if args.role != "all" and not args.cluster_secret:
         raise CmxError(f"--role {args.role} needs the secret that all roles share: give --cluster-secret")
+    if args.distributed and (args.role in ("router", "cache") or args.deployment == "pools"):
+        raise CmxError("--distributed is for one instance: leave it out for pools, routers and cache servers")
+    if args.distributed and not args.cluster_secret:
+        raise CmxError("--distributed needs the secret that all processes share: give --cluster-secret")
     if args.model is None and args.role != "cache":
         raise CmxError("expected MODEL: a Hugging Face directory, or tiny")
     from cmx_jax.cli import roles
 
     run = {"all": _all, "router": roles.router, "cache": roles.cache}.get(args.role, roles.worker)
+    if args.distributed:
+        run = roles.spanning(args, run)
     run(args)
 
 
@@ -167,6 +182,7 @@ def deployed(args: argparse.Namespace) -> Any:
             deployment = colocated(args.model, **sizes, **common)
         else:
             deployment = worker(args.role, args.model, host=args.host, **sizes, **common)
+    args.joined(deployment)
     tell("compiling (kept for the next time)")
     warm_up(deployment.engine)
     limits.apply(deployment.engine)

@@ -1,11 +1,11 @@
 """Figures of `cmx predict --paper` and `cmx plan`, in the look of `cmx compare`'s plots."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.compare.plots import COLOURS, STYLE, image, need_matplotlib
+from cmx_jax.serving.compare.write import need_folder, write_whole
 from cmx_jax.serving.plan import named
 
 GREY, WIDE = "#BBBBBB", 7.0  # inches
@@ -28,11 +28,7 @@ class Folder:
         if self.path is None:
             return
         need_matplotlib()
-        there = self.path if self.path.exists() else self.path.parent
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise CmxError(
-                f"--plots {self.path}: {there} is no directory that can be written to: make it first"
-            )
+        need_folder(self.path if self.path.exists() else self.path.parent)
 
     def write(self, name: str, figure: Any) -> None:
         """Writes a figure as PNG and SVG.
@@ -42,16 +38,12 @@ class Folder:
         """
         if self.path is None:
             return
+        try:
+            self.path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CmxError(f"{self.path} cannot be made: {error.strerror}") from None
         for kind in ("png", "svg"):
-            file = self.path / f"{name}.{kind}"
-            part = file.with_name(f".{file.name}.{os.getpid()}")
-            try:
-                self.path.mkdir(exist_ok=True)
-                part.write_bytes(image(figure, kind))
-                part.replace(file)
-            except OSError as error:
-                part.unlink(missing_ok=True)
-                raise CmxError(f"{file} cannot be written: {error.strerror}") from None
+            write_whole(self.path / f"{name}.{kind}", image(figure, kind))
 
 
 def paper_errors(found: dict[str, Any]) -> Any:

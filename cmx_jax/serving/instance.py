@@ -8,19 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import message_bytes
-from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.runners import Runner
-from cmx_jax.model.cache import NO_PAGE, PagedCache, abstract_cache, cache_dtype
-from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.placement import Move, balanced, describe, initial, rehoused
-from cmx_jax.model.steps import DecodeBatch, StepOutput, compile_steps, step_specs
-from cmx_jax.model.weights import Weights
-from cmx_jax.serving.ems.keys import Fingerprint
+from cmx_jax.model.cache import NO_PAGE
+from cmx_jax.model.placement import Move, balanced, describe
+from cmx_jax.model.steps import DecodeBatch, StepOutput
 from cmx_jax.serving.packing import bucket, pack, sampling
 from cmx_jax.serving.pages import pages_for
-from cmx_jax.serving.ranks import Capacity, Ranks
+from cmx_jax.serving.programs import Programs
+from cmx_jax.serving.ranks import Ranks
 from cmx_jax.serving.request import Request, State, TokenLogprob
 from cmx_jax.serving.traffic import Traffic
 from cmx_jax.serving.transfer import prefill_tp_rank
@@ -31,64 +26,19 @@ DECODE_PAGES = 8
 
 
 @dataclass(eq=False)
-class Instance(Ranks):
-    """Prefill, decode or both on the ranks of one layout.
-
-    `weights` are whole arrays with their experts where `placement` says; `prefill_tokens` counts what prefill
-    has run. With MTP layers among them every
-    decode step verifies `num_speculative_tokens` drafts. `kv_cache_dtype` is the type of the rows in pages.
-    """
-
-    name: str
-    config: ModelConfig
-    layout: Layout
-    runner: Runner
-    weights: Weights
-    capacity: Capacity
-    dtype: str = "float32"
-    num_speculative_tokens: int = 0
-    kv_cache_dtype: str = "auto"
+class Instance(Programs, Ranks):
+    """Prefill, decode or both on the ranks of one layout; `prefill_tokens` counts what prefill has run."""
 
     def __post_init__(self) -> None:
-        c = self.config
-        mtp = self.weights.mtp is not None
-        if mtp != (self.num_speculative_tokens > 0):
-            raise CmxError(
-                f"num_speculative_tokens is {self.num_speculative_tokens}, expected "
-                + ("1 or more with MTP layers" if mtp else "0 without MTP layers")
-            )
-        if self.capacity.sequences % self.layout.microbatches:
-            raise CmxError(
-                f"{self.capacity.sequences} sequences a rank do not divide into {self.layout.microbatches} "
-                "microbatches, expected a multiple"
-            )
-        self.kv_cache_dtype = cache_dtype(self.kv_cache_dtype, self.dtype)
-        self.steps = compile_steps(c, self.layout, self.runner, mtp, self.kv_cache_dtype)
-        self._specs = step_specs(c, self.layout, mtp)
-        self._data = self._specs.data
-        self.weights = self.runner.put(self.weights, self._specs.weights)
-        self.placement = initial(c, self.layout, mtp)
+        super().__post_init__()
         self.traffic = Traffic()
         self.prefill_tokens = 0
-        super().__init__(self.name, self.capacity, self.layout.data_ranks, self.layout.microbatches)
+        Ranks.__init__(self, self.name, self.capacity, self.layout.data_ranks, self.layout.microbatches)
 
     def reset(self) -> None:
         """Forgets all requests and makes a new cache, as after a step that was broken off."""
         super().reset()
-        pages, width = self.capacity.pages * self.ranks, self.capacity.page_width
-        shapes = abstract_cache(self.config, pages, width, self.kv_cache_dtype, self.weights.mtp is not None)
-        zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
-        self.cache: PagedCache = self.runner.put(zeros, self._data)
-
-    @property
-    def page(self) -> tuple[Any, ...]:
-        """Shape `[L, W, C]` and type of a page."""
-        return *self.cache.rows.shape[1:], str(self.cache.dtype)
-
-    def fingerprint(self, model: str = "") -> Fingerprint:
-        """All that the bytes of its pages depend on, for others to compare; `model`: an id of the weights."""
-        *page, kept = self.page
-        return Fingerprint(model=model, page=tuple(page), dtype=self.dtype, kv_cache_dtype=kept)
+        self.run("empty", ())
 
     def prefill(self) -> list[Request]:
         """Runs the next chunks of placed prompts; returns those that are through, with their first token and
@@ -97,9 +47,7 @@ class Instance(Ranks):
         unit = math.lcm(PREFILL_PAGES * self.capacity.page_width, self.layout.sequence_ranks)
         packed = pack(pieces, {r: p.pages for r, p in self.places.items()}, self.capacity.page_width, unit)
         requests = [piece.request for row in pieces for piece in row]
-        output = self._result(
-            self._start(self.steps.prefill, packed.batch, self._specs.prefill, requests, cached=packed.cached)
-        )
+        output = self._result(self._start("prefill", packed.batch, requests, cached=packed.cached))
         self.prefill_tokens += sum(piece.stop - piece.start for row in pieces for piece in row)
         through = self.prefilled(pieces)
         for request, row, n in through:
@@ -121,7 +69,7 @@ class Instance(Ranks):
         longest = bucket(int(positions.max()) + 1 + 2 * drafts, DECODE_PAGES * width)
         table = self._page_table(size, rows, requests, longest // width)
         batch = DecodeBatch(tokens, positions, table, sampling(size, rows, requests))
-        self._decoding = running, tokens, self._start(self.steps.decode, batch, self._data, requests)
+        self._decoding = running, tokens, self._start("decode", batch, requests)
 
     def end_decode(self) -> dict[Request, list[int]]:
         """Tokens of every request that was in the step: one, and one for each draft that was right."""
@@ -136,18 +84,15 @@ class Instance(Ranks):
                 _report(request, output, row, n)
         return found
 
-    def _start(self, step: Any, batch: Any, specs: Any, requests: list[Request], **flags: bool) -> StepOutput:
+    def _start(self, op: str, batch: Any, requests: list[Request], **flags: bool) -> StepOutput:
         """Starts a step; what it returns may not be there yet."""
         sampled = any(r.params.temperature > 0 for r in requests)
         logprobs = any(r.params.logprobs is not None for r in requests)
-        batch = self.runner.put(batch, specs)
-        self.cache, output = step(
-            self.weights, self.cache, batch, sampled=sampled, logprobs=logprobs, **flags
-        )
+        output: StepOutput = self.run(op, batch, sampled=sampled, logprobs=logprobs, **flags)
         return output
 
     def _result(self, output: StepOutput) -> StepOutput:
-        output = jax.device_get(output)
+        output = self.fetched(output)
         self.traffic.add(output.stats, self.config.num_moe_layers)
         return output
 
@@ -160,8 +105,7 @@ class Instance(Ranks):
         c, load = self.config, self.traffic.load_of(self.placement, self.config.n_routed_experts)
         after = balanced(load, c, self.layout)
         report = describe(load, self.placement, after, c, self.layout)
-        self.weights = rehoused(self.weights, self.placement, after, c, self.layout, self.runner)
-        self.placement = after
+        self.run("house", after)
         self.traffic.load.clear()
         return report
 
@@ -183,7 +127,7 @@ class Instance(Ranks):
         """
         counts = [pages_for(len(r.inputs), self.capacity.page_width) for r in requests]
         ids, slots = self._page_ids(requests, counts)
-        pages = self.steps.take_pages(self.cache, self.runner.put(ids, self._data))
+        pages = self.run("take", ids)
         senders = [
             prefill_tp_rank(
                 receiver,
@@ -211,9 +155,7 @@ class Instance(Ranks):
             return array
 
         moved = jax.tree.map(whole, self.cache.pages, *pages)
-        self.cache = self.steps.put_pages(
-            self.cache, *self.runner.put((ids, moved), (self._data, self._data))
-        )
+        self.run("put", (ids, moved))
 
     def _page_ids(self, requests: list[Request], counts: list[int]) -> tuple[np.ndarray, list[list[int]]]:
         """Page ids by rank, equally many for each (`NO_PAGE` behind the real ones), and where each
@@ -248,7 +190,10 @@ def _report(request: Request, output: StepOutput, row: int, n: int) -> None:
 
 
 def _copied(pages: Any, slots: list[list[int]], senders: list[int]) -> list[np.ndarray]:
-    """The pages at each slot on the host, from the copy that its sender holds."""
+    """The pages at each slot on the host, from the copy that its sender holds. Of ranks in several processes
+    they are on the host already, as one array."""
+    if isinstance(pages, np.ndarray):
+        return [pages[slot] for slot in slots]
     copies: dict[int, list[Any]] = {}  # by the first row that a rank holds
     for shard in pages.addressable_shards:
         copies.setdefault(shard.index[0].start or 0, []).append(shard.data)

@@ -68,9 +68,8 @@ def device_logits(
     shape = bucket(batch, instance.layout.data_ranks), bucket(length, SCORE_LENGTH)
     padded, counts = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
     padded[:batch, :length], counts[:batch] = tokens, lengths
-    data = instance.layout.data_spec
-    placed = instance.runner.put((padded, counts), (data, data))
-    return instance.steps.score(instance.weights, *placed)
+    logits: jax.Array = instance.run("score", (padded, counts))
+    return logits
 
 
 @jax.jit

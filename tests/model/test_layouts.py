@@ -27,7 +27,8 @@ from cmx_jax.model.sharding import laid_out, leaf_spec
 from cmx_jax.model.trace import trace_model
 from cmx_jax.model.weights import Experts, Leaf, MoE, Weights, int8_fields
 from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.instance import Instance
+from cmx_jax.serving.ranks import Capacity
 from model.small import config, random_weights
 
 R1 = preset("deepseek-r1")

@@ -16,8 +16,9 @@ from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.quant.rows import Int8Rows
 from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.model import Model
+from cmx_jax.serving.ranks import Capacity
 from cmx_jax.serving.request import SamplingParams
 
 TOKENS = 12

@@ -13,8 +13,9 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Capacity, Instance
+from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.model import Model
+from cmx_jax.serving.ranks import Capacity
 from cmx_jax.serving.request import SamplingParams
 
 TOKENS = 24

@@ -1,5 +1,6 @@
 """Where a comparison is written: looked at before anything is computed, and never left half-written."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -71,5 +72,6 @@ def write_whole(path: Path, content: bytes) -> None:
         part.write_bytes(content)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise CmxError(f"{path} cannot be written: {error.strerror}") from None

@@ -14,6 +14,7 @@ networks whose wires are trusted.
 import hashlib
 import hmac
 import json
+import secrets
 import socket
 import struct
 import time
@@ -73,6 +74,37 @@ def knows(secret: bytes, role: str, nonce: str, answer: object) -> bool:
 def proof(secret: bytes, role: str, nonce: str) -> str:
     """The answer to a challenge."""
     return hmac.new(secret, f"{role} {nonce}".encode(errors="replace"), hashlib.sha256).hexdigest()
+
+
+def accept(sock: socket.socket, secret: bytes, timeout: float) -> bool:
+    """The challenges, by the side that was connected to; whether the other one knows the secret.
+
+    Raises:
+      EOFError, OSError: as `receive`.
+    """
+    nonce = secrets.token_hex(32)
+    send(sock, {"nonce": nonce}, b"", timeout)
+    meta, _ = receive(sock, timeout, 0)
+    trusted = knows(secret, "client", nonce, meta.get("answer"))
+    send(sock, {"answer": proof(secret, "server", str(meta.get("nonce"))) if trusted else None}, b"", timeout)
+    return trusted
+
+
+def join(sock: socket.socket, secret: bytes, timeout: float) -> bool:
+    """The challenges, by the side that connected; whether the other one knows the secret.
+
+    Raises:
+      EOFError, OSError: as `receive`.
+    """
+    challenge, _ = receive(sock, timeout, 0)
+    nonce = secrets.token_hex(32)
+    send(
+        sock,
+        {"answer": proof(secret, "client", str(challenge.get("nonce"))), "nonce": nonce},
+        b"",
+        timeout,
+    )
+    return knows(secret, "server", nonce, receive(sock, timeout, 0)[0].get("answer"))
 
 
 def _exactly(sock: socket.socket, size: int, deadline: float) -> bytes:

@@ -1,7 +1,6 @@
 """A cache server as a process of its own: any `Store` over TCP."""
 
 import contextlib
-import secrets
 import socket
 import socketserver
 import sys
@@ -102,21 +101,12 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         try:
-            if self._trusted():
+            server = self.server
+            if frames.accept(self.request, server.secret, server.operation_timeout):
                 while True:
-                    server = self.server
                     self._answer(*frames.receive(self.request, server.idle_timeout, server.body_limit))
         except frames.FrameError as error:
             self._send({"error": str(error)})
-
-    def _trusted(self) -> bool:
-        nonce = secrets.token_hex(32)
-        self._send({"nonce": nonce})
-        meta, _ = frames.receive(self.request, self.server.operation_timeout, 0)
-        trusted = frames.knows(self.server.secret, "client", nonce, meta.get("answer"))
-        mine = frames.proof(self.server.secret, "server", str(meta.get("nonce"))) if trusted else None
-        self._send({"answer": mine})
-        return trusted
 
     def _answer(self, meta: dict[str, Any], body: bytes) -> None:
         try:

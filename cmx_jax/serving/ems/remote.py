@@ -1,7 +1,6 @@
 """A cache server in another process, as a `Store` (`listener.py` is its other end)."""
 
 import contextlib
-import secrets
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -108,15 +107,7 @@ class RemoteStore:
         sock = socket.create_connection(self._peer, self._timeout)
         with _closed_on_failure(sock):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            challenge, _ = frames.receive(sock, self._timeout, 0)
-            mine, nonce = (
-                frames.proof(self._secret, "client", str(challenge.get("nonce"))),
-                secrets.token_hex(32),
-            )
-            frames.send(sock, {"answer": mine, "nonce": nonce}, b"", self._timeout)
-            if not frames.knows(
-                self._secret, "server", nonce, frames.receive(sock, self._timeout, 0)[0].get("answer")
-            ):
+            if not frames.join(sock, self._secret, self._timeout):
                 raise PermissionError("the cache server does not share our secret")
         return sock
 

@@ -1,0 +1,37 @@
+"""The picture of a measurement: bars are as long as what they show."""
+
+import numpy as np
+import pytest
+
+from cmx_jax.serving.bench import timeline
+
+DOCUMENT = {
+    "duration": 6.0, "completed": 2, "output_throughput": 10 / 6,
+    "start_times": [1.0, 0.5, 2.0], "ttfts": [0.5, 1.0, 0.0], "e2els": [2.0, 4.0, 3.0],
+    "itls": [[1.5], [1.0, 1.0, 1.0], []], "output_lens": [6, 4, 0], "errors": ["", "", "HTTP 500: broken"],
+}  # fmt: skip
+
+
+def test_bars_are_waits_and_answers_by_start() -> None:
+    bars, rate = timeline(DOCUMENT).axes
+    found = [(round(bar.get_y() + 0.4), bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars.patches]
+    waits, answers, failed = found[:2], found[2:4], found[4:]
+    assert waits == [(1, 1.0, 1.5), (0, 0.5, 1.5)]
+    assert answers == [(1, 1.5, 3.0), (0, 1.5, 4.5)]
+    assert failed == [(2, 2.0, 5.0)]
+    assert bars.get_title(loc="left") == "2 of 3 requests completed, 1.7 output tokens/s"
+    assert rate.get_xlim() == (0, 6)
+
+
+def test_tokens_are_counted_when_their_chunks_came() -> None:
+    [stairs] = timeline(DOCUMENT).axes[1].patches
+    values, edges, _ = stairs.get_data()
+    tokens = dict(zip(edges[:-1].round(3).tolist(), values * np.diff(edges), strict=True))
+    came = {at: n for at, n in tokens.items() if n}
+    assert came == pytest.approx({1.5: 4.0, 2.5: 1.0, 3.0: 3.0, 3.5: 1.0, 4.5: 1.0})
+
+
+def test_a_measurement_of_nothing_has_a_picture() -> None:
+    nothing = DOCUMENT | {"duration": 0.0, "completed": 0, "output_throughput": 0.0}
+    nothing |= {name: [] for name, value in DOCUMENT.items() if isinstance(value, list)}
+    assert timeline(nothing).axes[0].get_title(loc="left").startswith("0 of 0 requests")
