@@ -10,6 +10,7 @@ import sys
 from cmx_jax import __version__
 from cmx_jax.cli import (
     bench,
+    cache,
     calc,
     checkpoints,
     compare,
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         generate,
         serve,
         pools,
+        cache,
         bench,
         evaluate,
         trace,

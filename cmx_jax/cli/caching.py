@@ -26,6 +26,13 @@ def add_pool(group: Any) -> None:
     """Of a pool: in this process, or elsewhere."""
     group.add_argument("--no-context-cache", action="store_true", help="run every prompt as a whole")
     group.add_argument("--cache-block", type=int, default=128, help="tokens of a block (default 128)")
+    generated = "keep what was generated, too; not for models whose thinking is left out of the next turn"
+    group.add_argument("--cache-generated", action="store_true", help=generated)
+    add_where(group)
+
+
+def add_where(group: Any) -> None:
+    """Where it is."""
     server = "a cache server (cmx serve --role cache); may be given several times"
     group.add_argument("--cache-server", action="append", metavar="HOST:PORT", default=[], help=server)
     group.add_argument("--cache-valkey", metavar="URL", help="a Redis or Valkey server")
@@ -68,7 +75,7 @@ def _quota(text: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def pool(args: argparse.Namespace, secret: str) -> Iterator[Any]:
-    """The caching pool, as told, or None.
+    """The caching pool, as told.
 
     Raises:
       CmxError: as `store`; or an address is none, or a package is missing, or a server cannot be reached.
@@ -87,9 +94,6 @@ def pool(args: argparse.Namespace, secret: str) -> Iterator[Any]:
             elsewhere[args.cache_mooncake] = MooncakeStore(args.cache_mooncake)
         except OSError as error:
             raise CmxError(f"--cache-mooncake {args.cache_mooncake}: {error}") from None
-    if args.no_context_cache:
-        yield None
-        return
     with contextlib.ExitStack() as stack:
         made = Pool(elsewhere or {"here": stack.enter_context(store(args))})
         stack.callback(made.close)

@@ -37,12 +37,12 @@ def worker(args: argparse.Namespace) -> None:
     from cmx_jax.serving.roles.worker import Worker, make_worker
     from cmx_jax.serving.service import Service
 
-    if args.role == "decode":
+    if args.role == "decode" and not args.cache_generated:
         args.no_context_cache = True  # it never looks anything up
-    with bind(args.host, args.port) as sock, caching.pool(args, args.cluster_secret) as pool:
+    with bind(args.host, args.port) as sock, serve.cached(args) as pool:
         deployment = serve.deployed(args)
         if pool is not None:
-            deployment.cache(pool, args.cache_block)
+            deployment.cache(pool, args.cache_block, args.cache_generated)
         made = Worker(
             role=args.role,
             deployment=deployment,

@@ -1,6 +1,7 @@
 """`cmx serve`: OpenAI's API over a model, in one process or as a role of several."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -119,13 +120,18 @@ def _all(args: argparse.Namespace) -> None:
     from cmx_jax.serving.api.server import bind
     from cmx_jax.serving.service import Service
 
-    with bind(args.host, args.port) as sock, caching.pool(args, args.cluster_secret) as pool:
+    with bind(args.host, args.port) as sock, cached(args) as pool:
         deployment = deployed(args)
         if pool is not None:
-            deployment.cache(pool, args.cache_block)
+            deployment.cache(pool, args.cache_block, args.cache_generated)
         service = Service(deployment.engine)
         answer_api(args, sock, deployment, service)
     leave(service)
+
+
+def cached(args: argparse.Namespace) -> Any:
+    """The caching pool, or None."""
+    return contextlib.nullcontext() if args.no_context_cache else caching.pool(args, args.cluster_secret)
 
 
 def answer_api(args: argparse.Namespace, sock: Any, deployment: Any, service: Any) -> None:

@@ -39,6 +39,8 @@ class BlockPool(Protocol):
 
     def put_async(self, namespace: str, key: bytes, payload: bytes) -> Any: ...
 
+    def stats(self) -> dict[str, Any]: ...
+
 
 class ContextCache:
     """Blocks of pages of one layout in a pool.
@@ -46,15 +48,20 @@ class ContextCache:
     Attributes:
       pool: where the bytes are.
       block: tokens of a block.
+      generated: whether what was generated is stored, too (section 4.4.2: not of reasoning models, whose next
+        turn leaves the thinking out).
       hits, queries: tokens found, and asked for.
       errors: lookups and stores that the pool answered with an error; they are misses, and are logged.
     """
 
-    def __init__(self, pool: BlockPool, fingerprint: Fingerprint, pages: Any):
-        """Args:
+    def __init__(self, pool: BlockPool, fingerprint: Fingerprint, pages: Any, generated: bool = False):
+        """Reads and writes blocks of an instance's pages.
+
+        Args:
           pool: the caching pool.
-          fingerprint: of an instance; its tenant is replaced by a request's namespace.
-          pages: arrays or shapes `[P, L, W, C]` of an instance's cache.
+          fingerprint: of the instance; its tenant is replaced by a request's namespace.
+          pages: arrays or shapes `[P, L, W, C]` of its cache.
+          generated: see above.
 
         Raises:
           CmxError: blocks are not whole pages.
@@ -63,6 +70,7 @@ class ContextCache:
         if block < 1 or block % width:
             raise CmxError(f"a block of the caching pool has {block} tokens, expected a multiple of {width}")
         self.pool, self.block, self._pages = pool, block, block // width
+        self.generated = generated
         self._fingerprint = fingerprint
         leaves, self._tree = jax.tree.flatten(pages)
         self._leaves = [((self._pages, *leaf.shape[1:]), np.dtype(leaf.dtype)) for leaf in leaves]
@@ -136,6 +144,10 @@ class ContextCache:
     def joined(self, blocks: list[Any]) -> Any:
         """Blocks' pages as one."""
         return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
+
+    def stats(self) -> dict[str, Any]:
+        """The pool's, and how many lookups and stores it failed."""
+        return {**self.pool.stats(), "errors": self.errors}
 
     def settle(self, timeout_s: float = 10.0) -> bool:
         """Waits until the pool was given all that is to be stored; whether that was in time."""

@@ -75,14 +75,14 @@ class Deployment(Hosted):
         """Of its pages."""
         return self.engine.instances[0].fingerprint(self.model.id)
 
-    def cache(self, pool: Pool, block: int) -> None:
-        """Lets prompts begin behind what is found in a caching pool.
+    def cache(self, pool: Pool, block: int, generated: bool) -> None:
+        """Lets prompts begin behind what is found in a caching pool; `generated`: see `ContextCache`.
 
         Raises:
           CmxError: a block is not whole pages.
         """
         one = self.engine.instances[0]
-        self.engine.context = ContextCache(pool, self.fingerprint.of(block), one.cache.pages)
+        self.engine.context = ContextCache(pool, self.fingerprint.of(block), one.cache.pages, generated)
 
     def recarve(self, prefill: int, decode: int, grace_s: float) -> None:
         """Serves with so many instances of each kind from now on; see `Engine.recarve`.

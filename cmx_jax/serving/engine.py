@@ -205,6 +205,7 @@ class Engine(Movement):
             for request, tokens in came.items():
                 if any(request.add(token, instance.config.eos_token_ids) for token in tokens):
                     del request.logprobs[len(request.tokens) :]  # what is behind the last token is void
+                    self._keep_generated(instance, request)
                     self._finish(instance, request)
                     finished.append(request)
         if running:

@@ -109,6 +109,7 @@ class Request:
       drafts: what the MTP layer expects behind `tokens`.
       logprobs: of each token, where they were asked for.
       reused_tokens: of the prompt, that came out of the caching pool.
+      kept_tokens: from the first on, whose blocks are there.
       finish_reason: `stop`, `length`, `abort` (cancelled) or `error`.
       error: what went wrong.
     """
@@ -125,6 +126,7 @@ class Request:
     drafts: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     reused_tokens: int = 0
+    kept_tokens: int = 0
     preemptions: int = 0
     finish_reason: str | None = None
     error: str | None = None

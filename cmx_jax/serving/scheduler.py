@@ -33,6 +33,7 @@ class Scheduler(Generic[R]):
         with it, and where none is left some sequence is preempted. None: pages for all that may come, at
         once.
       leaving: instances that get no further requests.
+      preempted: how often a request was.
     """
 
     ahead: int | None = None
@@ -42,6 +43,7 @@ class Scheduler(Generic[R]):
         self.waiting = Waiting()
         self.transfers: deque[tuple[Any, Request]] = deque()  # from an instance, or from another process
         self.leaving: set[R] = set()
+        self.preempted = 0
         self._carve(prefill, decoders)
 
     def _carve(self, prefill: list[R], decoders: list[R]) -> None:
@@ -163,6 +165,7 @@ class Scheduler(Generic[R]):
     def _preempt(self, at: R, request: Request) -> None:
         """Takes a request's pages; it waits again, before others of its priority, and loses no token."""
         at.release(request)
+        self.preempted += 1
         self._requeue(request)
 
     def _requeue(self, request: Request) -> None:

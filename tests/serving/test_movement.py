@@ -112,6 +112,21 @@ def test_blocks_serve_another_engine_and_survive_a_restart(made, tmp_path, long,
         pool.close()
 
 
+@pytest.mark.parametrize("which", ["one", "two"])
+def test_a_conversation_goes_on_behind_what_was_generated(which, made, pool, long) -> None:
+    *prefill, decode = made[which]
+    context = caching(pool, decode)
+    context.generated = True
+    engine = Engine(prefill, decode, context=context)
+    [first] = served(engine, long[4:], max_tokens=16)
+    assert first.tokens == list(greedy(BASE, long[4], 16))
+    turn = [*long[4], *first.tokens, 7, 7, 7]
+    [second] = served(engine, [turn])
+    assert second.reused_tokens == (50 + 15) // BLOCK * BLOCK
+    assert second.tokens == list(greedy(BASE, turn, TOKENS))
+    assert not any(i.load for i in engine.instances)
+
+
 def test_a_damaged_block_is_run_again(made, tmp_path, long, expected) -> None:
     *prefill, decode = made["one"]
     for damaged in (False, True):

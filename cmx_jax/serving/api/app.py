@@ -1,5 +1,6 @@
 """The app: all routes over one served model."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -84,4 +85,6 @@ async def model(model: str, request: Request) -> dict[str, Any]:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus's text."""
-    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    registry = request.app.state.metrics.registry
+    text = await asyncio.to_thread(generate_latest, registry)  # cache servers are asked, too
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

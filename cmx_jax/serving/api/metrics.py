@@ -109,7 +109,38 @@ class _Now(Collector):
             ("engine_step_seconds", "Of that, the time in which a program ran.", now["step_s"]),
             ("mtp_draft_tokens", "Drafts that decode steps verified.", now["drafts"]),
             ("mtp_accepted_tokens", "Drafts that were right.", now["accepted"]),
+            ("num_preemptions", "Requests that lost their pages to more urgent ones.", now["preemptions"]),
+            ("pd_transfers", "Prompts whose pages came to decode.", now["kv_moved"]),
+            ("pd_transfers_lost", "Prompts whose pages did not.", now["kv_lost"]),
+            ("eplb_rebalances", "Times that experts were placed anew.", now["eplb_moves"]),
         ):
             total = CounterMetricFamily(f"cmx:{suffix}", about, labels=LABEL)
             total.add_metric([served.name], value)
             yield total
+        yield from _pool(served.name, served.service.cache())
+
+
+def _pool(name: str, stats: dict[str, Any]) -> Iterator[Metric]:
+    """Of the caching pool: what this process asked for, and what became of it."""
+    if not stats:
+        return
+    hits = CounterMetricFamily("cmx:ems_hits", "Blocks found, by tier.", labels=(*LABEL, "tier"))
+    for tier, count in stats["hits"].items():
+        hits.add_metric([name, tier], count)
+    yield hits
+    bad = sum(server.get("bad", 0) for server in stats["servers"].values())
+    down = sum("misses" not in server for server in stats["servers"].values())
+    for suffix, about, value in (
+        ("ems_misses", "Blocks not found.", stats["misses"]),
+        ("ems_stored", "Blocks stored.", stats["stored"]),
+        ("ems_dropped", "Blocks not stored, as too many waited.", stats["dropped"]),
+        ("ems_refused", "Blocks that a server did not take.", stats["lost"]),
+        ("ems_failures", "Times that a server did not answer.", stats["failures"]),
+        ("ems_bad_blocks", "Blocks that were damaged.", bad),
+    ):
+        total = CounterMetricFamily(f"cmx:{suffix}", about, labels=LABEL)
+        total.add_metric([name], value)
+        yield total
+    gauge = GaugeMetricFamily("cmx:ems_servers_down", "Cache servers that do not answer.", labels=LABEL)
+    gauge.add_metric([name], down)
+    yield gauge
