@@ -8,12 +8,18 @@ from serving.api.running import Running, serving
 
 import cmx_jax
 from cmx_jax.serving.deployment import Deployment, colocated
+from cmx_jax.serving.ems import MPServer, Pool
 from cmx_jax.serving.llm import LLM
 
 
 @pytest.fixture(scope="session")
-def deployment() -> Deployment:
-    return colocated("tiny")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """With a caching pool, as `cmx serve` has one."""
+    made = colocated("tiny")
+    pool = Pool({"here": MPServer(tmp_path_factory.mktemp("pool"), dram=1 << 24, disk=1 << 26)})
+    made.cache(pool, block=128, generated=False)
+    yield made
+    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_a_body_must_be_sent_as_json(closed) -> None:
 def test_only_what_comes_is_announced(closed) -> None:
     paths = closed.http.get("/openapi.json", headers=bearer("first")).json()["paths"]
     assert {s for of in paths.values() for op in of.values() for s in op["responses"]} == {
-        *("200", "400", "401", "404", "405", "413", "429", "500", "503", "default")
+        *("200", "400", "401", "404", "405", "413", "429", "500", "502", "503", "default")
     }
 
 

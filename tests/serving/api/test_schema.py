@@ -20,7 +20,9 @@ OPERATIONS = [
     ("/v1/completions", "POST"),
     ("/v1/chat/completions", "POST"),
     ("/admin/drain", "POST"),
+    ("/admin/pools", "POST"),
     ("/admin/requests", "GET"),
+    ("/admin/trace", "GET"),
 ]
 
 
