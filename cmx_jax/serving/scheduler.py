@@ -51,8 +51,7 @@ class Scheduler(Generic[R]):
         self.prefill, self.decoders = prefill, decoders
         self._both = frozenset(prefill) & frozenset(decoders)
         rooms = [(i.capacity, True) for i in decoders]  # and whether all of a request's tokens come there
-        whole = self.ahead is not None  # who is preempted comes to prefill with all that it has
-        rooms += [(i.capacity, whole) for i in prefill if i not in self._both]
+        rooms += [(i.capacity, False) for i in prefill if i not in self._both]
         self._rooms = tuple(dict.fromkeys(rooms))
 
     @property
@@ -87,9 +86,15 @@ class Scheduler(Generic[R]):
 
     def _room(self, request: Request) -> int:
         """Tokens for which a request needs pages where it decodes."""
-        if self.ahead is None:
+        if self.ahead is None or not self._resumable(request.cached_tokens):
             return request.cached_tokens
         return min(len(request.prompt) + len(request.tokens) + self.ahead, request.cached_tokens)
+
+    def _resumable(self, tokens: int) -> bool:
+        """Whether a request could be prefilled again with so many. Only one that could with all that it may
+        get grows, and is preempted. Without prefill instances whoever sent it sees to that."""
+        rooms = [i.capacity.pages * i.capacity.page_width for i in self.prefill]
+        return not rooms or tokens <= max(rooms)
 
     def _admit(self) -> list[tuple[R, Request]]:
         """Places waiting requests in order, until one finds no room; returns where they went."""
@@ -156,7 +161,11 @@ class Scheduler(Generic[R]):
                 continue
             while request in at.places and not at.grow(request, self._room(request)):
                 rank = at.places[request].rank
-                least = (r for r in reversed(here) if r in at.places and at.places[r].rank == rank)
+                least = (
+                    r
+                    for r in reversed(here)
+                    if r in at.places and at.places[r].rank == rank and self._resumable(r.cached_tokens)
+                )
                 victim = next(least)
                 self._preempt(at, victim)
                 over += [victim] * (victim.state is State.FINISHED)
@@ -166,7 +175,14 @@ class Scheduler(Generic[R]):
         """Takes a request's pages; it waits again, before others of its priority, and loses no token."""
         at.release(request)
         self.preempted += 1
-        self._requeue(request)
+        if self._resumable(len(request.prompt) + len(request.tokens)):
+            self._requeue(request)
+        else:  # its instance leaves
+            request.finish_reason = "error"
+            request.error = (
+                "its instance left, and no prefill instance has room for the prompt and its answer"
+            )
+            self._finish(None, request)
 
     def _requeue(self, request: Request) -> None:
         request.requeue()

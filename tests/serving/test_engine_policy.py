@@ -240,3 +240,17 @@ def test_the_queue_is_a_sorted_list(moves: list[tuple[str, int]]) -> None:
         assert bool(queue) == bool(model)
         if model:
             assert queue.first() is model[0]
+
+
+def test_who_could_not_be_prefilled_again_has_its_pages_at_once(base, prompts, expected) -> None:
+    """A prefill cache that holds prompts only: nobody with a longer answer grows, or is preempted."""
+    prefill = instance(base, "prefill", 1, sequences=1, pages=5)
+    engine = Engine([prefill], instance(base, "decode", 1, sequences=4, pages=12))
+    requests = [
+        engine.submit(prompt, params(max_tokens=20 if i % 2 else 4)) for i, prompt in enumerate(prompts)
+    ]
+    engine.run()
+    for r, tokens in zip(requests, expected, strict=True):
+        assert r.tokens == tokens[: r.params.max_tokens]
+        assert not (r.preemptions and r.cached_tokens > 40)
+    assert nothing_held(engine)
