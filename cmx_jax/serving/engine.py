@@ -227,7 +227,7 @@ class Engine(Movement):
         """
         if not prefill or not decoders:
             raise CmxError("expected at least one prefill and one decode instance")
-        check_pages([*self.instances, *prefill, *decoders])
+        check_pages([*prefill, *decoders, *self.instances])
         self._check_slots(decoders)
         self._next = list(prefill), list(decoders), self.clock() + grace_s
         self.leaving = set(self.instances) - {*prefill, *decoders}

@@ -12,7 +12,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.serving.context import ContextCache
 from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.kv import Local, Outbox, Parcel, Ticket, TransferError, carry
-from cmx_jax.serving.request import Request, SamplingParams, State
+from cmx_jax.serving.request import Request, SamplingParams, State, TokenLogprob
 from cmx_jax.serving.scheduler import Scheduler
 from cmx_jax.serving.timeline import Timeline
 
@@ -89,6 +89,7 @@ class Movement(Scheduler[Instance]):
                 instance.put_pages([request], [self.context.joined(blocks)])
                 request.prefilled = len(blocks) * self.context.block
                 self.context.hits += request.prefilled
+                request.kept_tokens = max(request.kept_tokens, request.prefilled)
                 if not request.preemptions:
                     request.reused_tokens = request.prefilled
             instance.prefilling.append(request)
@@ -104,15 +105,22 @@ class Movement(Scheduler[Instance]):
 
     def _new_blocks(self, request: Request) -> bool:
         block = self.context.block if self.context else 0
-        return block > 0 and len(request.inputs) // block > request.reused_tokens // block
+        return block > 0 and len(request.inputs) // block > request.kept_tokens // block
 
     def _keep(self, request: Request, pages: Any) -> None:
         """Stores the blocks of a prompt, while a step runs."""
         context = self.context
         if context is not None and self._new_blocks(request):
-            known = 0 if request.preemptions else request.reused_tokens // context.block
-            inputs = request.inputs
+            inputs, known = request.inputs, request.kept_tokens // context.block
+            request.kept_tokens = len(inputs)
             self.later.append(lambda: context.store(inputs, request.namespace, pages, known))
+
+    def _keep_generated(self, instance: Instance, request: Request) -> None:
+        """Stores the blocks of a text that is complete, but for its last token, which has no row: the next
+        turn of a conversation begins with it, unless it is of a model whose thinking is left out there."""
+        if self.context is not None and self.context.generated:
+            request.inputs = [*request.prompt, *request.tokens[:-1]]
+            self._store(instance, [request])
 
     # from prefill to decode
 
@@ -166,7 +174,7 @@ class Movement(Scheduler[Instance]):
             ranks = [source.places[request].rank for request in requests]
             taken = source.take_pages(requests, ranks, source.ranks)
             for request, pages in zip(requests, taken, strict=True):
-                self.tickets[request] = self.outbox.offer(pages)
+                self.tickets[request] = self.outbox.offer(pages, request.transfer_id)
                 self._keep(request, pages)
                 request.finish_reason = "transfer"
                 self._finish(source, request)
@@ -181,6 +189,7 @@ class Movement(Scheduler[Instance]):
         drafts: list[int],
         pages: Any,
         priority: int = 0,
+        logprob: TokenLogprob | None = None,
     ) -> Request:
         """Continues a request that was prefilled elsewhere.
 
@@ -191,6 +200,7 @@ class Movement(Scheduler[Instance]):
           drafts: what is expected behind that.
           pages: of the prompt, `[pages, L, W, C]` on the host.
           priority: smaller ones go first.
+          logprob: of the first token, where it was asked for.
 
         Raises:
           CmxError: there is no decode instance, or its cache is too small.
@@ -199,6 +209,7 @@ class Movement(Scheduler[Instance]):
             raise CmxError("there is no decode instance here: send the request to a process that has one")
         request = Request(list(prompt), params, priority=priority, state=State.TRANSFER)
         request.tokens, request.drafts = [first], drafts
+        request.logprobs = [] if logprob is None else [logprob]
         request.arrived = request.first_token = self.clock()
         self._check_rooms(request)
         source: Any = Parcel(pages)
@@ -236,12 +247,12 @@ def check_pages(instances: Sequence[Instance]) -> None:
     Raises:
       CmxError: two have not.
     """
-    first = instances[0]
-    for instance in instances[1:]:
-        if instance.page != first.page:
+    one = instances[-1]
+    for instance in instances:
+        if instance.page != one.page:
             raise CmxError(
-                f"{instance.name} has pages of {instance.page}, expected {first.name}'s {first.page}: give "
-                "both the same page width, dtype, kv_cache_dtype and num_speculative_tokens"
+                f"{instance.name} has pages of {instance.page}, expected {one.name}'s {one.page}: give both "
+                "the same page width, dtype, kv_cache_dtype and num_speculative_tokens"
             )
 
 

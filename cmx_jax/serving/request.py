@@ -110,6 +110,7 @@ class Request:
       logprobs: of each token, where they were asked for.
       reused_tokens: of the prompt, that came out of the caching pool.
       kept_tokens: from the first on, whose blocks are there.
+      transfer_id: of its pages' ticket, if they go to another process; 0: any.
       finish_reason: `stop`, `length`, `abort` (cancelled) or `error`.
       error: what went wrong.
     """
@@ -128,6 +129,7 @@ class Request:
     reused_tokens: int = 0
     kept_tokens: int = 0
     preemptions: int = 0
+    transfer_id: int = 0
     finish_reason: str | None = None
     error: str | None = None
     arrived: float = 0.0

@@ -150,7 +150,16 @@ class Service:
             "busy_s": self.busy_s,
             "step_s": engine.step_s,
             "steps": engine.steps,
+            "preemptions": engine.preempted,
+            "kv_moved": engine.outbox.counts["acknowledged"],
+            "kv_lost": engine.lost + engine.outbox.counts["expired"],
+            "eplb_moves": len(engine.moves),
         }
+
+    def cache(self) -> dict[str, Any]:
+        """Counters of the caching pool, if there is one; asks its servers."""
+        context = self.engine.context
+        return context.stats() if context else {}
 
     def instances(self, npus: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
         """What each instance has to do; `npus`: first NPU and number of them, by name."""
@@ -200,12 +209,12 @@ class Service:
         return future
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes no new request, and waits for those that run; after `timeout_s` seconds it ends them with an
-        error."""
+        """Takes no new request, and waits for those that run, and until others have fetched what they come
+        for; after `timeout_s` seconds it ends them with an error."""
         self.draining = True
         until = time.monotonic() + timeout_s
         try:
-            while self.live and time.monotonic() < until:
+            while (self.live or self.engine.outbox.waiting) and time.monotonic() < until:
                 await asyncio.sleep(0.02)
         finally:  # also when nobody wants to wait any more
             self._end(Interrupted("the server is shutting down: the request was not finished"))

@@ -23,6 +23,7 @@ TYPES = {
     413: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
+    502: "bad_gateway_error",
     503: "service_unavailable_error",
 }
 
@@ -56,7 +57,9 @@ def answer(error: Exception) -> JSONResponse:
         return response(429, str(error), Retry_After=str(math.ceil(error.retry_after_s)))
     if isinstance(error, StepFailed):
         return response(500, str(error))
-    if isinstance(error, Unavailable | Interrupted | TransferError | PeerError):
+    if isinstance(error, TransferError):
+        return response(502, str(error))
+    if isinstance(error, Unavailable | Interrupted | PeerError):
         return response(503, str(error), Retry_After=str(math.ceil(RETRY_AFTER_S)))
     if isinstance(error, NotFound):
         return response(404, str(error), "model", "model_not_found")

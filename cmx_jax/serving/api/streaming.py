@@ -16,12 +16,11 @@ from cmx_jax.serving.generation import Generation, Interrupted
 T = TypeVar("T")
 
 
-class EventStream(StreamingResponse):
-    """Documents as events; a client that leaves ends the generation behind them."""
+class Stream(StreamingResponse):
+    """An answer in parts; a client that leaves, be it before the first one, ends the generation behind it."""
 
-    def __init__(self, documents: AsyncIterator[dict[str, Any]], generation: Generation):
-        super().__init__(_events(documents), media_type="text/event-stream")
-        self.headers["Cache-Control"] = "no-cache"
+    def __init__(self, parts: AsyncIterator[bytes], generation: Generation, media_type: str):
+        super().__init__(parts, media_type=media_type)
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -29,6 +28,14 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._generation.close()
+
+
+class EventStream(Stream):
+    """Documents as events."""
+
+    def __init__(self, documents: AsyncIterator[dict[str, Any]], generation: Generation):
+        super().__init__(_events(documents), generation, "text/event-stream")
+        self.headers["Cache-Control"] = "no-cache"
 
 
 async def _events(documents: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:

@@ -15,7 +15,7 @@ that says why; whether the prompt is run again or the request fails is the calle
 from cmx_jax.serving.kv.carry import Parcel, carry
 from cmx_jax.serving.kv.fetch import TransferError, check_fingerprint, fetch
 from cmx_jax.serving.kv.outbox import Outbox
-from cmx_jax.serving.kv.ticket import Ticket, checksums
+from cmx_jax.serving.kv.ticket import Ticket, checksums, new_id
 from cmx_jax.serving.kv.transport import JaxTransport, Local, Transport
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "check_fingerprint",
     "checksums",
     "fetch",
+    "new_id",
 ]

@@ -9,9 +9,7 @@ import jax
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.ems.keys import Fingerprint
 from cmx_jax.serving.kv.ticket import Ticket, checksums
-from cmx_jax.serving.kv.transport import Transport
-
-TIMEOUT_S = 20.0
+from cmx_jax.serving.kv.transport import TIMEOUT_S, Transport
 
 
 class TransferError(CmxError):
@@ -47,7 +45,7 @@ def fetch(
       transport: of this process; of the ticket's backend.
       ours: the fingerprint of the instance that will have them.
       tree: the structure of a cache's pages (`jax.tree.structure`).
-      timeout_s: seconds after which it is given up; the pull itself may hang, and is left alone then.
+      timeout_s: seconds after which it is given up; the pull itself may go on, and is left alone then.
 
     Returns:
       `[pages, L, W, C]`, on the host.

@@ -52,11 +52,12 @@ class Outbox:
         self._stop = threading.Event()
         self._watchdog: threading.Thread | None = None
 
-    def offer(self, pages: Any) -> Ticket:
-        """Keeps pages `[pages, L, W, C]` (a tree of arrays) until somebody has them."""
+    def offer(self, pages: Any, transfer_id: int = 0) -> Ticket:
+        """Keeps pages `[pages, L, W, C]` (a tree of arrays) until somebody has them; under an id that was
+        never used before, or 0: a new one."""
         leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(pages)]
         ticket = Ticket(
-            transfer_id=new_id(),
+            transfer_id=transfer_id or new_id(),
             backend=self.transport.name,
             address=self.transport.address,
             fingerprint=self.fingerprint,

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+TIMEOUT_S = 10.0
 Arrays = Sequence[tuple[tuple[int, ...], str]]  # shapes and types
 
 
@@ -37,7 +39,8 @@ class Transport(Protocol):
         """Fetches arrays.
 
         Raises:
-          Exception: they are not there, or who has them cannot be reached. It may take for ever.
+          Exception: they are not there, or did not come within `TIMEOUT_S`, or who has them cannot be
+            reached. That may take for ever.
         """
 
     def close(self) -> None:
@@ -74,8 +77,9 @@ class Local:
 
 
 class JaxTransport:
-    """Between processes, with `jax.experimental.transfer`. A peer that is dead is an error; one that hangs is
-    waited for without limit, so that a caller needs a limit of his own (`fetch` has it)."""
+    """Between processes, with `jax.experimental.transfer`. A peer that is dead is an error; what one does not
+    have never comes, without an error. To connect to one that hangs takes for ever, so that a caller needs a
+    limit of his own (`fetch` has it)."""
 
     name = "jax"
 
@@ -100,24 +104,36 @@ class JaxTransport:
         self._server.await_pull(transfer_id, on_device)
 
     def withdraw(self, transfer_id: int) -> None:
-        """The server has no way to forget what it offers, but to be asked for it."""
+        """The server has no way to forget what it offers, but to be asked for it. Nobody waits for the
+        answer: if somebody has pulled the arrays already, it never comes."""
         with self._lock:
             arrays = self._published.pop(transfer_id, None)
         if arrays is not None:
-            with contextlib.suppress(Exception):  # it was pulled a moment ago
-                self.pull(self.address, transfer_id, arrays)
+            with contextlib.suppress(Exception):  # the server ends
+                self._asked(self.address, transfer_id, arrays)
 
     def pull(self, address: str, transfer_id: int, arrays: Arrays) -> list[np.ndarray]:
+        until, pause = time.monotonic() + TIMEOUT_S, 1e-4
+        try:
+            coming = self._asked(address, transfer_id, arrays)
+            while not all(array.is_ready() for array in coming):
+                if time.monotonic() > until:
+                    raise TimeoutError(f"nothing came within {TIMEOUT_S:g} s")
+                time.sleep(pause)
+                pause = min(2 * pause, 0.01)
+            return [np.asarray(array) for array in coming]
+        except Exception:
+            self._peers.pop(address, None)  # the next one connects anew
+            raise
+
+    def _asked(self, address: str, transfer_id: int, arrays: Arrays) -> list[jax.Array]:
+        """Arrays that may not be here yet."""
         peer = self._peers.get(address)
         if peer is None:  # without the lock: connecting to a peer that hangs takes for ever
             peer = self._peers[address] = self._server.connect(address)
         one = jax.sharding.SingleDeviceSharding(self._device)
         shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=one) for shape, dtype in arrays]
-        try:
-            return [np.asarray(array) for array in peer.pull(transfer_id, shapes)]
-        except Exception:
-            self._peers.pop(address, None)  # the next one connects anew
-            raise
+        return peer.pull(transfer_id, shapes)
 
     def taken(self, transfer_id: int) -> None:
         with self._lock:

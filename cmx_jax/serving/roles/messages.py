@@ -11,7 +11,7 @@ Said = tuple[float, list[tuple[int, float]]]  # a TokenLogprob
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 class Params(_Message):
@@ -39,11 +39,34 @@ class Params(_Message):
         return SamplingParams(**{**self.model_dump(), "stop_token_ids": tuple(self.stop_token_ids)})
 
 
+class WorkerStatus(BaseModel):
+    """Who a worker is, and how much it has to do.
+
+    Attributes:
+      fingerprint: of its pages.
+      broken: why it serves nothing any more, or None.
+      counts, instances: see `Service`.
+      kv: pages that wait to be fetched, and what became of others.
+    """
+
+    role: str
+    model: str
+    max_model_len: int
+    fingerprint: dict[str, Any]
+    draining: bool
+    broken: str | None
+    instances: list[dict[str, Any]]
+    counts: dict[str, int | float]
+    kv: dict[str, int]
+
+
 class PrefillRequest(_Message):
-    """Run a prompt and keep its pages."""
+    """Run a prompt and keep its pages, under an id by which they can be withdrawn whether or not the answer
+    arrived."""
 
     prompt: list[int]
     params: Params
+    transfer_id: int
     priority: int = 0
     namespace: str = ""
 
@@ -66,6 +89,7 @@ class DecodeRequest(_Message):
     params: Params
     priority: int = 0
     first: int
+    logprob: Said | None = None
     drafts: list[int]
     control: str
     kv_transfer_params: dict[str, Any]

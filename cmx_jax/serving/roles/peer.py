@@ -8,6 +8,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.kv import TransferError
 from cmx_jax.serving.request import Overloaded, TokenLogprob
 from cmx_jax.serving.roles.messages import (
     DecodeLine,
@@ -15,19 +16,25 @@ from cmx_jax.serving.roles.messages import (
     PrefillAnswer,
     PrefillRequest,
     ScoreRequest,
+    WorkerStatus,
     heard,
 )
 
 CONNECT_S = 2.0
-ANSWER_S = 600.0  # a prompt may wait, and compile; that a worker is gone shows at once
+IDLE_S = 2.0  # of a connection, less than the 5 after which the other end closes it
 
 
 class PeerError(CmxError):
     """A worker cannot be reached, or failed; another one may serve."""
 
 
+class Refused(PeerError):
+    """A worker takes no request now; nothing was lost."""
+
+
 class Peer:
-    """One worker.
+    """One worker. Answers are waited for without limit, as a prompt may wait, and compile; whether a worker
+    still does anything its status says.
 
     Attributes:
       url: where it listens.
@@ -39,8 +46,10 @@ class Peer:
             self._client = httpx.AsyncClient(
                 base_url=self.url,
                 headers={"Authorization": f"Bearer {secret}"},
-                timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+                timeout=httpx.Timeout(None, connect=CONNECT_S),
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=32, keepalive_expiry=IDLE_S
+                ),
                 trust_env=False,
             )
         except httpx.InvalidURL as error:
@@ -48,23 +57,18 @@ class Peer:
                 f"{url!r} is no address of a worker ({error}), expected http://HOST:PORT"
             ) from None
 
-    async def __aenter__(self) -> "Peer":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
     async def close(self) -> None:
         """Closes the connections."""
         await self._client.aclose()
 
-    async def status(self, timeout_s: float = 2.0) -> dict[str, Any]:
+    async def status(self, timeout_s: float = 2.0) -> WorkerStatus:
         """Who it is, and how much it has to do.
 
         Raises:
-          PeerError: it does not say so in time.
+          PeerError: it does not say so in time, or is no worker.
         """
-        return (await self._answer("GET", "/internal/status", timeout=timeout_s)).json()
+        answer = await self._answer("GET", "/internal/status", timeout=timeout_s)
+        return _parsed(WorkerStatus, answer.content, self.url)
 
     async def prefill(self, body: PrefillRequest) -> PrefillAnswer:
         """Runs a prompt.
@@ -82,8 +86,10 @@ class Peer:
 
         Raises:
           PeerError: it cannot be reached, or failed, or its answer ends without a reason.
+          TransferError: the pages did not come to it.
           CmxError: the request cannot be served.
         """
+        ended = False
         try:
             async with self._client.stream("POST", "/internal/decode", **_sent(body)) as answer:
                 if answer.status_code != 200:
@@ -92,12 +98,13 @@ class Peer:
                     line = _parsed(DecodeLine, text, self.url)
                     if line.error is not None:
                         raise PeerError(f"{self.url}: {line.error}")
+                    ended = line.finish_reason is not None
                     yield line
-                    if line.finish_reason is not None:
-                        return
         except httpx.HTTPError as error:
-            raise _unreachable(self.url, error) from None
-        raise PeerError(f"{self.url} ended its answer before the text")
+            if not ended:
+                raise _unreachable(self.url, error) from None
+        if not ended:
+            raise PeerError(f"{self.url} ended its answer before the text")
 
     async def kv(self, transfer_id: int, what: str) -> bool:
         """`renew`, `acknowledge` or `withdraw` pages that it keeps; False: it has them no more.
@@ -155,15 +162,19 @@ def _parsed(kind: Any, text: str | bytes, url: str) -> Any:
 
 
 def _unreachable(url: str, error: httpx.HTTPError) -> PeerError:
-    return PeerError(f"{url} cannot be reached ({type(error).__name__}: {error})")
+    return PeerError(f"{url} cannot be reached ({str(error) or type(error).__name__})")
 
 
 def _refused(url: str, status: int, content: bytes, retry_after: str | None = None) -> CmxError:
-    """What an answer that is none means: 400 is the request's fault, anything else the worker's."""
+    """What an answer that is none means: 400 is the request's fault, 502 that of the pages' way, anything
+    else the worker's."""
     try:
         message = str(json.loads(content)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         message = f"status {status}"
     if status == 429:
         return Overloaded(message, float(retry_after or 1))
-    return CmxError(message) if status in (400, 413) else PeerError(f"{url}: {message}")
+    if status in (400, 413):
+        return CmxError(message)
+    kind = {502: TransferError, 503: Refused}.get(status, PeerError)
+    return kind(f"{url}: {message}")

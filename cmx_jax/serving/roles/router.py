@@ -4,23 +4,17 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.generation import Chunk, Generation, Interrupted
+from cmx_jax.serving.kv import TransferError, new_id
 from cmx_jax.serving.request import Overloaded, Request, SamplingParams, TokenLogprob
 from cmx_jax.serving.roles.members import Member, Members
-from cmx_jax.serving.roles.messages import (
-    DecodeLine,
-    DecodeRequest,
-    Params,
-    PrefillAnswer,
-    PrefillRequest,
-    heard,
-)
-from cmx_jax.serving.roles.peer import PeerError
+from cmx_jax.serving.roles.messages import DecodeRequest, Params, PrefillAnswer, PrefillRequest, heard
+from cmx_jax.serving.roles.peer import PeerError, Refused
 from cmx_jax.serving.service import Unavailable
 
 T = TypeVar("T")
@@ -29,19 +23,20 @@ ATTEMPTS = 5  # in vain, one behind the other, before a request fails
 POLICIES = ("recompute", "fail")
 
 
-class Preempted(PeerError):
+class Preempted(CmxError):
     """A decode worker needed the pages for others: nothing is wrong with it."""
 
 
 @dataclass(eq=False)
 class _Job:
-    """A request, who waits for it, and when he was last given something."""
+    """A request, who waits for it, when he was last given something, and whether that was the last."""
 
     generation: Generation
     index: int
     request: Request
     at: float
     task: "asyncio.Task[None] | None" = None
+    ended: bool = False
 
 
 class Router:
@@ -49,13 +44,14 @@ class Router:
 
     * A request goes to the worker of each kind that has the least to do, whatever it holds (section 2).
     * Whatever fails is tried again on another worker, with the tokens that are there as part of the prompt,
-      if the policy is `recompute`; the client sees no more than a pause. With `fail` it is an error.
+      if the policy is `recompute`; the client sees no more than a pause. With `fail` it is an error, once
+      there is a token.
     * A worker that fails gets nothing until it answers again.
 
     Attributes:
       members: the workers.
       live: requests that are not finished.
-      draining, broken, watchers: as of `Service`.
+      draining, watchers: as of `Service`.
       retried: how often something was tried again.
     """
 
@@ -90,10 +86,14 @@ class Router:
         self.members, self.policy = members, policy
         self.live: dict[Request, _Job] = {}
         self.draining = False
-        self.broken: str | None = None
         self.watchers: list[Callable[[Chunk], None]] = []
         self.retried = 0
-        self._telling: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def broken(self) -> str | None:
+        """Why no request can be served at the moment, or None."""
+        return self.members.missing() or None
 
     async def start(self) -> None:
         """Looks for the workers."""
@@ -114,7 +114,7 @@ class Router:
         for index, (prompt, params) in enumerate(requests):
             request = Request(list(prompt), params, priority=priority, namespace=namespace, arrived=now)
             job = self.live[request] = _Job(generation, index, request, now)
-            job.task = asyncio.create_task(self._serve(job))
+            job.task = self._begin(self._serve(job))
         return generation
 
     def _check_queue(self, prompts: Sequence[list[int]]) -> None:
@@ -138,6 +138,12 @@ class Router:
 
     async def score(self, prompts: Sequence[Sequence[int]], top: int) -> list[list[TokenLogprob | None]]:
         """See `Service.score`; a prefill worker says it."""
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(PeerError):
+                return await self._scored(prompts, top)
+        return await self._scored(prompts, top)
+
+    async def _scored(self, prompts: Sequence[Sequence[int]], top: int) -> list[list[TokenLogprob | None]]:
         member = await self.members.least("prefill")
         async with member.busy(sum(map(len, prompts))) as peer:
             return await peer.score(prompts, top)
@@ -151,14 +157,14 @@ class Router:
                 await asyncio.sleep(0.02)
         finally:
             for job in list(self.live.values()):
-                error = Interrupted("the server is shutting down: the request was not finished")
-                self._give(job, [], [], "error", error)
+                job.request.finish_reason = "error"
+                job.request.error = "the server is shutting down: the request was not finished"
                 if job.task is not None:
                     job.task.cancel()
 
     async def close(self) -> None:
-        """Forgets the workers."""
-        await asyncio.gather(*self._telling, return_exceptions=True)
+        """Forgets the workers, once they were told what they need to know."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.members.close()
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -173,7 +179,12 @@ class Router:
 
     def counts(self) -> dict[str, Any]:
         """See `Service.counts`."""
-        return {**self.members.counts(), "waiting": len(self._waiting()), "retried": self.retried}
+        own = {"waiting": len(self._waiting()), "retried": self.retried}
+        return {**self.members.counts(), **own, "workers": self.members.workers()}
+
+    def cache(self) -> dict[str, Any]:
+        """See `Service.cache`: the pools are the workers', whose metrics have them."""
+        return {}
 
     def instances(self, npus: Any = None) -> list[dict[str, Any]]:
         """See `Service.instances`."""
@@ -187,9 +198,8 @@ class Router:
         try:
             await self._until_done(job)
         except asyncio.CancelledError:
-            self._give(
-                job, [], [], request.finish_reason or "abort", Interrupted("the request was cancelled")
-            )
+            ended = Interrupted(request.error or "the request was cancelled")
+            self._give(job, [], [], request.finish_reason or "abort", ended)
         except Exception as error:
             if not isinstance(error, CmxError):
                 log.exception("a request failed")
@@ -204,9 +214,12 @@ class Router:
             had = len(job.request.tokens)
             try:
                 return await self._attempt(job)
-            except PeerError as error:
+            except (PeerError, TransferError, Preempted) as error:
+                if job.ended:
+                    return
                 failures = 0 if len(job.request.tokens) > had else failures + 1
-                again = self.policy == "recompute" or isinstance(error, Preempted)
+                lost = job.request.tokens and not isinstance(error, Refused | Preempted)
+                again = self.policy == "recompute" or not lost
                 if not again or failures >= ATTEMPTS:
                     raise
                 self.retried += 1
@@ -220,6 +233,7 @@ class Router:
             params=Params.of(
                 replace(request.params, max_tokens=request.params.max_tokens - len(request.tokens))
             ),
+            transfer_id=new_id(),
             priority=request.priority,
             namespace=request.namespace,
         )
@@ -236,25 +250,25 @@ class Router:
         async with member.busy(len(body.prompt)) as peer:
             try:
                 return member, await peer.prefill(body)
-            except PeerError as error:
-                member.lost(error)
+            except (asyncio.CancelledError, PeerError):
+                self._withdraw(member, body.transfer_id)
                 raise
 
     async def _decode(self, job: _Job, sender: Member, given: PrefillRequest, first: PrefillAnswer) -> None:
-        ticket = first.kv_transfer_params or {}
         body = DecodeRequest(
             prompt=given.prompt,
             params=given.params,
             priority=given.priority,
             first=first.token,
+            logprob=first.logprob,
             drafts=first.drafts,
             control=sender.peer.url,
-            kv_transfer_params=ticket,
+            kv_transfer_params=first.kv_transfer_params or {},
         )
-        fetched = False
+        fetched, load = False, len(body.prompt) + body.params.max_tokens
         try:
             member = await self.members.least("decode")
-            async with contextlib.aclosing(_decoded(member, body)) as lines:
+            async with member.busy(load) as peer, contextlib.aclosing(peer.decode(body)) as lines:
                 async for line in lines:
                     fetched = True
                     if line.finish_reason == "preempted":
@@ -262,18 +276,22 @@ class Router:
                     self._give(job, line.tokens, heard(line.logprobs), line.finish_reason)
         finally:
             if not fetched:
-                self._withdraw(sender, ticket)
+                self._withdraw(sender, given.transfer_id)
 
-    def _withdraw(self, sender: Member, ticket: dict[str, Any]) -> None:
+    def _withdraw(self, sender: Member, transfer_id: int) -> None:
         """Tells whoever keeps pages that nobody comes for them; if that fails, their lease ends."""
 
         async def tell() -> None:
             with contextlib.suppress(CmxError):
-                await sender.peer.kv(int(ticket["transfer_id"]), "withdraw")
+                await sender.peer.kv(transfer_id, "withdraw")
 
-        task = asyncio.create_task(tell())
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        self._begin(tell())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _give(
         self,
@@ -283,7 +301,10 @@ class Router:
         finish_reason: str | None,
         error: Exception | None = None,
     ) -> None:
-        """Hands on what is new."""
+        """Hands on what is new, unless the request was ended."""
+        if job.ended:
+            return
+        job.ended = finish_reason is not None
         request, now = job.request, time.perf_counter()
         first = bool(tokens) and not request.tokens
         request.tokens += tokens
@@ -294,15 +315,3 @@ class Router:
         job.generation.put(chunk)
         for watch in self.watchers:
             watch(chunk)
-
-
-async def _decoded(member: Member, body: DecodeRequest) -> AsyncGenerator[DecodeLine, None]:
-    """Lines of a decode worker, which is lost if it fails."""
-    async with member.busy(len(body.prompt) + body.params.max_tokens) as peer:
-        try:
-            async with contextlib.aclosing(peer.decode(body)) as lines:
-                async for line in lines:
-                    yield line
-        except PeerError as error:
-            member.lost(error)
-            raise

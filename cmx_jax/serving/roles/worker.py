@@ -2,36 +2,43 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api import errors
+from cmx_jax.serving.api.errors import Gone
 from cmx_jax.serving.api.guard import BodyLimit, Keys
-from cmx_jax.serving.api.streaming import unless_gone
+from cmx_jax.serving.api.streaming import Stream, unless_gone
 from cmx_jax.serving.deployment import Deployment
 from cmx_jax.serving.ems.keys import Fingerprint
-from cmx_jax.serving.generation import Generation, Interrupted
+from cmx_jax.serving.generation import Chunk, Generation, Interrupted
 from cmx_jax.serving.kv import Ticket, TransferError, fetch
+from cmx_jax.serving.request import Request as Prompt
 from cmx_jax.serving.roles.messages import (
     DecodeLine,
     DecodeRequest,
     PrefillAnswer,
     PrefillRequest,
     ScoreRequest,
+    WorkerStatus,
+    heard,
     said,
 )
-from cmx_jax.serving.roles.peer import Peer
-from cmx_jax.serving.service import Service
+from cmx_jax.serving.roles.peer import Peer, PeerError
+from cmx_jax.serving.service import Service, Unavailable
 
 routes = APIRouter(prefix="/internal")
 MAX_BODY_BYTES = 64 << 20
+FETCHES = 64  # at once; one that hangs holds up no other one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,8 @@ class Worker:
       service: over their engine.
       fingerprint: of their pages.
       secret: that all roles share.
+      senders: prefill workers whose pages were fetched, by URL.
+      fetching: the threads that do so.
     """
 
     role: str
@@ -51,6 +60,18 @@ class Worker:
     service: Service
     fingerprint: Fingerprint
     secret: str
+    senders: dict[str, Peer] = field(default_factory=dict)
+    fetching: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(FETCHES, "kv-fetch"))
+
+    def sender(self, control: str) -> Peer:
+        """A prefill worker.
+
+        Raises:
+          CmxError: the URL is none.
+        """
+        if control not in self.senders:
+            self.senders[control] = Peer(control, self.secret)
+        return self.senders[control]
 
 
 def make_worker(worker: Worker) -> FastAPI:
@@ -64,6 +85,9 @@ def make_worker(worker: Worker) -> FastAPI:
         await worker.service.drain(0)
         await asyncio.to_thread(worker.service.stop)
         worker.service.engine.outbox.close()
+        worker.fetching.shutdown(wait=False, cancel_futures=True)
+        for sender in worker.senders.values():
+            await sender.close()
 
     app = FastAPI(title=f"cmx_jax {worker.role}", lifespan=lifespan, openapi_url=None)
     app.state.worker = worker
@@ -83,20 +107,21 @@ async def health(request: Request) -> JSONResponse:
 
 
 @routes.get("/status")
-async def status(request: Request) -> dict[str, Any]:
+async def status(request: Request) -> WorkerStatus:
     """Who this is, and how much there is to do."""
     worker: Worker = request.app.state.worker
     service = worker.service
-    return {
-        "role": worker.role,
-        "model": worker.deployment.model.directory.name,
-        "max_model_len": worker.deployment.max_model_len,
-        "fingerprint": vars(worker.fingerprint),
-        "draining": service.draining,
-        "instances": service.instances(worker.deployment.npus),
-        "counts": service.counts(),
-        "kv": {"waiting": service.engine.outbox.waiting, **service.engine.outbox.counts},
-    }
+    return WorkerStatus(
+        role=worker.role,
+        model=worker.deployment.model.directory.name,
+        max_model_len=worker.deployment.max_model_len,
+        fingerprint=vars(worker.fingerprint),
+        draining=service.draining,
+        broken=service.broken,
+        instances=service.instances(worker.deployment.npus),
+        counts=service.counts(),
+        kv={"waiting": service.engine.outbox.waiting, **service.engine.outbox.counts},
+    )
 
 
 @routes.get("/trace")
@@ -110,29 +135,49 @@ async def trace(request: Request) -> list[dict[str, Any]]:
 async def prefill(body: PrefillRequest, request: Request) -> Response:
     """Runs a prompt; its pages wait for whoever has the ticket."""
     service = request.app.state.worker.service
-    asked = [(body.prompt, body.params.sampling())]
-    generation = await service.generate(asked, priority=body.priority, namespace=body.namespace)
+    params, asked = body.params.sampling(), []
+
+    def submit() -> Prompt:
+        of = service.engine.submit(body.prompt, params, priority=body.priority, namespace=body.namespace)
+        of.transfer_id = body.transfer_id
+        asked.append(of)
+        return of
+
     try:
-        answer = await unless_gone(request, _prefilled(service, generation))
-    finally:
-        generation.close()
+        generation = await service.adopt(submit)
+        chunk = await unless_gone(request, _prefilled(generation))
+        if await request.is_disconnected():
+            raise Gone
+    except BaseException:
+        with contextlib.suppress(Unavailable):
+            await _forgotten(service, asked)
+        raise
+    ticket = service.engine.tickets.pop(chunk.request, None)
+    answer = PrefillAnswer(
+        token=chunk.tokens[0],
+        logprob=said(chunk.logprobs)[0] if chunk.logprobs else None,
+        drafts=chunk.request.drafts,
+        reused_tokens=chunk.request.reused_tokens,
+        finish_reason=None if ticket else chunk.finish_reason,
+        kv_transfer_params=ticket.as_dict() if ticket else None,
+    )
     return JSONResponse(answer.model_dump())
 
 
-async def _prefilled(service: Service, generation: Generation) -> PrefillAnswer:
-    async for chunk in generation:
-        ticket: Ticket | None = None
-        if chunk.finish_reason == "transfer":
-            ticket = await service.call(lambda of=chunk.request: service.engine.tickets.pop(of))  # type: ignore[misc]
-        return PrefillAnswer(
-            token=chunk.tokens[0],
-            logprob=said(chunk.logprobs)[0] if chunk.logprobs else None,
-            drafts=chunk.request.drafts,
-            reused_tokens=chunk.request.reused_tokens,
-            finish_reason=None if ticket else chunk.finish_reason,
-            kv_transfer_params=ticket.as_dict() if ticket else None,
-        )
-    raise Interrupted("the request ended without a token")
+async def _prefilled(generation: Generation) -> Chunk:
+    try:
+        return await anext(generation)
+    finally:
+        generation.close()
+
+
+async def _forgotten(service: Service, asked: list[Prompt]) -> None:
+    """Withdraws pages whose ticket nobody was given. The cancellation comes before this: at last they are
+    either there, or never will be."""
+    engine = service.engine
+    tickets = await service.call(lambda: [engine.tickets.pop(of, None) for of in asked])
+    for ticket in filter(None, tickets):
+        engine.outbox.withdraw(ticket.transfer_id)
 
 
 @routes.post("/kv/{transfer_id}/{what}")
@@ -149,6 +194,8 @@ async def kv(transfer_id: int, what: str, request: Request) -> dict[str, bool]:
 async def decode(body: DecodeRequest, request: Request) -> Response:
     """Fetches a prompt's pages and continues it, a line for each step."""
     worker: Worker = request.app.state.worker
+    if worker.service.draining:
+        raise Unavailable("the worker is shutting down: its requests go to others")
     params, ticket = body.params.sampling(), Ticket.from_dict(body.kv_transfer_params)
     pages = await unless_gone(request, _fetched(worker, body.control, ticket))
     engine = worker.service.engine
@@ -160,26 +207,31 @@ async def decode(body: DecodeRequest, request: Request) -> Response:
             drafts=body.drafts,
             pages=pages,
             priority=body.priority,
+            logprob=heard([body.logprob])[0] if body.logprob else None,
         ),
         told=1,
     )
-    return StreamingResponse(_lines(generation), media_type="application/x-ndjson")
+    return Stream(_lines(generation), generation, "application/x-ndjson")
 
 
 async def _fetched(worker: Worker, control: str, ticket: Ticket) -> Any:
     """Pages, and the news to their sender that it may free them."""
-    engine = worker.service.engine
+    engine, sender = worker.service.engine, worker.sender(control)
     tree = jax.tree.structure(engine.decode.cache.pages)
-    async with Peer(control, worker.secret) as sender:
-        if not await sender.kv(ticket.transfer_id, "renew"):
-            raise TransferError(f"{control} does not have the pages any more: their lease has ended")
-        heartbeat = asyncio.create_task(_renewing(sender, ticket))
-        try:
-            pages = await asyncio.to_thread(fetch, ticket, engine.outbox.transport, worker.fingerprint, tree)
-        finally:
-            heartbeat.cancel()
-        with contextlib.suppress(CmxError):  # they are here; there the lease ends
-            await sender.kv(ticket.transfer_id, "acknowledge")
+    try:
+        there = await sender.kv(ticket.transfer_id, "renew")
+    except PeerError as error:
+        raise TransferError(f"the pages cannot be fetched: {error}") from None
+    if not there:
+        raise TransferError(f"{control} does not have the pages any more: their lease has ended")
+    heartbeat = asyncio.create_task(_renewing(sender, ticket))
+    pull = functools.partial(fetch, ticket, engine.outbox.transport, worker.fingerprint, tree)
+    try:
+        pages = await asyncio.get_running_loop().run_in_executor(worker.fetching, pull)
+    finally:
+        heartbeat.cancel()
+    with contextlib.suppress(CmxError):  # they are here; there the lease ends
+        await sender.kv(ticket.transfer_id, "acknowledge")
     return pages
 
 
@@ -199,8 +251,6 @@ async def _lines(generation: Generation) -> AsyncIterator[bytes]:
             yield line.model_dump_json().encode() + b"\n"
     except Interrupted as error:
         yield DecodeLine(error=str(error)).model_dump_json().encode() + b"\n"
-    finally:
-        generation.close()
 
 
 @routes.post("/score")

@@ -1,0 +1,108 @@
+"""Processes that die, hang, leave or lose their disk while requests run: every request ends with its own
+text, and what comes back is used again."""
+
+import resource
+from concurrent.futures import ThreadPoolExecutor
+
+from serving.ems.stores import eventually
+from serving.roles.cluster import BLOCK, END, KILL, PAUSE, RESUME, SECRET, Cluster, text
+from serving.roles.conftest import TOKENS
+
+from cmx_jax.serving.ems import RemoteStore
+
+
+def answered(cluster: Cluster, asked: list[list[int]]) -> list[tuple[str, int] | str]:
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = [pool.submit(cluster.ask, prompt, max_tokens=TOKENS) for prompt in asked]
+    return [text(answer) for answer in answers]
+
+
+def test_killed_workers_lose_no_token_and_are_used_again(cluster: Cluster, asked, offline) -> None:
+    retried = cluster.status()["retried"]
+    with cluster.asked(asked, max_tokens=TOKENS) as answers:
+        for process in (cluster.decode[0], cluster.prefill[0]):
+            process.kill()
+        assert [text(answer) for answer in answers] == offline
+    assert cluster.status()["retried"] > retried
+    assert [bool(w["error"]) for w in cluster.status()["workers"]] == [True, False, True, False]
+    assert answered(cluster, asked) == offline
+    cluster.heal()  # at the same ports
+    assert answered(cluster, asked) == offline
+    assert cluster.prefill[0].status()["kv"]["offered"] > 1
+    assert cluster.decode[0].status()["counts"]["steps"] > 0
+
+
+def test_workers_that_hang_are_survived(cluster: Cluster, asked, offline) -> None:
+    hanging = cluster.decode[1], cluster.prefill[1]
+    with cluster.asked(asked, max_tokens=TOKENS) as answers:
+        for process in hanging:
+            process.send(PAUSE)
+        try:
+            assert [text(answer) for answer in answers] == offline
+            assert [bool(w["error"]) for w in cluster.status()["workers"]] == [False, True, False, True]
+        finally:
+            for process in hanging:
+                process.send(RESUME)
+    cluster.heal()
+    cluster.idle()
+    assert answered(cluster, asked) == offline
+
+
+def test_workers_that_are_told_to_stop_finish_first(cluster: Cluster, asked, offline) -> None:
+    logged = len(cluster.router.log)
+    leaving = cluster.decode[1], cluster.prefill[0]
+    with cluster.asked(asked, max_tokens=TOKENS) as answers:
+        for process in leaving:
+            process.send(END)
+        assert [text(answer) for answer in answers] == offline
+    for process in leaving:
+        assert process.popen.wait(30) == 0
+        assert "Traceback" not in process.log
+    # some came a moment too late, and went to others; nothing that had begun was broken off
+    again = [line for line in cluster.router.log[logged:].splitlines() if "goes on elsewhere" in line]
+    assert all("shutting down: " in line and "not finished" not in line for line in again)
+    assert answered(cluster, asked[:3]) == offline[:3]
+
+
+def test_without_its_cache_server_prompts_run_as_a_whole(cluster: Cluster, asked, offline) -> None:
+    """It is killed, comes back with what is on its disk, and finds one of the blocks there damaged."""
+    long = asked[1]
+    assert cluster.ask(long, max_tokens=TOKENS)["choices"][0]["text"] == offline[1][0]
+    with cluster.asked(asked, max_tokens=TOKENS) as answers:
+        cluster.cache.send(KILL)
+        assert [text(answer) for answer in answers] == offline
+    for path in (p for p in cluster.disk.rglob("*") if p.is_file()):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    cluster.heal()
+    cached: list[int] = []
+
+    def again() -> int:
+        answer = cluster.ask(long, max_tokens=TOKENS)
+        assert answer["choices"][0]["text"] == offline[1][0]
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        return cached[-1]
+
+    eventually(lambda: again() == (len(long) - 1) // BLOCK * BLOCK, 30)
+    assert cached[0] == 0  # all were damaged
+    store = RemoteStore(f"127.0.0.1:{cluster.cache.port}", secret=SECRET)
+    assert store.stats()["bad"] > 0
+    store.close()
+
+
+def test_a_full_disk_of_the_cache_server_is_no_error(cluster: Cluster, asked, offline) -> None:
+    limits = resource.prlimit(cluster.cache.pid, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    store = RemoteStore(f"127.0.0.1:{cluster.cache.port}", secret=SECRET)
+    refused = store.stats()["refused"]
+    new = [[*prompt, 7] for prompt in asked]
+    try:
+        for prompt in asked:
+            cluster.ask([8, *prompt], max_tokens=2)
+        assert answered(cluster, asked) == offline
+        eventually(lambda: store.stats()["refused"] > refused)
+        assert store.stats()["disk"]["error"]
+    finally:
+        resource.prlimit(cluster.cache.pid, resource.RLIMIT_FSIZE, limits)
+        store.close()
+    assert len(answered(cluster, new)) == len(new)
