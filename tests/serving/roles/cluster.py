@@ -2,7 +2,6 @@
 workers, and a router before them."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -78,6 +77,15 @@ class Process:
             self.popen.kill()
             self.popen.wait(10)
 
+    def end(self) -> None:
+        """Tells it to end; at once, if that takes too long."""
+        if self.popen is not None:
+            self.popen.terminate()
+            try:
+                self.popen.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
     def status(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {SECRET}"}
         return httpx.get(f"{self.url}/internal/status", headers=headers, timeout=10).raise_for_status().json()
@@ -114,8 +122,8 @@ class Cluster:
 
     def close(self) -> None:
         self.http.close()
-        for process in self.processes:
-            process.kill()
+        for process in reversed(self.processes):
+            process.end()
 
     def status(self) -> dict[str, Any]:
         return self.http.get("/status").raise_for_status().json()
@@ -158,6 +166,3 @@ def text(answer: "Future[dict[str, Any]]") -> tuple[str, int] | str:
     if "error" in document:
         return document["error"]["message"]
     return document["choices"][0]["text"], document["usage"]["completion_tokens"]
-
-
-PAUSE, RESUME, KILL, END = signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL, signal.SIGTERM

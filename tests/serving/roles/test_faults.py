@@ -2,10 +2,11 @@
 text, and what comes back is used again."""
 
 import resource
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 from serving.ems.stores import eventually
-from serving.roles.cluster import BLOCK, END, KILL, PAUSE, RESUME, SECRET, Cluster, text
+from serving.roles.cluster import BLOCK, SECRET, Cluster, text
 from serving.roles.conftest import TOKENS
 
 from cmx_jax.serving.ems import RemoteStore
@@ -36,13 +37,13 @@ def test_workers_that_hang_are_survived(cluster: Cluster, asked, offline) -> Non
     hanging = cluster.decode[1], cluster.prefill[1]
     with cluster.asked(asked, max_tokens=TOKENS) as answers:
         for process in hanging:
-            process.send(PAUSE)
+            process.send(signal.SIGSTOP)
         try:
             assert [text(answer) for answer in answers] == offline
             assert [bool(w["error"]) for w in cluster.status()["workers"]] == [False, True, False, True]
         finally:
             for process in hanging:
-                process.send(RESUME)
+                process.send(signal.SIGCONT)
     cluster.heal()
     cluster.idle()
     assert answered(cluster, asked) == offline
@@ -53,7 +54,7 @@ def test_workers_that_are_told_to_stop_finish_first(cluster: Cluster, asked, off
     leaving = cluster.decode[1], cluster.prefill[0]
     with cluster.asked(asked, max_tokens=TOKENS) as answers:
         for process in leaving:
-            process.send(END)
+            process.send(signal.SIGTERM)
         assert [text(answer) for answer in answers] == offline
     for process in leaving:
         assert process.popen.wait(30) == 0
@@ -69,7 +70,7 @@ def test_without_its_cache_server_prompts_run_as_a_whole(cluster: Cluster, asked
     long = asked[1]
     assert cluster.ask(long, max_tokens=TOKENS)["choices"][0]["text"] == offline[1][0]
     with cluster.asked(asked, max_tokens=TOKENS) as answers:
-        cluster.cache.send(KILL)
+        cluster.cache.kill()
         assert [text(answer) for answer in answers] == offline
     for path in (p for p in cluster.disk.rglob("*") if p.is_file()):
         data = bytearray(path.read_bytes())
