@@ -1,6 +1,6 @@
 """A server under hundreds of requests that come, leave and overload it: what was wrong, and what is left.
 
-    python scripts/soak.py [--requests 500] [--roles] [--overload] [--seconds 10] [--json]
+    python scripts/soak.py [--requests 500] [--roles] [--overload] [--seconds 10] [--queue 64] [--json]
 
 Starts `cmx serve tiny` (`--roles`: two prefill workers, two decode workers, a cache server and a router). A
 fifth of the requests leave at some moment; all others must end with the text that the model says offline.
@@ -28,7 +28,7 @@ import numpy as np
 import cmx_jax
 
 SECRET, CONTEXT, LONGEST = "of the soak", 256, 48
-CONCURRENT, QUEUE, LEAVE = 32, 64, 0.2
+CONCURRENT, LEAVE = 32, 0.2
 AUTH = {"Authorization": f"Bearer {SECRET}"}
 Ask = tuple[list[int], int, str]  # a prompt, how many tokens, and the text of these
 
@@ -37,18 +37,19 @@ class Servers:
     """Processes that this script started.
 
     Attributes:
+      queue: requests that may wait; what is admitted under overload waits for these at most.
       url: where requests go.
       workers: URLs that have an `/internal/status`.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.url = folder, ""
+    def __init__(self, folder: Path, queue: int):
+        self.folder, self.queue, self.url = folder, queue, ""
         self.processes: list[subprocess.Popen[bytes]] = []
         self.workers: list[str] = []
 
     def start(self, roles: bool) -> None:
         """One server, or all roles one behind the other, as each must know where the others are."""
-        room, api = ["--max-model-len", str(CONTEXT)], ["--max-num-queued-reqs", str(QUEUE)]
+        room, api = ["--max-model-len", str(CONTEXT)], ["--max-num-queued-reqs", str(self.queue)]
         if not roles:
             self.url = self._start("tiny", *room, *api, "--cache-block", "32")
             return
@@ -245,10 +246,11 @@ def main() -> None:
     parser.add_argument("--roles", action="store_true", help="six processes instead of one")
     parser.add_argument("--overload", action="store_true", help="ten times as many as can be served, too")
     parser.add_argument("--seconds", type=float, default=10.0, help="of the overload (default 10)")
+    parser.add_argument("--queue", type=int, default=64, help="requests that may wait (default 64)")
     parser.add_argument("--json", action="store_true", help="one JSON document")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cmx-soak-") as folder:
-        servers = Servers(Path(folder))
+        servers = Servers(Path(folder), args.queue)
         try:
             servers.start(args.roles)
             result = asyncio.run(run(servers, args))

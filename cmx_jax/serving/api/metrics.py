@@ -125,7 +125,7 @@ def _pool(name: str, stats: dict[str, Any]) -> Iterator[Metric]:
     if not stats:
         return
     hits = CounterMetricFamily("cmx:ems_hits", "Blocks found, by tier.", labels=(*LABEL, "tier"))
-    for tier, count in stats["hits"].items():
+    for tier, count in {"dram": 0, "disk": 0, **stats["hits"]}.items():
         hits.add_metric([name, tier], count)
     yield hits
     bad = sum(server.get("bad", 0) for server in stats["servers"].values())

@@ -29,7 +29,7 @@ class PeerError(CmxError):
 
 
 class Refused(PeerError):
-    """A worker takes no request now; nothing was lost."""
+    """A worker takes no request now, or is gone; nothing was lost."""
 
 
 class Peer:
@@ -162,7 +162,8 @@ def _parsed(kind: Any, text: str | bytes, url: str) -> Any:
 
 
 def _unreachable(url: str, error: httpx.HTTPError) -> PeerError:
-    return PeerError(f"{url} cannot be reached ({str(error) or type(error).__name__})")
+    kind = Refused if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else PeerError
+    return kind(f"{url} cannot be reached ({str(error) or type(error).__name__})")
 
 
 def _refused(url: str, status: int, content: bytes, retry_after: str | None = None) -> CmxError:
