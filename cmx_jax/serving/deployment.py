@@ -75,7 +75,7 @@ class Deployment(Hosted):
         """Of its pages."""
         return self.engine.instances[0].fingerprint(self.model.id)
 
-    def cache(self, pool: Pool, block: int, generated: bool) -> None:
+    def cache(self, pool: Pool, block: int, generated: bool = False) -> None:
         """Lets prompts begin behind what is found in a caching pool; `generated`: see `ContextCache`.
 
         Raises:

@@ -17,7 +17,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     """With a caching pool, as `cmx serve` has one."""
     made = colocated("tiny")
     pool = Pool({"here": MPServer(tmp_path_factory.mktemp("pool"), dram=1 << 24, disk=1 << 26)})
-    made.cache(pool, block=128, generated=False)
+    made.cache(pool, block=128)
     yield made
     pool.close()
 
