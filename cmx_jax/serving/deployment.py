@@ -16,6 +16,7 @@ from cmx_jax.serving.model import Model, locate
 from cmx_jax.serving.request import SamplingParams
 from cmx_jax.serving.site import Site
 from cmx_jax.serving.traffic import Traffic
+from cmx_jax.serving.waiting import check_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,7 @@ class QueueLimits:
     queue_ttl_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name, limit in asdict(self).items():
-            if limit is not None and not limit > 0:
-                raise CmxError(f"{name} is {limit}, expected more than zero")
+        check_limits(**asdict(self))
 
     def apply(self, engine: Engine) -> None:
         """Holds an engine to them."""

@@ -19,7 +19,8 @@ from cmx_jax.serving.context import ContextCache
 from cmx_jax.serving.instance import Instance
 from cmx_jax.serving.kv import Outbox
 from cmx_jax.serving.movement import Movement, check_pages, decodes
-from cmx_jax.serving.request import Overloaded, Request, SamplingParams, State
+from cmx_jax.serving.request import Request, SamplingParams, State
+from cmx_jax.serving.waiting import check_limits, check_queue
 
 
 class Engine(Movement):
@@ -67,10 +68,11 @@ class Engine(Movement):
         """
         if eplb_interval < 0:
             raise CmxError(f"eplb_interval is {eplb_interval}, expected zero (never) or more")
-        limits = {"max_num_queued_reqs": max_num_queued_reqs, "max_num_queued_tokens": max_num_queued_tokens}
-        for name, limit in {**limits, "queue_ttl_s": queue_ttl_s}.items():
-            if limit is not None and not limit > 0:
-                raise CmxError(f"{name} is {limit}, expected more than zero")
+        check_limits(
+            max_num_queued_reqs=max_num_queued_reqs,
+            max_num_queued_tokens=max_num_queued_tokens,
+            queue_ttl_s=queue_ttl_s,
+        )
         decoders = [decode] if isinstance(decode, Instance) else list(decode)
         self.eplb_interval = eplb_interval
         self.max_num_queued_reqs, self.max_num_queued_tokens = max_num_queued_reqs, max_num_queued_tokens
@@ -121,21 +123,14 @@ class Engine(Movement):
                 f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed the context of "
                 f"{c.max_position_embeddings}: shorten the prompt or ask for fewer tokens"
             )
-        self._check_queue(len(prompt))
+        if self.waiting:
+            counts = {
+                "max_num_queued_reqs": (self.max_num_queued_reqs, len(self.waiting) + 1),
+                "max_num_queued_tokens": (self.max_num_queued_tokens, self.waiting.tokens + len(prompt)),
+            }
+            check_queue(counts, lambda: self.clock() - self.waiting.first().arrived)
         self._queue(request)
         return request
-
-    def _check_queue(self, tokens: int) -> None:
-        """Whether one more may wait. Who is told to come again is told to do so after as long as the first of
-        those who wait has waited: that is what the queue takes at present."""
-        full = {
-            "max_num_queued_reqs": (self.max_num_queued_reqs, len(self.waiting) + 1),
-            "max_num_queued_tokens": (self.max_num_queued_tokens, self.waiting.tokens + tokens),
-        }
-        for name, (limit, count) in full.items():
-            if self.waiting and limit is not None and count > limit:
-                waited = self.clock() - self.waiting.first().arrived
-                raise Overloaded(f"the queue is full ({name} {limit}), come again later", max(waited, 1.0))
 
     @property
     def busy(self) -> bool:

@@ -53,6 +53,7 @@ class Scheduler(Generic[R]):
         rooms = [(i.capacity, True) for i in decoders]  # and whether all of a request's tokens come there
         rooms += [(i.capacity, False) for i in prefill if i not in self._both]
         self._rooms = tuple(dict.fromkeys(rooms))
+        self._longest = max((i.capacity.pages * i.capacity.page_width for i in prefill), default=None)
 
     @property
     def instances(self) -> list[R]:
@@ -93,8 +94,7 @@ class Scheduler(Generic[R]):
     def _resumable(self, tokens: int) -> bool:
         """Whether a request could be prefilled again with so many. Only one that could with all that it may
         get grows, and is preempted. Without prefill instances whoever sent it sees to that."""
-        rooms = [i.capacity.pages * i.capacity.page_width for i in self.prefill]
-        return not rooms or tokens <= max(rooms)
+        return self._longest is None or tokens <= self._longest
 
     def _admit(self) -> list[tuple[R, Request]]:
         """Places waiting requests in order, until one finds no room; returns where they went."""

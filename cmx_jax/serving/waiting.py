@@ -1,9 +1,37 @@
-"""Requests that wait for a place: by priority, then in the order in which they came."""
+"""Requests that wait for a place: by priority, then in the order in which they came; and how many may."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from cmx_jax.serving.request import Request
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.request import Overloaded, Request
+
+
+def check_limits(**limits: float | None) -> None:
+    """Whether limits let anything in; None is no limit.
+
+    Raises:
+      CmxError: one is not above zero.
+    """
+    for name, limit in limits.items():
+        if limit is not None and not limit > 0:
+            raise CmxError(f"{name} is {limit}, expected more than zero")
+
+
+def check_queue(counts: Mapping[str, tuple[int | None, int]], waited_s: Callable[[], float]) -> None:
+    """Whether something more may wait. Who is told to come again is told to do so after as long as the first
+    of those who wait has waited: that is what the queue takes at present.
+
+    Args:
+      counts: by the limit's name, the limit and what there would be.
+      waited_s: seconds that the first one has waited.
+
+    Raises:
+      Overloaded: it is too much.
+    """
+    for name, (limit, count) in counts.items():
+        if limit is not None and count > limit:
+            raise Overloaded(f"the queue is full ({name} {limit}), come again later", max(waited_s(), 1.0))
 
 
 class Waiting:

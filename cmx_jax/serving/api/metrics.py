@@ -3,7 +3,7 @@
 With MTP a step gives several tokens at once: the inter-token latency is the gap between steps' chunks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -94,15 +94,12 @@ class _Now(Collector):
 
     def collect(self) -> Iterator[Metric]:
         served, now = self._served, self._served.service.counts()
-        for suffix, about, value in (
+        gauges = (
             ("num_requests_running", "Requests that have pages.", now["running"]),
             ("num_requests_waiting", "Requests that have none yet.", now["waiting"]),
             ("kv_cache_usage_perc", "Pages in use, 1 is all.", now["kv_cache_usage"]),
-        ):
-            gauge = GaugeMetricFamily(f"cmx:{suffix}", about, labels=LABEL)
-            gauge.add_metric([served.name], value)
-            yield gauge
-        for suffix, about, value in (
+        )
+        counters = (
             ("prefix_cache_queries", "Prompt tokens that were looked up.", now["prefix_queries"]),
             ("prefix_cache_hits", "Prompt tokens that came out of the caching pool.", now["prefix_hits"]),
             ("engine_busy_seconds", "Time while there was work.", now["busy_s"]),
@@ -113,10 +110,9 @@ class _Now(Collector):
             ("pd_transfers", "Prompts whose pages came to decode.", now["kv_moved"]),
             ("pd_transfers_lost", "Prompts whose pages did not.", now["kv_lost"]),
             ("eplb_rebalances", "Times that experts were placed anew.", now["eplb_moves"]),
-        ):
-            total = CounterMetricFamily(f"cmx:{suffix}", about, labels=LABEL)
-            total.add_metric([served.name], value)
-            yield total
+        )
+        yield from _families(GaugeMetricFamily, served.name, gauges)
+        yield from _families(CounterMetricFamily, served.name, counters)
         yield from _pool(served.name, served.service.cache())
 
 
@@ -130,17 +126,22 @@ def _pool(name: str, stats: dict[str, Any]) -> Iterator[Metric]:
     yield hits
     bad = sum(server.get("bad", 0) for server in stats["servers"].values())
     down = sum("misses" not in server for server in stats["servers"].values())
-    for suffix, about, value in (
+    counters = (
         ("ems_misses", "Blocks not found.", stats["misses"]),
         ("ems_stored", "Blocks stored.", stats["stored"]),
         ("ems_dropped", "Blocks not stored, as too many waited.", stats["dropped"]),
         ("ems_refused", "Blocks that a server did not take.", stats["lost"]),
         ("ems_failures", "Times that a server did not answer.", stats["failures"]),
         ("ems_bad_blocks", "Blocks that were damaged.", bad),
-    ):
-        total = CounterMetricFamily(f"cmx:{suffix}", about, labels=LABEL)
-        total.add_metric([name], value)
-        yield total
-    gauge = GaugeMetricFamily("cmx:ems_servers_down", "Cache servers that do not answer.", labels=LABEL)
-    gauge.add_metric([name], down)
-    yield gauge
+    )
+    yield from _families(CounterMetricFamily, name, counters)
+    servers = (("ems_servers_down", "Cache servers that do not answer.", down),)
+    yield from _families(GaugeMetricFamily, name, servers)
+
+
+def _families(kind: Any, name: str, rows: Iterable[tuple[str, str, float]]) -> Iterator[Metric]:
+    """A metric for each row: suffix, what it is, and its value for the model of that name."""
+    for suffix, about, value in rows:
+        family = kind(f"cmx:{suffix}", about, labels=LABEL)
+        family.add_metric([name], value)
+        yield family

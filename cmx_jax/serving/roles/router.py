@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.generation import Chunk, Generation, Interrupted
 from cmx_jax.serving.kv import TransferError, new_id
-from cmx_jax.serving.request import Overloaded, Request, SamplingParams, TokenLogprob
+from cmx_jax.serving.request import Request, SamplingParams, TokenLogprob
 from cmx_jax.serving.roles.members import Member, Members
 from cmx_jax.serving.roles.messages import DecodeRequest, Params, PrefillAnswer, PrefillRequest, heard
 from cmx_jax.serving.roles.peer import PeerError, Refused
 from cmx_jax.serving.service import Unavailable
+from cmx_jax.serving.waiting import check_limits, check_queue
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -80,9 +81,7 @@ class Router:
             "max_num_queued_reqs": max_num_queued_reqs,
             "max_num_queued_tokens": max_num_queued_tokens,
         }
-        for name, limit in self._limits.items():
-            if limit is not None and limit < 1:
-                raise CmxError(f"{name} is {limit}, expected more than zero")
+        check_limits(**self._limits)
         self.members, self.policy = members, policy
         self.live: dict[Request, _Job] = {}
         self.draining = False
@@ -121,10 +120,11 @@ class Router:
         waiting = self._waiting()
         tokens = sum(len(request.prompt) for request in waiting) + sum(map(len, prompts))
         counts = {"max_num_queued_reqs": len(waiting) + len(prompts), "max_num_queued_tokens": tokens}
-        for name, limit in self._limits.items():
-            if waiting and limit is not None and counts[name] > limit:
-                waited = time.perf_counter() - min(request.arrived for request in waiting)
-                raise Overloaded(f"the queue is full ({name} {limit}), come again later", max(waited, 1.0))
+        if waiting:
+            check_queue(
+                {name: (limit, counts[name]) for name, limit in self._limits.items()},
+                lambda: time.perf_counter() - min(request.arrived for request in waiting),
+            )
 
     def _waiting(self) -> list[Request]:
         return [request for request in self.live if request.first_token is None]
