@@ -14,6 +14,7 @@ With 160 decode ranks a rank is one of the paper's NPUs, which are two dies each
 
 import argparse
 import json
+import operator
 import re
 import sys
 import time
@@ -21,12 +22,11 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
 from cmx_jax.mesh.exchange import EXCHANGES, WIRES
+from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.targets import compiler_options, target_devices
 from cmx_jax.model.abstract import trace_step
 from cmx_jax.model.cache import KV_CACHE_DTYPES
@@ -109,9 +109,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         shared_slots=args.shared_slots,
         share_sequences=args.share_sequences,
     )
-    found = target_devices(args.target, ranks)
-    shape, names = [n for _, n in layout.axes], [name for name, _ in layout.axes]
-    mesh = Mesh(np.array(found).reshape(shape), names)
+    mesh = auto_mesh(layout.axes, target_devices(args.target, ranks))
     times = [time.perf_counter()]
     step = trace_step(
         c,
@@ -145,7 +143,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "wire": args.wire,
         "kv_cache_dtype": args.kv_cache_dtype,
         "cache_row_bytes": page_bytes(c, 1, args.kv_cache_dtype) // c.num_hidden_layers,
-        "seconds": dict(zip(("trace", "lower", "compile"), np.diff(times).tolist(), strict=True)),
+        "seconds": dict(zip(("trace", "lower", "compile"), map(operator.sub, times[1:], times), strict=True)),
         "by_layout": by_layout(
             c, layout, batch, args.context, prefill, args.num_speculative_tokens, args.kv_cache_dtype
         ),

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
@@ -64,9 +64,8 @@ def ring() -> None:
         return out
 
     x = jax.ShapeDtypeStruct((4096, 128), jnp.bfloat16)
-    mapped = jax.shard_map(
-        attend, mesh=AbstractMesh((8,), ("ring",)), in_specs=P("ring"), out_specs=P("ring")
-    )
+    mesh = AbstractMesh((8,), ("ring",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=P("ring"), out_specs=P("ring"))
     print(f"\nring attention\n{render(trace(mapped, x, x, x))}")
 
 

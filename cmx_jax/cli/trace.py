@@ -37,7 +37,11 @@ def add(verbs: Any) -> None:
         "dtype[shape]@axes of each argument, such as float32[64,4096]@-,x; or MODULE:NAME that returns them"
     )
     function.add_argument("--args", nargs="+", default=[], metavar="ARG", help=args)
-    function.add_argument("--mesh", metavar="AXES", help="such as node=4,npu=8")
+    mesh = (
+        "mesh that --args lie on: axes and sizes such as node=4,npu=8 (npu=8:explicit for explicit "
+        "shardings), or MODULE:NAME of a mesh of your own"
+    )
+    function.add_argument("--mesh", metavar="AXES", help=mesh)
     function.add_argument("--devices", type=int, default=0, help="virtual devices, for its own mesh")
 
     sources = "jaxpr (what was written, default), stablehlo, or hlo (what the compiler made of it)"

@@ -13,7 +13,7 @@ callers of a runner only ever hold whole arrays:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,9 +21,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.groups import Axes
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, host_devices
+from cmx_jax.mesh.jax_versions import auto_mesh
 
-Axes = tuple[tuple[str, int], ...]
 _ALIGNMENT = 64  # bytes: what XLA:CPU asks of a buffer
 Part = Callable[[tuple[slice, ...]], np.ndarray]
 
@@ -286,8 +287,7 @@ class Abstract:
     mesh: Any = field(default=None, compare=False)  # Mesh or AbstractMesh
 
     def __post_init__(self) -> None:
-        names, sizes = zip(*self.axes, strict=True)
-        object.__setattr__(self, "mesh", self.mesh or AbstractMesh(sizes, names))
+        object.__setattr__(self, "mesh", self.mesh or auto_mesh(self.axes))
 
     def jit(
         self,
@@ -329,9 +329,8 @@ def make_runner(kind: str, axes: Axes, first_device: int = 0) -> Runner:
         return Lanes(axes)
     if kind != "devices":
         raise CmxError(f"runner {kind!r} is unknown, expected one of {list(RUNNERS)}")
-    sizes = tuple(size for _, size in axes)
-    count = math.prod(sizes)
+    count = math.prod(size for _, size in axes)
     if count > MAX_COLLECTIVE_CPU_DEVICES and len(jax.devices()) < count:
         _refuse_wide(count)  # before so many are made
     devices = host_devices(first_device + count)[first_device : first_device + count]
-    return Devices(Mesh(np.array(devices).reshape(sizes), tuple(name for name, _ in axes)))
+    return Devices(cast(Mesh, auto_mesh(axes, devices)))

@@ -4,10 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
-
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.message import message_bytes
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
@@ -69,8 +67,7 @@ def trace_model(
     given: dict[str, Any] = {"sequences": sequences, "context": context, "drafts": drafts, "dtype": dtype}
     mesh = None
     if source == "hlo":
-        devices = np.array(target_devices(target, layout.ranks))
-        mesh = Mesh(devices.reshape([n for _, n in layout.axes]), [name for name, _ in layout.axes])
+        mesh = auto_mesh(layout.axes, target_devices(target, layout.ranks))
         given |= {"mesh": mesh, "in_order": target != "cpu"}
     began = time.perf_counter()
     traced = trace_step(c, layout, step, length=context, **given)

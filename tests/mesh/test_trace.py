@@ -4,18 +4,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import CLOUDMATRIX384, H800_NODE
+from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.trace import Trace, View, render, trace
 from cmx_jax.mesh.trace.place import groups_of, plane
 
-MESH = AbstractMesh((4, 8), ("node", "npu"))
+AXES = (("node", 4), ("npu", 8))
+MESH = auto_mesh(AXES)
 SOURCES = ("jaxpr", "stablehlo", "hlo")
 
 
@@ -24,7 +25,7 @@ def shape(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
 
 
 def devices() -> Mesh:
-    return Mesh(np.array(jax.devices()[:32]).reshape(4, 8), MESH.axis_names)
+    return auto_mesh(AXES, jax.devices()[:32])
 
 
 def mapped(fn: Any, ins: Any, outs: Any, source: str = "jaxpr") -> Any:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from jax.sharding import AbstractMesh
 
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.trace.function import read_args, trace_function
 
 MINE = """
@@ -98,6 +98,61 @@ def test_a_function_that_fails_says_where(mine: str) -> None:
 
 
 def test_an_argument_over_two_axes() -> None:
-    mesh = AbstractMesh((2, 4), ("a", "b"))
+    mesh = auto_mesh((("a", 2), ("b", 4)))
     (found,) = read_args(["int8[16,3]@a+b"], mesh)
     assert found.sharding.shard_shape(found.shape) == (2, 3)
+
+
+EXPLICIT = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
+
+mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:8])
+
+def total(x):
+    return jax.shard_map(lambda a: jax.lax.psum(a, "y"), mesh=mesh, in_specs=P("x", "y"), out_specs=P("x"))(x)
+
+def gathered(x):
+    return jax.sharding.reshard(x @ x.sum(0), P())
+"""
+
+
+@pytest.fixture
+def explicit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"explicit_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(EXPLICIT)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+@pytest.mark.parametrize("source", ["jaxpr", "stablehlo", "hlo"])
+def test_arguments_on_a_mesh_of_the_module(explicit: str, source: str) -> None:
+    found = trace_function(f"{explicit}:total", ["float32[8,16]@x,y"], f"{explicit}:mesh", source=source)
+    (only,) = found.collectives
+    assert (only["op"], only["axes"], only["shape"]) == ("all_reduce", ["y"], [4, 4])
+
+
+@pytest.mark.parametrize("mesh", ["x=2:explicit,y=4:explicit", "x=2:explicit,y=4"])
+def test_explicit_axes_of_a_mesh_by_sizes(explicit: str, mesh: str) -> None:
+    found = trace_function(f"{explicit}:gathered", ["float32[8,16]@x"], mesh)
+    assert any("1 x reshard" in note for note in found.notes)
+
+
+def test_argument_that_is_not_placed_says_how_to_place_it(explicit: str) -> None:
+    with pytest.raises(CmxError, match=r"total: in_specs passed .*dtype\[shape\]@axes on --mesh") as error:
+        trace_function(f"{explicit}:total", ["float32[8,16]"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ("jax.numpy:pi", "mesh jax.numpy:pi is a float, expected a jax.sharding.Mesh"),
+        ("jax.numpy:no_such", "AttributeError"),
+        ("x=2:manual", "expected different axes and sizes such as node=4,npu=8"),
+    ],
+)
+def test_mesh_that_is_none_is_one_line(mesh: str, said: str) -> None:
+    with pytest.raises(CmxError, match=said) as error:
+        trace_function("jax.numpy:sin", ["float32[4]"], mesh)
+    assert "\n" not in str(error.value)

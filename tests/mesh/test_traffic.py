@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import CLOUDMATRIX384
+from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.trace import Trace, trace
 from cmx_jax.mesh.trace.collective import Collective
 from cmx_jax.mesh.trace.traffic import by_node, traffic
@@ -22,7 +23,7 @@ BOTH = P(("node", "npu"))
 
 def traced(fn: Any) -> Trace:
     """Of a rank's `[32, 32] float32`: 4,096 bytes."""
-    mesh = AbstractMesh(tuple(AXES.values()), tuple(AXES))
+    mesh = auto_mesh(tuple(AXES.items()))
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=BOTH, out_specs=BOTH, check_vma=False)
     return trace(mapped, jax.ShapeDtypeStruct((32 * 32, 32), jnp.dtype("float32")))
 

@@ -54,11 +54,19 @@ def _results(eqn: Any, ins: list[Streams], parts: int) -> tuple[list[Streams], l
     return collectives(getattr(inner, "jaxpr", inner), ins, parts)
 
 
+def _same(outer: Any, inner: Any) -> bool:
+    return outer.aval.shape == inner.aval.shape
+
+
 def _loop(eqn: Any, ins: list[Streams], parts: int) -> tuple[list[Streams], list[Collective]]:
     """Until the carry depends on nothing new; all that a `while` does depends on its condition."""
     p, until, more = eqn.params, NONE, None
     if eqn.primitive.name == "scan":
-        body, before, carry = p["jaxpr"].jaxpr, p["num_consts"], p["num_carry"]
+        body = p["jaxpr"].jaxpr
+        # what is scanned has one dimension more outside (parameters that count it differ by JAX version)
+        carry = sum(_same(outer, inner) for outer, inner in zip(eqn.outvars, body.outvars, strict=True))
+        scanned = sum(not _same(outer, inner) for outer, inner in zip(eqn.invars, body.invars, strict=True))
+        before = len(ins) - scanned - carry
         consts = ins[:before]
     else:
         body, more, asked = p["body_jaxpr"].jaxpr, p["cond_jaxpr"].jaxpr, ins[: p["cond_nconsts"]]

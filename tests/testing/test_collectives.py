@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import make_runner
+from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.testing import assert_collectives
 
-MESH = AbstractMesh((2, 4), ("a", "b"))
+MESH = auto_mesh((("a", 2), ("b", 4)))
 X = jax.ShapeDtypeStruct((8, 8, 4), jnp.float32)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.jax_versions import placement_advice, typed_mesh
 from cmx_jax.mesh.targets import target_devices
 from cmx_jax.mesh.trace.program import trace
 from cmx_jax.mesh.trace.table import Trace, View
@@ -40,17 +40,18 @@ def trace_function(
       name: of the function, jitted or not.
       args: for each of its arguments `dtype[shape]`, and behind `@` how it is split over the mesh; or only
         `package.module:function` again, of a function that returns all arguments (a tuple of pytrees).
-      mesh: `axis=size,...`; None if the function brings its own. `jax.shard_map` without a mesh has it, too.
+      mesh: `axis=size,...`, with `Auto` axes, or `axis=size:explicit` for `Explicit` ones; or
+        `package.module:mesh`, a mesh of the user's own. `jax.shard_map` without a mesh runs on it. None if
+        neither the arguments nor the function's context need one.
       source, target, dump, view: as of `cmx_jax.mesh.trace.trace`.
 
     Raises:
       CmxError: there is no such function, an argument or the mesh makes no sense, or the function fails.
     """
-    axes = read_mesh(mesh)
-    own = not axes  # the function's mesh is not ours to name
-    on = _mesh(axes, target if source == "hlo" and not own else None)
-    fn, given = load(name), read_args(args, on)
-    with nullcontext() if own else _known(on):
+    fn = load(name)
+    on = _mesh_of(mesh, target if source == "hlo" else None)
+    given = read_args(args, on)
+    with nullcontext() if mesh is None else _known(on):
         try:
             traced = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*given)
         except Exception as error:  # whatever it raises
@@ -58,35 +59,52 @@ def trace_function(
         return trace(traced, *given, source=source, target=target, dump=dump, view=view)
 
 
+def _mesh_of(text: str | None, target: str | None) -> Mesh | AbstractMesh:
+    """Returns the mesh that `--mesh` names; one without axes for None.
+
+    Args:
+      text: As `trace_function` takes it.
+      target: Target whose devices the mesh is made of; None for an abstract mesh.
+    """
+    if text is not None and ":" in text and "=" not in text:
+        mesh = _attribute(text)
+        if not isinstance(mesh, Mesh | AbstractMesh):
+            raise CmxError(
+                f"mesh {text} is a {type(mesh).__name__}, expected a jax.sharding.Mesh or AbstractMesh"
+            )
+        return mesh
+    sizes, explicit = read_mesh(text)
+    devices = target_devices(target, math.prod(sizes.values())) if target and sizes else None
+    return typed_mesh(tuple(sizes.items()), explicit, devices)
+
+
 def _known(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
     """What `jax.shard_map` without a mesh takes."""
     return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
-def read_mesh(text: str | None) -> dict[str, int]:
-    """`node=4,npu=8` to sizes by axis."""
-    found: dict[str, int] = {}
+def read_mesh(text: str | None) -> tuple[dict[str, int], frozenset[str]]:
+    """Reads `node=4,npu=8:explicit`: the size of each axis, and the names of the `Explicit` axes."""
+    sizes: dict[str, int] = {}
+    explicit = set()
     for part in filter(None, (text or "").split(",")):
         axis, _, size = part.partition("=")
-        if not axis.isidentifier() or not size.isdecimal() or int(size) < 1 or axis in found:
-            raise CmxError(f"mesh {text!r}, expected different axes and sizes such as node=4,npu=8")
-        found[axis] = int(size)
-    return found
+        size, _, kind = size.partition(":")
+        good = axis.isidentifier() and size.isdecimal() and int(size) > 0 and kind in ("", "auto", "explicit")
+        if not good or axis in sizes:
+            raise CmxError(
+                f"mesh {text!r}, expected different axes and sizes such as node=4,npu=8 (npu=8:explicit for "
+                "explicit shardings), or package.module:mesh"
+            )
+        sizes[axis] = int(size)
+        if kind == "explicit":
+            explicit.add(axis)
+    return sizes, frozenset(explicit)
 
 
-def _mesh(axes: dict[str, int], target: str | None) -> Mesh | AbstractMesh:
-    """Of devices of a target, or of none."""
-    sizes, names = tuple(axes.values()), tuple(axes)
-    if target is None:
-        return AbstractMesh(sizes, names)
-    return Mesh(np.array(target_devices(target, math.prod(sizes))).reshape(sizes), names)
-
-
-def load(name: str) -> Callable[..., Any]:
-    """The function `package.module:function` (or `:object.method`)."""
+def _attribute(name: str) -> Any:
+    """Returns the object `package.module:name` (or `:object.attribute`)."""
     module, _, path = name.partition(":")
-    if not module or not path:
-        raise CmxError(f"function {name!r}, expected package.module:function")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -95,6 +113,15 @@ def load(name: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except Exception as error:  # whatever the module does when imported
         raise _failed(name, error) from None
+    return found
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function `package.module:function` (or `:object.method`)."""
+    module, _, path = name.partition(":")
+    if not module or not path:
+        raise CmxError(f"function {name!r}, expected package.module:function")
+    found = _attribute(name)
     if not callable(found):
         raise CmxError(f"{name} is a {type(found).__name__}, expected a function")
     return found
@@ -138,6 +165,9 @@ def _failed(name: str, error: Exception) -> CmxError:
     while at is not None and at.tb_next is not None:
         at = at.tb_next
     where = f" ({Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno})" if at is not None else ""
+    if advice := placement_advice(error):
+        reason = _first_line(error).split(". ")[0]
+        return CmxError(f"{name}: {reason}; {advice}; with --args, dtype[shape]@axes on --mesh places it")
     return CmxError(f"{name}: {type(error).__name__}: {_first_line(error)}{where}")
 
 

@@ -11,10 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cmx_jax.mesh.groups import Axes, Groups, mesh_groups
 from cmx_jax.mesh.trace.hlo_text import Instruction
-
-Groups = tuple[tuple[int, ...], ...]
-Axes = tuple[tuple[str, int], ...]
 
 GROUPS = (
     r"replica_groups=(\{(?:\s*\{[\d,\s]*\},?)*\s*\}"  # {{0,1},{2,3}}
@@ -91,28 +89,17 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _read_mesh(text: str) -> Groups:
-    """`mesh['a'=2,'b'=8] {'a','b':(2)4}`: axes, of which `(2)4` is a part: 4 behind the first 2."""
+    """`mesh['a'=2,'b'=8] {'a','b':(2)4}`: axes, of which `(2)4` is a part: 4 after the first 2."""
     mesh, ids, chosen = re.match(  # type: ignore[union-attr]
         r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}$", text
     ).groups()
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)}
-    parts: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
-    for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen):
-        parts[name].append((int(before or 1), int(size or sizes[name])))
-    shape, inside = [], []
-    for name, whole in sizes.items():
-        done = 1
-        for before, size in sorted(parts[name]):
-            shape += [before // done, size]
-            inside.append(len(shape) - 1)
-            done = before * size
-        shape.append(whole // done)
-    numbers = np.arange(math.prod(sizes.values()))
-    if ids:
-        numbers = (_iota(ids) if ids.startswith("[") else np.array(_numbers(ids))).reshape(-1)
-    last = range(len(shape) - len(inside), len(shape))
-    size = math.prod(shape[axis] for axis in inside)
-    return _rows(np.moveaxis(numbers.reshape(shape), inside, tuple(last)).reshape(-1, size))
+    parts = [
+        (name, int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", chosen)
+    ]
+    devices = (_iota(ids) if ids.startswith("[") else np.array(_numbers(ids))) if ids else None
+    return mesh_groups(sizes, parts, devices)
 
 
 def _rows(numbers: np.ndarray) -> Groups:

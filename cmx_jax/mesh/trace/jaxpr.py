@@ -2,11 +2,19 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmx_jax.mesh.trace.collective import Collective
+from cmx_jax.mesh.trace.explicit import (
+    explicit_axes,
+    implied_collective,
+    is_split_by_compiler,
+    local_bytes,
+    local_shape,
+)
 from cmx_jax.mesh.trace.place import groups_of
 from cmx_jax.mesh.trace.scope import joined, scopes
 
@@ -45,25 +53,47 @@ class Product:
 
 @dataclass
 class Found:
-    """What a program holds, in its order (`order` counts); `axes` are the mesh's of its `shard_map`s,
-    `arguments` the bytes that a rank gives to the first of them."""
+    """What a program holds.
+
+    Attributes:
+      collectives: Collectives in the order of the program.
+      products: Matrix products and convolutions in the order of the program.
+      axes: Sizes of the mesh axes of its `shard_map`s and explicit shardings.
+      notes: What is uncertain.
+      arguments: Bytes that a rank gives to the program, or to its first `shard_map`; 0 if unknown.
+      implied: Operations on explicitly sharded arrays for which the compiler inserts collectives, counted.
+      whole: Operations that the compiler splits over some mesh axis, counted; their sizes here are those of
+        all ranks along that axis together.
+      order: Counter of places in the program.
+    """
 
     collectives: list[Collective] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     axes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     arguments: int = 0
+    implied: Counter[str] = field(default_factory=Counter)
+    whole: Counter[str] = field(default_factory=Counter)
     order: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
 
 @dataclass(frozen=True)
 class At:
-    """Where we are: executions (None: as the data want; by known loops alone), scopes, sizes of axes."""
+    """Where a reader is in a program.
+
+    Attributes:
+      count: Executions, or None where data decide.
+      known: Executions by loops of known length alone.
+      scope: `named_scope`s, outermost first, with `/` between.
+      axes: Sizes of the axes of the mesh of the `shard_map` around.
+      manual: Mesh axes along which sizes are those of one rank (StableHLO).
+    """
 
     count: int | None = 1
     known: int = 1
     scope: str = ""
     axes: tuple[tuple[str, int], ...] = ()
+    manual: tuple[str, ...] = ()
 
     def times(self, n: int | None) -> "At":
         """In a loop (None: data decide how often it runs)."""
@@ -77,8 +107,18 @@ def read_jaxpr(jaxpr: Any) -> Found:
     Loops of known length are counted. What lies in a `while`, or in one branch of a condition and not in
     the same way in the others, has count None: data decide.
     """
-    found = Found()
-    _walk(getattr(jaxpr, "jaxpr", jaxpr), At(), found)
+    found, program = Found(), getattr(jaxpr, "jaxpr", jaxpr)
+    _walk(program, At(), found)
+    given = [v.aval for v in program.invars]
+    if explicit := [aval for aval in given if explicit_axes(aval)]:
+        found.axes |= dict(explicit[0].sharding.mesh.shape)
+        found.arguments = sum(local_bytes(aval) for aval in given)
+    if explicit or found.implied:
+        named = ", ".join(f"{count} x {name}" for name, count in found.implied.items())
+        found.notes.append(
+            "shardings are explicit: the compiler inserts the collectives that they imply"
+            f"{f' ({named})' if named else ''}, which source hlo shows"
+        )
     return found
 
 
@@ -86,6 +126,10 @@ def _walk(jaxpr: Any, at: At, found: Found) -> None:
     for eqn in jaxpr.eqns:
         here = replace(at, scope=joined(at.scope, scopes(f"{eqn.source_info.name_stack}/{eqn.primitive}")))
         name = eqn.primitive.name
+        if implied := implied_collective(eqn):
+            found.implied[implied] += 1
+        if (name in OPS or name in PRODUCTS) and is_split_by_compiler(eqn):
+            found.whole[name] += 1
         if name in OPS:
             found.collectives += _collectives(eqn, OPS[name], here, found)
         elif name in PRODUCTS:
@@ -101,7 +145,7 @@ def _walk(jaxpr: Any, at: At, found: Found) -> None:
             sizes = tuple(eqn.params["mesh"].shape.items())
             found.axes |= dict(sizes)
             given = (v.aval for v in eqn.params["jaxpr"].invars)
-            found.arguments = found.arguments or sum(a.size * a.dtype.itemsize for a in given)
+            found.arguments = found.arguments or sum(map(local_bytes, given))
             _walk(eqn.params["jaxpr"], replace(here, axes=sizes), found)
         else:
             for inner in _inner(eqn.params.values()):
@@ -130,6 +174,8 @@ def merge_branches(each: list[Found], found: Found) -> None:
     same = all(part.collectives == each[0].collectives for part in each)
     for i, part in enumerate(each):
         found.axes |= part.axes
+        found.implied += part.implied
+        found.whole += part.whole
         if same and i:
             continue
         collectives = part.collectives if same else [replace(c, count=None) for c in part.collectives]
@@ -157,7 +203,7 @@ def _collectives(eqn: Any, op: str, at: At, found: Found) -> Iterator[Collective
         pairs = _ranks(eqn.params["perm"], names, sizes)
     operands = eqn.invars[:1] if op == "ragged_all_to_all" else eqn.invars
     for operand in operands:
-        dtype, shape = str(operand.aval.dtype), tuple(operand.aval.shape)
+        dtype, shape = str(operand.aval.dtype), local_shape(operand.aval)
         yield Collective(
             op,
             names,
@@ -182,17 +228,24 @@ def _ranks(
 
 
 def _product(eqn: Any, at: At, found: Found) -> Product:
-    a, b, out = (v.aval for v in (*eqn.invars[:2], eqn.outvars[0]))
+    avals = [v.aval for v in (*eqn.invars[:2], eqn.outvars[0])]
+    a, b, out = map(local_shape, avals)
     shape: tuple[int, ...] = ()
     if eqn.primitive.name == "ragged_dot_general":  # each row meets one group's matrix
         numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-        each = math.prod(a.shape[i] for i in numbers[0][0])
+        flops = 2 * math.prod(out) * math.prod(a[i] for i in numbers[0][0])
     elif eqn.primitive.name == "dot_general":
         (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
-        each, batch = (math.prod(a.shape[i] for i in axes) for axes in (contracted, batched))
-        shape = (batch, a.size // max(batch * each, 1), each, b.size // max(batch * each, 1))
+        each, batch = (math.prod(a[i] for i in dims) for dims in (contracted, batched))
+        shape = (batch, _quotient(a, batch * each), each, _quotient(b, batch * each))
+        flops = 2 * math.prod(shape)
     else:
         kernel = eqn.params["dimension_numbers"].rhs_spec
-        each = math.prod(b.shape[i] for i in kernel[1:])
-    flops, moved = 2 * math.prod(out.shape) * each, sum(x.size * x.dtype.itemsize for x in (a, b, out))
-    return Product(str(a.dtype), flops, moved, at.count, at.scope, at.known, next(found.order), shape)
+        flops = 2 * math.prod(out) * math.prod(b[i] for i in kernel[1:])
+    moved = sum(map(local_bytes, avals))
+    dtype = str(avals[0].dtype)
+    return Product(dtype, flops, moved, at.count, at.scope, at.known, next(found.order), shape)
+
+
+def _quotient(shape: tuple[int, ...], size: int) -> int:
+    return math.prod(shape) // max(size, 1)

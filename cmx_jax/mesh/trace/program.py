@@ -13,6 +13,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.jax_versions import placement_advice
 from cmx_jax.mesh.targets import compiler_options
 from cmx_jax.mesh.trace.differences import differences
 from cmx_jax.mesh.trace.hlo import read_hlo
@@ -45,29 +46,39 @@ def trace(
       view: where ranks sit, and what is useful of what they move.
 
     Raises:
-      CmxError: the source is unknown, or the program cannot be compiled.
+      CmxError: the source is unknown, the program cannot be compiled, or `shard_map` refuses an argument that
+        does not lie on a mesh of `Explicit` axes as it should. Other errors of the function go through.
     """
     if source not in SOURCES:
         raise CmxError(f"source {source!r}, expected one of {', '.join(SOURCES)}")
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
-        traced = fn if hasattr(fn, "jaxpr") else (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args)
+        traced = fn if hasattr(fn, "jaxpr") else _traced(fn, args)
         asked = found = read_jaxpr(traced.jaxpr)
     memory, texts = ({"arguments": asked.arguments} if asked.arguments else {}), {"jaxpr.txt": traced.jaxpr}
     if source != "jaxpr":
         found, more, memory_of = _lowered(traced, asked, source, target, seconds)
         texts, memory = texts | more, memory | memory_of
+    if source == "stablehlo":
+        found.notes.extend(asked.notes)
+    if source != "hlo" and (note := _undecided(found, args)):
+        found.notes.append(note)
     result = table(source, found, view, memory, seconds)
     if source != "jaxpr":
         result.notes.extend(_compared(table("jaxpr", asked, view, {}, {}), result, target))
-    elif not asked.axes and any(_parts(a) > 1 for a in jax.tree.leaves(args)):
-        result.notes.append(
-            "arguments are split, but there is no shard_map: the compiler will insert collectives, which "
-            "source hlo shows; products are those of all devices together"
-        )
     if dump is not None:
         _dump(dump, texts, result, view)
     return result
+
+
+def _traced(fn: Any, args: Any) -> Any:
+    """Traces a function; what it raises itself is the caller's to see."""
+    try:
+        return (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args)
+    except ValueError as error:
+        if advice := placement_advice(error):
+            raise CmxError(f"{str(error).split('. ')[0]}; {advice}") from error
+        raise
 
 
 class _timed:  # noqa: N801 (a context manager)
@@ -81,6 +92,22 @@ class _timed:  # noqa: N801 (a context manager)
 
     def __exit__(self, *_: Any) -> None:
         self.seconds[self.name] = time.perf_counter() - self.began
+
+
+def _undecided(found: Found, args: Any) -> str:
+    """Says of which operations only the compiler knows how they are split over the mesh, or ''."""
+    split = any(_parts(a) > 1 for a in jax.tree.leaves(args))
+    if not split and not (found.axes and found.whole):
+        return ""
+    if split and not found.axes and not found.whole:
+        return "arguments are split: the compiler inserts the collectives, which source hlo shows"
+    if not found.whole:
+        return ""
+    named = ", ".join(f"{count} x {name}" for name, count in found.whole.items())
+    return (
+        f"the compiler splits {named} and inserts collectives, which source hlo shows; here these have the "
+        "sizes of all ranks together"
+    )
 
 
 def _parts(arg: Any) -> int:
@@ -132,7 +159,8 @@ def _compared(asked: Trace, result: Trace, target: str) -> list[str]:
     """Where the source and the jaxpr do not agree."""
     names = (asked.source, result.source)
     found = differences(asked.collectives, result.collectives, names, by=("op", "axes"))
-    for dtype in dict.fromkeys((*asked.flops, *result.flops)) if asked.found.axes else ():
+    decided = asked.found.axes and not asked.found.whole and not result.found.whole
+    for dtype in dict.fromkeys((*asked.flops, *result.flops)) if decided else ():
         flops = [t.flops.get(dtype, 0) for t in (asked, result)]
         if flops[0] != flops[1]:
             said = (f"{name} {scaled(of)}FLOP" for name, of in zip(names, flops, strict=True))

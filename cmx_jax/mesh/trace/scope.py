@@ -6,7 +6,7 @@ from functools import cache
 # the program's own structure
 STRUCTURE = re.compile(
     r"p?jit|(?:p?jit|pmap|core_call|xla_call)\(.*\)|shard_map|while|body|cond|scan|branch_\d+_fun|closed_call"
-    r"|checkpoint|remat\d?|rematted_computation|custom_[jv][jv]p_call\w*|(?:core|xla)_call"
+    r"|eval_jaxpr|checkpoint|remat\d?|rematted_computation|custom_[jv][jv]p_call\w*|(?:core|xla)_call"
 )
 # `transpose(jvp(Dispatch))`: the user's scope in a transformation
 WRAPPED = re.compile(r"(?:jvp|vjp|transpose|vmap|linearize|remat|checkpoint|rematted_computation)\((.*)\)")

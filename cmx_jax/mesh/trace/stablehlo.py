@@ -6,20 +6,21 @@ A program whose sharding the compiler decides (GSPMD) has no collectives yet.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters.mlir import make_ir_context
 
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.groups import Axes, Groups
+from cmx_jax.mesh.jax_versions import explicit_parts, manual_axes, module_meshes, replica_groups
 from cmx_jax.mesh.trace.collective import Collective
-from cmx_jax.mesh.trace.hlo_groups import Axes, Groups, axes_of_groups, axes_of_pairs, connected
+from cmx_jax.mesh.trace.hlo_groups import axes_of_groups, axes_of_pairs, connected
 from cmx_jax.mesh.trace.hlo_text import numpy_dtype
 from cmx_jax.mesh.trace.jaxpr import At, Found, Product, merge_branches
 from cmx_jax.mesh.trace.scope import joined, scopes
@@ -60,15 +61,15 @@ def read_stablehlo(program: Any) -> Found:
 class _Reader:
     def __init__(self, module: ir.Module):
         self.found = Found()
+        self.meshes = module_meshes(module)
         self.functions = {
-            str(op.attributes["sym_name"]).strip('"'): op
+            ir.StringAttr(op.attributes["sym_name"]).value: op
             for op in module.body.operations
             if op.operation.name == "func.func"
         }
-        for op in module.body.operations:
-            if op.operation.name == "sdy.mesh":
-                named = re.findall(r'"([^"]+)"=(\d+)', str(op.attributes["mesh"]))
-                self.found.axes |= {name: int(size) for name, size in named}
+        for mesh in self.meshes.values():
+            self.found.axes |= dict(mesh.axes)
+        self.devices = max((math.prod(n for _, n in mesh.axes) for mesh in self.meshes.values()), default=1)
         if "main" not in self.functions:
             raise CmxError(f"no StableHLO program: expected a function main, found {list(self.functions)}")
         self._walk(self.functions["main"].regions[0], At(), self.found)
@@ -85,8 +86,10 @@ class _Reader:
             found.collectives += self._collectives(op, replace(at, scope=scope), found)
         elif op.name in PRODUCTS:
             found.products.append(_product(op, replace(at, scope=joined(at.scope, scopes(named))), found))
+            if self._is_whole(at):
+                found.whole[op.name.removeprefix("stablehlo.")] += 1
         elif op.name == "func.call":
-            called = self.functions[str(op.attributes["callee"]).lstrip("@")]
+            called = self.functions[ir.FlatSymbolRefAttr(op.attributes["callee"]).value]
             inside = replace(at, scope=joined(at.scope, scopes(f"{named}/call")))
             self._walk(called.regions[0], inside, found)
         elif op.name == "stablehlo.while":
@@ -98,25 +101,42 @@ class _Reader:
                 each.append(Found(axes=found.axes, order=found.order))
                 self._walk(region, at, each[-1])
             merge_branches(each, found)
-        else:  # manual computations; reductions have bodies without either
+        elif op.name == "sdy.manual_computation":
+            manual = (*at.manual, *manual_axes(op))
+            self._walk(op.regions[0], replace(at, manual=manual), found)
+        else:  # reductions have bodies without either
             for region in op.regions:
                 self._walk(region, at, found)
 
+    def _is_whole(self, at: At) -> bool:
+        """Returns whether the compiler splits operations here over some axis."""
+        return any(size > 1 and name not in at.manual for name, size in self.found.axes.items())
+
     def _collectives(self, op: Any, at: At, found: Found) -> Iterator[Collective]:
         """One for each operand: several may travel together."""
-        name, axes = OPS.get(op.name, RAGGED), tuple(self.found.axes.items())
+        name = OPS.get(op.name, RAGGED)
         share, pairs = 1.0, None
         if name == "permute":
-            pairs = _numbers(op.attributes["source_target_pairs"])
-            groups, over = connected(pairs), axes_of_pairs(pairs, axes)
+            pairs, _ = replica_groups(op.attributes["source_target_pairs"], self.meshes)
+            groups = connected(pairs)
+            over = self._first_mesh_with(axes_of_pairs, pairs)
             size = math.prod(self.found.axes[axis] for axis in over)
-            share = sum(a != b for a, b in pairs) / max(math.prod(self.found.axes.values()), 1)
+            share = sum(a != b for a, b in pairs) / self.devices
         else:
-            groups = _groups(op, axes)
-            over, size = axes_of_groups(groups, axes), len(groups[0])
+            named = op.attributes if op.name in OPS else op.attributes["backend_config"]
+            groups, axes = replica_groups(named["replica_groups"], self.meshes)
+            groups = groups or (tuple(range(self.devices)),)
+            over = self._first_mesh_with(axes_of_groups, groups) if axes is None else axes
+            size = len(groups[0])
         operands = list(op.operands)[: 1 if name == RAGGED else None]
         for operand in operands:
             dtype, shape = _array(operand)
+            if self._is_whole(at):
+                parts = explicit_parts(operand, self.meshes)
+                if parts is None:
+                    found.whole[name] += 1
+                else:
+                    shape = tuple(n // part for n, part in zip(shape, parts, strict=True))
             yield Collective(
                 name,
                 over,
@@ -132,17 +152,9 @@ class _Reader:
                 next(found.order),
             )
 
-
-def _groups(op: Any, axes: Axes) -> Groups:
-    named = op.attributes if op.name in OPS else op.attributes["backend_config"]
-    given = _numbers(named["replica_groups"])
-    return given or (tuple(range(math.prod(size for _, size in axes))),)
-
-
-def _numbers(attribute: Any) -> Groups:
-    """Of a dense attribute of two axes; -1 fills short groups."""
-    rows = np.array(ir.DenseIntElementsAttr(attribute)).tolist()
-    return tuple(tuple(n for n in row if n >= 0) for row in rows)
+    def _first_mesh_with(self, axes_of: Callable[[Groups, Axes], tuple[str, ...]], groups: Groups) -> Any:
+        """Returns the axes of the first mesh whose axes make these groups, or ()."""
+        return next(filter(None, (axes_of(groups, mesh.axes) for mesh in self.meshes.values())), ())
 
 
 def _name(op: Any) -> str:

@@ -58,13 +58,21 @@ def _last(block: Any) -> Any:
 
 
 def _made_by(value: Any) -> Any:
-    """The operation whose result it is; None of a block's argument."""
-    owner = value.owner
+    """Returns the operation that computes a value; None for a block's argument."""
+    owner = _placed(value).owner
     return None if isinstance(owner, ir.Block) else owner.operation
 
 
+def _placed(value: Any) -> Any:
+    """Returns the value that sharding constraints only place."""
+    while not isinstance(value.owner, ir.Block) and value.owner.name == "sdy.sharding_constraint":
+        value = value.owner.operands[0]
+    return value
+
+
 def _argument(value: Any, block: Any) -> int | None:
-    """Its number among a block's arguments."""
+    """Returns the number of a value among a block's arguments; None if it is none of them."""
+    value = _placed(value)
     return next((i for i, other in enumerate(block.arguments) if other == value), None)
 
 

@@ -1,0 +1,81 @@
+"""Explicit shardings in a jaxpr: what the type of an array says of one rank's part of it."""
+
+import math
+from typing import Any
+
+from jax.sharding import AxisType
+
+
+def explicit_axes(aval: Any) -> dict[str, int]:
+    """Returns the sizes of the mesh axes that the type of an array says explicitly how it is split over."""
+    mesh = _mesh(aval)
+    if mesh is None:
+        return {}
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in sizes if kind == AxisType.Explicit and size > 1}
+
+
+def local_shape(aval: Any) -> tuple[int, ...]:
+    """Returns the shape of one rank's part of an array, as far as its type says how it is split."""
+    return tuple(
+        size // math.prod(explicit_axes(aval)[axis] for axis in axes)
+        for size, axes in zip(aval.shape, _split(aval), strict=True)
+    )
+
+
+def _split(aval: Any) -> list[tuple[str, ...]]:
+    """Returns the explicit mesh axes that each dimension is split over."""
+    known = explicit_axes(aval)
+    spec = tuple(aval.sharding.spec) if known else ()
+    named = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    named += [()] * (len(aval.shape) - len(named))
+    return [tuple(axis for axis in axes if axis in known) for axes in named]
+
+
+def local_bytes(aval: Any) -> int:
+    """Returns the bytes of one rank's part of an array."""
+    return math.prod(local_shape(aval)) * _itemsize(aval)
+
+
+def _itemsize(aval: Any) -> int:
+    return int(getattr(aval.dtype, "itemsize", 0))
+
+
+def implied_collective(eqn: Any) -> str:
+    """Names an operation if its explicit shardings imply a collective, else ''."""
+    name = eqn.primitive.name
+    avals = [v.aval for v in eqn.invars if hasattr(v.aval, "shape")]
+    if not any(map(explicit_axes, avals)):
+        return ""
+    if name == "reshard":
+        result = eqn.outvars[0].aval
+        if not explicit_axes(result):
+            return ""  # the compiler decides from here on
+        before, after = _split(avals[0]), _split(result)
+        kept = all(b == a[: len(b)] for b, a in zip(before, after, strict=True))
+        return "" if kept else name  # a part of what a rank holds needs no message
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        summed = [axis for dim in contracted for axis in _split(avals[0])[dim]]
+    elif name.startswith(("reduce_", "arg")) and "axes" in eqn.params:
+        summed = [axis for dim in eqn.params["axes"] for axis in _split(avals[0])[dim]]
+    else:
+        return ""
+    return f"{name} over {', '.join(summed)}" if summed else ""
+
+
+def is_split_by_compiler(eqn: Any) -> bool:
+    """Returns whether the compiler splits an operation over mesh axes of which its types say nothing."""
+    meshes = [_mesh(v.aval) for v in eqn.invars]
+    known = [mesh for mesh in meshes if mesh is not None]
+    return not known or any(
+        kind == AxisType.Auto and size > 1
+        for mesh in known
+        for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    )
+
+
+def _mesh(aval: Any) -> Any:
+    """Returns the mesh in the type of an array; None if there is none."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return None if mesh is None or mesh.empty else mesh
