@@ -1,7 +1,9 @@
-# `make demo` and `make test` do all of their own set-up; the second time they find it done.
+# `make demo` and `make test` do all of their own set-up; the second time they find it done. Another Python has an
+# environment of its own: `make test PYTHON=python3.13`. TESTS chooses files or folders.
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(shell $(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")'))
 BIN := $(VENV)/bin
+TESTS ?=
 
 .PHONY: demo test lint lock clean
 
@@ -9,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/cmx demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -37,4 +39,4 @@ lock:
 	$(LOCK) --extra test --constraint requirements.lock --output-file requirements-test.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info
