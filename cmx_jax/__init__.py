@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cmx_jax.errors import CmxError
 
 if TYPE_CHECKING:
-    from cmx_jax.serving.llm import LLM, from_pretrained
+    from cmx_jax.serving.deploy.llm import LLM, from_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "CmxError", "__version__", "from_pretrained"]
@@ -18,7 +18,7 @@ __all__ = ["LLM", "CmxError", "__version__", "from_pretrained"]
 
 def __getattr__(name: str) -> Any:
     if name in ("LLM", "from_pretrained"):  # loaded on first use: they need JAX
-        from cmx_jax.serving import llm
+        from cmx_jax.serving.deploy import llm
 
         return getattr(llm, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

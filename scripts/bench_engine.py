@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 import cmx_jax
-from cmx_jax.serving.context import ContextCache
+from cmx_jax.serving.deploy.llm import LLM
 from cmx_jax.serving.ems import MPServer, Pool
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.llm import LLM
-from cmx_jax.serving.request import SamplingParams
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.kv.prefix_cache import ContextCache
+from cmx_jax.serving.scheduling.request import SamplingParams
 
 
 def overhead(sequences: int, tokens: int) -> dict[str, float]:

@@ -22,13 +22,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import enable_compilation_cache, expert_parallel, make_runner
-from cmx_jax.mesh.exchange import EXCHANGES, WIRES
+from cmx_jax.mesh.exchange.methods import EXCHANGES, WIRES
 from cmx_jax.mesh.runners import Runner
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Instance
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.ranks import Capacity
-from cmx_jax.serving.request import SamplingParams
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.request import SamplingParams
 
 COLLECTIVES = {
     "all_gather",

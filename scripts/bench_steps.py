@@ -18,10 +18,10 @@ import numpy as np
 from cmx_jax.mesh import enable_compilation_cache, expert_parallel, make_runner
 from cmx_jax.model.families import parse_config
 from cmx_jax.model.weights import Leaf, leaf_dtype, weight_tree
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Instance
-from cmx_jax.serving.ranks import Capacity
-from cmx_jax.serving.request import SamplingParams
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.request import SamplingParams
 
 CONFIG = parse_config(
     {

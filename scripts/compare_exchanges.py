@@ -25,8 +25,8 @@ import numpy as np
 
 import cmx_jax
 from cmx_jax.mesh import request_devices
-from cmx_jax.serving.llm import LLM
-from cmx_jax.serving.model import locate
+from cmx_jax.serving.deploy.llm import LLM
+from cmx_jax.serving.deploy.model import locate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from reference.dense import greedy, logits

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.analysis.compare.layouts import compare
+from cmx_jax.analysis.compare.plots import COLOURS, image, need_matplotlib
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.model.layouts import Ready
-from cmx_jax.serving.compare.compare import compare
-from cmx_jax.serving.compare.plots import COLOURS, image, need_matplotlib
+from cmx_jax.mesh.named_layouts import Ready
 
 
 def layouts(ranks: list[int], exchanges: list[str]) -> dict[str, Ready]:

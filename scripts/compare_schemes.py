@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 import cmx_jax
+from cmx_jax.analysis.eval.calibration import calibration
+from cmx_jax.analysis.eval.text import Text, evaluate_text, read_text
 from cmx_jax.model.checkpoint import read_weights
 from cmx_jax.model.checkpoint.convert import written_config
 from cmx_jax.model.checkpoint.writer import write_weights
@@ -26,9 +28,7 @@ from cmx_jax.model.families import read_config
 from cmx_jax.model.fields import read_json
 from cmx_jax.model.quantize.command import quantize
 from cmx_jax.model.weights import FFN, Layer
-from cmx_jax.serving.calibration import calibration
-from cmx_jax.serving.eval.text import Text, evaluate_text, read_text
-from cmx_jax.serving.model import Model, locate
+from cmx_jax.serving.deploy.model import Model, locate
 
 ADDED = ("scales", "rotation", "clipping", "compensation", "precision")
 CHANNELS = 4  # outliers of each norm and FFN

@@ -23,15 +23,15 @@ from typing import Any
 
 import jax
 
+from cmx_jax.analysis.trace.memory import by_layout, page_bytes
+from cmx_jax.analysis.trace.steps import trace_step
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.mesh.exchange import EXCHANGES, WIRES
+from cmx_jax.mesh.exchange.methods import EXCHANGES, WIRES
 from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.targets import compiler_options, target_devices
-from cmx_jax.model.abstract import trace_step
 from cmx_jax.model.cache import KV_CACHE_DTYPES
 from cmx_jax.model.families import preset
-from cmx_jax.model.memory import by_layout, page_bytes
 from cmx_jax.model.weights import int8_fields
 
 RANKS = {"decode": 160, "prefill": 32}

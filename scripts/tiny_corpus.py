@@ -1,4 +1,4 @@
-"""The corpus of the tiny model (`cmx_jax.serving.eval.corpus`) and the tokenizer that is trained on it.
+"""The corpus of the tiny model (`cmx_jax.analysis.eval.corpus`) and the tokenizer that is trained on it.
 
 Its sha256 is part of the training report.
 """
@@ -8,7 +8,7 @@ import sys
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cmx_jax.serving.eval.corpus import documents, fingerprint, split
+from cmx_jax.analysis.eval.corpus import documents, fingerprint, split
 
 __all__ = ["END", "documents", "fingerprint", "split", "train_tokenizer"]
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import tiny_skills
 
-from cmx_jax.mesh.exchange import ExchangeStats
-from cmx_jax.mesh.rounds import turns
+from cmx_jax.mesh.exchange.mailbox import turns
+from cmx_jax.mesh.exchange.methods import ExchangeStats
 from cmx_jax.model.attention import Where, local
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from cmx_jax.serving.eval.skills import SKILLS, Item
+from cmx_jax.analysis.eval.skills import SKILLS, Item
 
 HARD = ("replace", "unique", "pattern", "recall", "count", "sum", "compare", "member")  # learnt last
 END = 0  # the id of the end-of-text token

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.named_layouts import ready
 from cmx_jax.mesh.trace import SOURCES, Trace, render, trace
-from cmx_jax.model.layouts import ready
-from cmx_jax.model.trace import trace_model
-from cmx_jax.serving.model import config_of
+from cmx_jax.serving.deploy.model import config_of
 
 
 def by_scope(found: Trace) -> dict[str, float]:

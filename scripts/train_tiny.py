@@ -8,7 +8,7 @@ Hugging Face directory and `training.json` (held-out loss, load of the experts, 
 * `--stage main` trains all layers, the MTP layer by the text; it resumes from the last Orbax checkpoint in
   `--work` when started again.
 * `--stage skills` goes on with the model in `--out`, all but its MTP layer, on the corpus mixed with
-  questions that `cmx_jax/serving/eval/skills.py` draws, none of its evaluation; it resumes likewise. Of the
+  questions that `cmx_jax/analysis/eval/skills.py` draws, none of its evaluation; it resumes likewise. Of the
   corpus it is held to what it said before, since it has read it often enough. There are two cycles of the
   learning rate; the second one asks most what is hard.
 * `--stage mtp` trains the MTP layer of the model in `--out` once more and nothing else, by what the model
@@ -48,13 +48,13 @@ from tiny_model import (
 )
 from tokenizers import Tokenizer
 
+from cmx_jax.analysis.eval.skills import EVAL_ITEMS, SKILLS
 from cmx_jax.model.checkpoint import read_weights, write_weights
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import logits
 from cmx_jax.model.families import parse_config
 from cmx_jax.model.weights import Weights, weight_tree
-from cmx_jax.serving.eval.skills import EVAL_ITEMS, SKILLS
-from cmx_jax.serving.llm import LLM, from_pretrained
+from cmx_jax.serving.deploy.llm import LLM, from_pretrained
 
 PROMPT = 16  # tokens that the model continues with text of its own
 

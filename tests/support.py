@@ -6,12 +6,12 @@ import numpy as np
 
 from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.runners import make_runner
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Instance
-from cmx_jax.serving.llm import LLM
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.ranks import Capacity
-from cmx_jax.serving.request import SamplingParams
+from cmx_jax.serving.deploy.llm import LLM
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.request import SamplingParams
 
 GOLDENS = Path(__file__).parent / "goldens"
 BASE = GOLDENS / "base"

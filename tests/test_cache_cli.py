@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmx_jax.cli import main
-from cmx_jax.serving.model import locate
+from cmx_jax.serving.deploy.model import locate
 
 
 def test_a_model_is_stored_and_comes_back(tmp_path: Path, capsys) -> None:

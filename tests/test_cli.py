@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from reference.dense import greedy
 
-from cmx_jax.serving.demo import PROMPTS
-from cmx_jax.serving.model import Model, locate
+from cmx_jax.serving.deploy.demo import PROMPTS
+from cmx_jax.serving.deploy.model import Model, locate
 
 GOLDENS = Path(__file__).parent / "goldens"
 

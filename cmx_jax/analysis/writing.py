@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.analysis.compare.html import page
+from cmx_jax.analysis.compare.plots import image, need_matplotlib, plots
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.compare.html import page
-from cmx_jax.serving.compare.plots import image, need_matplotlib, plots
 
 
 class Destination:

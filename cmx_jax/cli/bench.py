@@ -91,7 +91,7 @@ def _add_results(group: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from cmx_jax.serving.bench import Client, Files, Load, Target, Wanted, measure, render, summary
+    from cmx_jax.analysis.bench import Client, Files, Load, Target, Wanted, measure, render, summary
 
     _check(args)
     wanted = Wanted(args.percentile_metrics, args.metric_percentiles, args.goodput)
@@ -133,8 +133,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _arrivals(args: argparse.Namespace) -> list[Any]:
-    from cmx_jax.serving.bench import drawn
-    from cmx_jax.serving.simulate import mooncake
+    from cmx_jax.analysis.bench import drawn
+    from cmx_jax.analysis.simulate import mooncake
 
     if args.dataset_name == "mooncake":
         return mooncake(Path(args.dataset_path), "--dataset-path")[: args.num_prompts]
@@ -147,7 +147,7 @@ def _arrivals(args: argparse.Namespace) -> list[Any]:
 
 def _asks(args: argparse.Namespace, arrivals: list[Any], target: Any) -> tuple[list[Any], list[Any]]:
     """Requests, and those to warm up with."""
-    from cmx_jax.serving.bench import Words, check_lengths, prefixed, replayed
+    from cmx_jax.analysis.bench import Words, check_lengths, prefixed, replayed
 
     words = Words(args.tokenizer or target.model)
     if args.dataset_name == "mooncake":

@@ -38,8 +38,8 @@ def _pool(args: argparse.Namespace) -> Any:
 
 
 def _store(args: argparse.Namespace) -> None:
+    from cmx_jax.serving.deploy.model import locate
     from cmx_jax.serving.ems import store_model
-    from cmx_jax.serving.model import locate
 
     with _pool(args) as pool:
         found = {"id": store_model(pool, locate(args.directory), args.namespace)}
@@ -47,8 +47,8 @@ def _store(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> None:
+    from cmx_jax.serving.deploy.model import locate
     from cmx_jax.serving.ems import load_model
-    from cmx_jax.serving.model import locate
 
     source = None if args.source is None else locate(args.source)
     with _pool(args) as pool:

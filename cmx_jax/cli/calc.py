@@ -36,8 +36,8 @@ def add(verbs: Any) -> None:
 
 
 def _switching(args: argparse.Namespace) -> None:
-    from cmx_jax.model.switching import model_bytes, render, switching
-    from cmx_jax.serving.model import config_of
+    from cmx_jax.analysis.calc.switching import model_bytes, render, switching
+    from cmx_jax.serving.deploy.model import config_of
 
     size = model_bytes(config_of(args.model), args.weights)
     names = ("instances", "models", "local_models", "obs_gb_s", "dies")
@@ -46,7 +46,7 @@ def _switching(args: argparse.Namespace) -> None:
 
 
 def _allocation(args: argparse.Namespace) -> None:
-    from cmx_jax.mesh.allocation import allocation, render
+    from cmx_jax.analysis.calc.allocation import allocation, render
 
     supernodes = _numbers("--supernodes", args.supernodes, int)
     means = _numbers("--mean-blocks", args.mean_blocks, float)

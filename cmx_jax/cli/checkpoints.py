@@ -45,7 +45,7 @@ def _layout(text: str) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     from cmx_jax.model.checkpoint import inspect
-    from cmx_jax.serving.model import located
+    from cmx_jax.serving.deploy.model import located
 
     result = inspect.inspect(located(args.model))
     show(result, args.json, inspect.render)
@@ -56,7 +56,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from cmx_jax.model.checkpoint.convert import convert
-    from cmx_jax.serving.model import locate
+    from cmx_jax.serving.deploy.model import locate
 
     result = convert(
         locate(args.source),
@@ -80,13 +80,13 @@ def _render_conversion(r: dict[str, Any]) -> str:
 def _quantize(args: argparse.Namespace) -> None:
     from cmx_jax.mesh import enable_compilation_cache
     from cmx_jax.model.quantize.command import PARTS, quantize
-    from cmx_jax.serving.model import Model, locate
+    from cmx_jax.serving.deploy.model import Model, locate
 
     enable_compilation_cache()
     names = {"full": ",".join(PARTS), "plain": ""}.get(args.scheme, args.scheme)
     parts, tell, tokens = frozenset(filter(None, names.split(","))), progress(), None
     if parts:
-        from cmx_jax.serving.calibration import calibration
+        from cmx_jax.analysis.eval.calibration import calibration
 
         tell("reading the calibration text")
         tokens = calibration(Model.read(args.source), args.calibration, args.calibration_tokens)

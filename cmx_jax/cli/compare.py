@@ -33,9 +33,9 @@ def add(verbs: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from cmx_jax.serving.compare import report
-    from cmx_jax.serving.compare.compare import compare
-    from cmx_jax.serving.compare.write import Destination
+    from cmx_jax.analysis.compare import report
+    from cmx_jax.analysis.compare.layouts import compare
+    from cmx_jax.analysis.writing import Destination
 
     to = Destination(args.html, args.plots)
     names = ("step", "batch", "context", "num_speculative_tokens", "source", "target", "runner")

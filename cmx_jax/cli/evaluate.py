@@ -26,8 +26,8 @@ def add(verbs: Any) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from cmx_jax.serving.eval import evaluate, report
-    from cmx_jax.serving.llm import from_pretrained
+    from cmx_jax.analysis.eval import evaluate, report
+    from cmx_jax.serving.deploy.llm import from_pretrained
 
     tell, chosen = progress(), {name: getattr(args, name) for name in ("suite", "items", "seed")}
     chosen |= {"text": args.text, "window": args.window}

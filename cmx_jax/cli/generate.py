@@ -43,7 +43,7 @@ def add(verbs: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from cmx_jax.serving import demo
+    from cmx_jax.serving.deploy import demo
 
     result = demo.run(
         name_or_path=args.model,
@@ -56,7 +56,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from cmx_jax.serving.llm import from_pretrained
+    from cmx_jax.serving.deploy.llm import from_pretrained
 
     tell = progress()
     tell("loading")

@@ -25,10 +25,10 @@ def add(verbs: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from cmx_jax.model.candidates import Load
-    from cmx_jax.serving.figures import Folder, front
-    from cmx_jax.serving.model import config_of
-    from cmx_jax.serving.plan import plan, render
+    from cmx_jax.analysis.plan.figures import Folder, front
+    from cmx_jax.analysis.plan.plan import plan, render
+    from cmx_jax.analysis.predict.candidates import Load
+    from cmx_jax.serving.deploy.model import config_of
 
     to = Folder(args.plots)
     load = Load(args.prompt, args.output, args.slo_ttft_ms, args.slo_tpot_ms)

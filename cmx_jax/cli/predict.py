@@ -32,11 +32,11 @@ def add(verbs: Any) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from cmx_jax.model import paper
-    from cmx_jax.model.layouts import ready
-    from cmx_jax.model.predict import predict, render, sensitivity
-    from cmx_jax.serving.figures import Folder, paper_errors
-    from cmx_jax.serving.model import config_of
+    from cmx_jax.analysis.plan.figures import Folder, paper_errors
+    from cmx_jax.analysis.predict import paper
+    from cmx_jax.analysis.predict.predict import predict, render, sensitivity
+    from cmx_jax.mesh.named_layouts import ready
+    from cmx_jax.serving.deploy.model import config_of
 
     if args.plots and not args.paper:
         raise CmxError("--plots is given without --paper: give both")

@@ -9,38 +9,38 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from cmx_jax.cli import caching, serve
+from cmx_jax.cli import caching, hosting
 from cmx_jax.errors import CmxError
 
 
 def router(args: argparse.Namespace) -> None:
     """OpenAI's API in front of workers."""
-    from cmx_jax.serving.api.server import bind
-    from cmx_jax.serving.deployment import Hosted
-    from cmx_jax.serving.model import Model
+    from cmx_jax.serving.deploy.deployment import Hosted
+    from cmx_jax.serving.deploy.model import Model
+    from cmx_jax.serving.http.server import bind
     from cmx_jax.serving.roles.members import Members
     from cmx_jax.serving.roles.router import Router
 
-    limits = {name: getattr(args, name) for name in serve.LIMITS[:2]}
+    limits = {name: getattr(args, name) for name in hosting.LIMITS[:2]}
     with bind(args.host, args.port) as sock:
         model = Model.read(args.model)
         members = Members(args.prefill, args.decode, args.cluster_secret, args.queue_ttl_s)
         context = model.config.max_position_embeddings
         length = min(context, 4096) if args.max_model_len is None else args.max_model_len
         hosted = Hosted(name="router", model=model, max_model_len=length)
-        serve.answer_api(args, sock, hosted, Router(members, policy=args.kv_failure_policy, **limits))
+        hosting.answer_api(args, sock, hosted, Router(members, policy=args.kv_failure_policy, **limits))
 
 
 def worker(args: argparse.Namespace) -> None:
     """An instance that prefills or decodes."""
-    from cmx_jax.serving.api.server import Server, bind, url
+    from cmx_jax.serving.http.server import Server, bind, url
     from cmx_jax.serving.roles.worker import Worker, make_worker
-    from cmx_jax.serving.service import Service
+    from cmx_jax.serving.service.service import Service
 
     if args.role == "decode" and not args.cache_generated:
         args.no_context_cache = True  # it never looks anything up
-    with bind(args.host, args.port) as sock, serve.cached(args) as pool:
-        deployment = serve.deployed(args)
+    with bind(args.host, args.port) as sock, hosting.cached(args) as pool:
+        deployment = hosting.deployed(args)
         if pool is not None:
             deployment.cache(pool, args.cache_block, args.cache_generated)
         made = Worker(
@@ -53,18 +53,18 @@ def worker(args: argparse.Namespace) -> None:
         server = Server(make_worker(made), made.service, args.shutdown_timeout_s)
         ready = f"cmx: {args.role} worker at {url(sock)}"
         server.run_on(sock, lambda: print(ready, flush=True))
-    serve.leave(made.service)
+    hosting.leave(made.service)
 
 
 def spanning(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]) -> Any:
     """What a process of several does: the first one runs, the others follow it."""
-    from cmx_jax.serving.spanning import Leader, Span, follow
+    from cmx_jax.serving.executor.spanning import Leader, Span, follow
 
     span = Span(coordinator=args.distributed, processes=args.num_processes, index=args.process_id)
     if args.runner not in (None, "devices"):
         raise CmxError(f"runner is {args.runner!r}, expected devices: lanes are on one device")
     args.runner = "devices"
-    ranks: Any = serve.ALONE["ranks"] if args.ranks is None else args.ranks
+    ranks: Any = hosting.ALONE["ranks"] if args.ranks is None else args.ranks
     span.start(ranks)
 
     def lead(deployment: Any) -> None:
@@ -80,7 +80,7 @@ def spanning(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]
 
     def ends(args: argparse.Namespace) -> None:
         with contextlib.suppress(Followed):
-            (serve.deployed if span.index else run)(args)
+            (hosting.deployed if span.index else run)(args)
         sys.stderr.flush()
         os._exit(0)  # JAX would wait for the others, which may be gone
 

@@ -1,27 +1,19 @@
 """`cmx serve`: OpenAI's API over a model, in one process or as a role of several."""
 
 import argparse
-import contextlib
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
-from cmx_jax.cli import caching
+from cmx_jax.cli import caching, roles
 from cmx_jax.cli.common import (
     add_exchange_options,
     add_model_options,
     add_spread_options,
-    parallelism,
-    progress,
 )
+from cmx_jax.cli.hosting import ALONE, POOLS, answer_api, cached, deployed, leave
 from cmx_jax.errors import CmxError
 
 QUEUE = 1024  # requests that may wait
-# of one instance that does everything; pools have sizes of their own
-ALONE = {"max_num_seqs": 32, "max_num_batched_tokens": 2048, "runner": "lanes", "ranks": 8}
-POOLS = {"prefill_instances": 6, "decode_instances": 1}
-LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_ttl_s")
 ROLES = ("all", "prefill", "decode", "router", "cache")
 
 
@@ -108,8 +100,6 @@ def _serve(args: argparse.Namespace) -> None:
         raise CmxError("--distributed needs the secret that all processes share: give --cluster-secret")
     if args.model is None and args.role != "cache":
         raise CmxError("expected MODEL: a Hugging Face directory, or tiny")
-    from cmx_jax.cli import roles
-
     run = {"all": _all, "router": roles.router, "cache": roles.cache}.get(args.role, roles.worker)
     if args.distributed:
         run = roles.spanning(args, run)
@@ -117,8 +107,8 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _all(args: argparse.Namespace) -> None:
-    from cmx_jax.serving.api.server import bind
-    from cmx_jax.serving.service import Service
+    from cmx_jax.serving.http.server import bind
+    from cmx_jax.serving.service.service import Service
 
     with bind(args.host, args.port) as sock, cached(args) as pool:
         deployment = deployed(args)
@@ -127,83 +117,3 @@ def _all(args: argparse.Namespace) -> None:
         service = Service(deployment.engine)
         answer_api(args, sock, deployment, service)
     leave(service)
-
-
-def cached(args: argparse.Namespace) -> Any:
-    """The caching pool, or None."""
-    return contextlib.nullcontext() if args.no_context_cache else caching.pool(args, args.cluster_secret)
-
-
-def answer_api(args: argparse.Namespace, sock: Any, deployment: Any, service: Any) -> None:
-    """OpenAI's API over a service or router, until it is told to stop."""
-    from cmx_jax.serving.api.app import make_app
-    from cmx_jax.serving.api.served import Limits, Served
-    from cmx_jax.serving.api.server import Server, url
-    from cmx_jax.serving.api.template import ChatTemplate
-
-    served = Served(
-        name=args.served_model_name or Path(args.model).resolve().name,
-        deployment=deployment,
-        service=service,
-        template=ChatTemplate.read(deployment.model.directory),
-        limits=Limits(max_body_bytes=args.max_body_bytes, max_choices=args.max_choices),
-    )
-    server = Server(make_app(served, args.api_key, args.admin_key), service, args.shutdown_timeout_s)
-    ready = f"cmx: {served.name} is served at {url(sock)}/v1, its status at {url(sock)}/"
-    server.run_on(sock, lambda: print(ready, flush=True))
-
-
-def leave(service: Any) -> None:
-    """Ends the process, also where XLA still compiles in a thread that does not survive an orderly end."""
-    if not service.stop(0):
-        sys.stderr.flush()
-        os._exit(0)
-
-
-def deployed(args: argparse.Namespace) -> Any:
-    """The model on its instances, with short sequences' programs compiled."""
-    from cmx_jax.serving.deployment import QueueLimits, colocated, pools, warm_up, worker
-
-    tell = progress()
-    common: dict[str, Any] = {"max_model_len": args.max_model_len, "dtype": args.dtype, "quant": args.quant}
-    common |= parallelism(args)
-    limits = QueueLimits(**{name: getattr(args, name) for name in LIMITS})
-    in_pools = args.deployment == "pools" and args.role == "all"
-    _check_unused(args, POOLS if not in_pools else ("ranks",), "pools" if not in_pools else "colocated")
-    common["exchange"] = args.exchange or ("hierarchical" if in_pools else "flat")
-    tell("loading")
-    if in_pools:
-        counts: dict[str, Any] = {
-            name.split("_")[0]: getattr(args, name) or usual for name, usual in POOLS.items()
-        }
-        of_site = {"runner": args.runner, "max_num_batched_tokens": args.max_num_batched_tokens}
-        counts |= {name: value for name, value in of_site.items() if value is not None}
-        deployment = pools(args.model, **counts, **_sequences(args), **common)
-    else:
-        sizes: dict[str, Any] = {
-            name: usual if getattr(args, name) is None else getattr(args, name)
-            for name, usual in ALONE.items()
-        }
-        if args.role == "all":
-            deployment = colocated(args.model, **sizes, **common)
-        else:
-            deployment = worker(args.role, args.model, host=args.host, **sizes, **common)
-    args.joined(deployment)
-    tell("compiling (kept for the next time)")
-    warm_up(deployment.engine)
-    limits.apply(deployment.engine)
-    tell("")
-    return deployment
-
-
-def _sequences(args: argparse.Namespace) -> dict[str, Any]:
-    """Of a decode rank, so that the first decode instance has `max_num_seqs`."""
-    from cmx_jax.mesh.pools import DECODE_NPUS
-
-    return {} if args.max_num_seqs is None else {"sequences": -(-args.max_num_seqs // DECODE_NPUS)}
-
-
-def _check_unused(args: argparse.Namespace, names: Any, of: str) -> None:
-    for name in names:
-        if getattr(args, name) is not None:
-            raise CmxError(f"--{name.replace('_', '-')} is of --deployment {of}: leave it out")

@@ -7,7 +7,7 @@ from typing import Any
 from cmx_jax.cli.common import add_json, show
 from cmx_jax.errors import CmxError
 
-# of serving/simulate/times.py:Linear; what has no default is required unless --predict is given
+# of analysis/simulate/times.py:Linear; what has no default is required unless --predict is given
 TIMES = (
     ("--prefill-ms", 0.0, "of a prefill step, however short"),
     ("--prefill-ms-per-1k", None, "of 1,000 tokens of a prefill step's longest row"),
@@ -79,7 +79,7 @@ def add(verbs: Any) -> None:
 
 
 def _simulate(args: argparse.Namespace) -> None:
-    from cmx_jax.serving.simulate import render, simulate, summary
+    from cmx_jax.analysis.simulate import render, simulate, summary
 
     traffic = _traffic(args)
     times, deployment = _predicted(args) if args.predict else _given(args)
@@ -89,7 +89,7 @@ def _simulate(args: argparse.Namespace) -> None:
 
 
 def _traffic(args: argparse.Namespace) -> Any:
-    from cmx_jax.serving.simulate import mooncake, synthetic
+    from cmx_jax.analysis.simulate import mooncake, synthetic
 
     if (args.trace is None) == (args.rate is None):
         raise CmxError("expected --trace FILE or --rate R, one of them")
@@ -108,8 +108,8 @@ def _destination(flag: str) -> str:
 
 def _given(args: argparse.Namespace) -> tuple[Any, Any]:
     """Times and sizes as flags have them."""
-    from cmx_jax.serving.ranks import Capacity
-    from cmx_jax.serving.simulate import Deployment, Linear, Pool
+    from cmx_jax.analysis.simulate import Deployment, Linear, Pool
+    from cmx_jax.serving.scheduling.ranks import Capacity
 
     for flag, *_ in PREDICT:
         if getattr(args, _destination(flag)) is not None:
@@ -152,11 +152,11 @@ def _predicted(args: argparse.Namespace) -> tuple[Any, Any]:
     """Times and sizes of a model's layouts on a machine."""
     from dataclasses import replace
 
-    from cmx_jax.mesh.cost.constants import machine
+    from cmx_jax.analysis.cost.constants import machine
+    from cmx_jax.analysis.simulate import Deployment, Predicted
     from cmx_jax.mesh.layout import Layout
-    from cmx_jax.model.layouts import ready
-    from cmx_jax.serving.model import config_of
-    from cmx_jax.serving.simulate import Deployment, Predicted
+    from cmx_jax.mesh.named_layouts import ready
+    from cmx_jax.serving.deploy.model import config_of
 
     said = [flag for flag, *_ in TIMES] + [f"--{kind}-{of}" for kind in POOLS for of in ("npus", "ranks")]
     for flag in (*said, "--block-size"):
@@ -191,7 +191,7 @@ def _predicted(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _blocks(args: argparse.Namespace) -> int:
-    from cmx_jax.serving.simulate.workload import BLOCK
+    from cmx_jax.analysis.simulate.workload import BLOCK
 
     return int(args.prefix_tokens // BLOCK)
 

@@ -76,10 +76,10 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _of_model(args: argparse.Namespace) -> Any:
-    from cmx_jax.model.layouts import ready
-    from cmx_jax.model.trace import trace_model
+    from cmx_jax.analysis.trace.model import trace_model
+    from cmx_jax.mesh.named_layouts import ready
     from cmx_jax.model.weights import int8_fields
-    from cmx_jax.serving.model import config_of
+    from cmx_jax.serving.deploy.model import config_of
 
     c, found = config_of(args.model), ready(args.layout)
     c = replace(c, int8=int8_fields(c)) if args.quant == "int8" else c

@@ -15,8 +15,8 @@ from jaxtyping import Array, Int
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.eplb import pack, rebalance_experts, replicate
+from cmx_jax.mesh.exchange.mailbox import Axis, turns
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.rounds import Axis, turns
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 
 

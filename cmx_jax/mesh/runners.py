@@ -334,3 +334,22 @@ def make_runner(kind: str, axes: Axes, first_device: int = 0) -> Runner:
         _refuse_wide(count)  # before so many are made
     devices = host_devices(first_device + count)[first_device : first_device + count]
     return Devices(cast(Mesh, auto_mesh(axes, devices)))
+
+
+def check_ragged(method: str, runner: Runner) -> None:
+    """Refuses the ragged exchange where XLA has no ragged all-to-all: on CPU, and between lanes.
+
+    It is traced and lowered everywhere, and compiled ahead of time for accelerators.
+
+    Raises:
+      CmxError: the runner cannot run it.
+    """
+    if method != "ragged" or isinstance(runner, Abstract):
+        return
+    if isinstance(runner, Devices) and runner.mesh.devices.flat[0].platform != "cpu":
+        return
+    where = "on CPU" if isinstance(runner, Devices) else "between lanes"
+    raise CmxError(
+        f"exchange 'ragged' does not run {where}: XLA's ragged all-to-all is for accelerators. Choose flat, "
+        "hierarchical or allgather, or runner 'devices' on accelerators"
+    )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.mesh.exchange import Axis, gather, summed
+from cmx_jax.mesh.exchange.methods import Axis, gather, summed
 from cmx_jax.model import cache as paged
 from cmx_jax.model import gqa, mla
 from cmx_jax.model.cache import Rows

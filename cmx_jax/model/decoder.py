@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cmx_jax.mesh.exchange import Axis, gather, summed
+from cmx_jax.mesh.exchange.methods import Axis, gather, summed
 from cmx_jax.model.attention import Attend
 from cmx_jax.model.config import LayerKind, ModelConfig, segments
 from cmx_jax.model.layers import layer_norm, rms_norm, swiglu

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from cmx_jax.mesh.message import Wire
-from cmx_jax.mesh.rounds import occurrences, stable_order
+from cmx_jax.mesh.exchange.mailbox import occurrences, stable_order
+from cmx_jax.mesh.exchange.message import Wire
 from cmx_jax.model.weights import FFN, Experts, Tensor
 from cmx_jax.quant import einsum
 

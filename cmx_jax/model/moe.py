@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.mesh.exchange import ExchangeStats, exchange, gathered
+from cmx_jax.mesh.exchange.mailbox import occurrences
+from cmx_jax.mesh.exchange.message import Wire
+from cmx_jax.mesh.exchange.methods import ExchangeStats, exchange, gathered
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.message import Wire
 from cmx_jax.mesh.placement import choose
-from cmx_jax.mesh.rounds import occurrences
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.gate import route
 from cmx_jax.model.layers import grouped_swiglu, swiglu
-from cmx_jax.model.router import route
 from cmx_jax.model.weights import Experts, MoE
 
 RunExperts = Callable[

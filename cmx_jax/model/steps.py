@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.ragged import check_ragged
-from cmx_jax.mesh.runners import Runner
+from cmx_jax.mesh.runners import Runner, check_ragged
 from cmx_jax.model import cache as paged
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch, StepOutput
 from cmx_jax.model.config import ModelConfig

@@ -5,7 +5,7 @@ from typing import Any
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.trace import Trace, render, trace
-from cmx_jax.mesh.trace.collective import OPS
+from cmx_jax.mesh.trace.ops.collective import OPS
 
 Key = str | tuple[str, str | tuple[str, ...]]
 """An operation, or an operation and the mesh axis or axes that it runs over."""
@@ -29,7 +29,7 @@ def assert_collectives(
       expected: executions of each operation (`"all_to_all"`), or of an operation over an axis or axes
         (`("all_to_all", "ep")`, `("all_reduce", ("dp", "ep"))`); None where data decide how often. An
         operation that is named with axes and without them is counted without those that the former counts.
-        Names are of `cmx_jax.mesh.trace.collective.OPS`; `psum`, `pmax` and `pmin` are `all_reduce`,
+        Names are of `cmx_jax.mesh.trace.ops.collective.OPS`; `psum`, `pmax` and `pmin` are `all_reduce`,
         `ppermute` is `permute`.
       allow: other collectives that may be there any number of times; those of neither fail.
       source: `jaxpr`, what is written; or `hlo`, what the compiler made of it for the devices of `args`. That

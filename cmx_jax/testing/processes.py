@@ -31,7 +31,7 @@ import pytest
 
 START = (
     "import json, sys; job = json.loads(open(0, 'rb', 0, closefd=False).readline()); "
-    "sys.path[:] = job['path']; from cmx_jax.testing.served import serve; serve(job)"
+    "sys.path[:] = job['path']; from cmx_jax.testing.child import serve; serve(job)"
 )
 
 

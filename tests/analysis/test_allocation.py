@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmx_jax.analysis.calc.allocation import allocation, allocation_rate, block_sizes, render, switches
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.allocation import allocation, allocation_rate, block_sizes, render, switches
 
 
 @given(st.integers(0, 9), st.floats(0, 1))

@@ -13,16 +13,16 @@ import pytest
 from reference.dense import greedy
 from support import BASE
 
+from cmx_jax.analysis import writing as write
+from cmx_jax.analysis.compare.html import page
+from cmx_jax.analysis.compare.layouts import compare
+from cmx_jax.analysis.compare.measure import Measure
+from cmx_jax.analysis.compare.plots import plots
+from cmx_jax.analysis.compare.report import render
+from cmx_jax.analysis.writing import Destination
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.model.layouts import Ready
-from cmx_jax.serving.compare import write
-from cmx_jax.serving.compare.compare import compare
-from cmx_jax.serving.compare.html import page
-from cmx_jax.serving.compare.measure import Measure
-from cmx_jax.serving.compare.plots import plots
-from cmx_jax.serving.compare.report import render
-from cmx_jax.serving.compare.write import Destination
+from cmx_jax.mesh.named_layouts import Ready
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 from support import BASE
 
 from cmx_jax import cli
-from cmx_jax.serving.eval import evaluate, report
-from cmx_jax.serving.eval.skills import Item, Skill
-from cmx_jax.serving.model import locate
+from cmx_jax.analysis.eval import evaluate, report
+from cmx_jax.analysis.eval.skills import Item, Skill
+from cmx_jax.serving.deploy.model import locate
 
 WORDS = ("list", "module", "class", "string", "object", "method")
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import cmx_jax
+from cmx_jax.analysis.eval import harness
+from cmx_jax.analysis.eval.harness import TASKS, CmxLM
+from cmx_jax.analysis.eval.score import likelihoods
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.eval import harness
-from cmx_jax.serving.eval.harness import TASKS, CmxLM
-from cmx_jax.serving.eval.score import likelihoods
 
 CONTEXT = 32
 PROMPT = "Return a list of"
@@ -131,7 +131,7 @@ def test_the_harness_runs_the_offline_tasks_and_knows_the_papers() -> None:
     """In a process of its own: what the harness imports warns."""
     code = (
         "import json, sys\n"
-        "from cmx_jax.serving.eval.harness import TASKS\n"
+        "from cmx_jax.analysis.eval.harness import TASKS\n"
         "from lm_eval.api.registry import get_model, model_registry\n"
         "from lm_eval.evaluator import simple_evaluate\n"
         "from lm_eval.tasks import TaskManager\n"
@@ -140,7 +140,7 @@ def test_the_harness_runs_the_offline_tasks_and_knows_the_papers() -> None:
         "names = [line.split()[1] for line in (TASKS / 'cloudmatrix.yaml').read_text().splitlines()\n"
         "         if line.startswith('  - ')]\n"
         "if 'cmx' not in model_registry:\n"
-        "    model_registry.register('cmx', target='cmx_jax.serving.eval.harness:CmxLM')\n"
+        "    model_registry.register('cmx', target='cmx_jax.analysis.eval.harness:CmxLM')\n"
         "found = simple_evaluate('cmx', {'pretrained': 'tiny', 'ranks': 2}, ['cmx_copy', 'cmx_continue'],\n"
         "                        task_manager=manager, limit=8, bootstrap_iters=0)\n"
         "print(json.dumps([[n for n in names if n not in manager.all_tasks],\n"

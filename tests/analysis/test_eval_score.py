@@ -7,11 +7,11 @@ import pytest
 from support import BASE
 
 import cmx_jax
+from cmx_jax.analysis.eval.score import answered, first_token, likelihoods
+from cmx_jax.analysis.eval.skills import Item
 from cmx_jax.errors import CmxError
-from cmx_jax.serving import scoring
-from cmx_jax.serving.eval.score import answered, first_token, likelihoods
-from cmx_jax.serving.eval.skills import Item
-from cmx_jax.serving.llm import LLM
+from cmx_jax.serving.deploy.llm import LLM
+from cmx_jax.serving.executor import scoring
 
 
 @pytest.fixture(scope="module")

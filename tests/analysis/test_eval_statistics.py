@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cmx_jax.serving.eval.compare import Estimate, Pairs, difference, mcnemar, of_sample, wilson
+from cmx_jax.analysis.eval.statistics import Estimate, Pairs, difference, mcnemar, of_sample, wilson
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import cmx_jax
+from cmx_jax.analysis.eval.corpus import documents, fingerprint, split
+from cmx_jax.analysis.eval.text import Text, _sums, evaluate_text, read_text, windows
 from cmx_jax.errors import CmxError
-from cmx_jax.serving import scoring
-from cmx_jax.serving.eval.corpus import documents, fingerprint, split
-from cmx_jax.serving.eval.text import Text, _sums, evaluate_text, read_text, windows
-from cmx_jax.serving.llm import LLM
-from cmx_jax.serving.model import locate
+from cmx_jax.serving.deploy.llm import LLM
+from cmx_jax.serving.deploy.model import locate
+from cmx_jax.serving.executor import scoring
 
 WORDS = "The json module returns a list of strings. Raise a ValueError if the argument is not a dict.\n" * 9
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from cmx_jax.analysis.plan.figures import Folder, paper_errors
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.figures import Folder, paper_errors
 
 ROWS = [
     {"table": "7", "row": "dispatch", "unit": "us", "published": 100.0, "predicted": 104.0, "error": 0.04,

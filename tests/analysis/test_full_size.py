@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from cmx_jax.analysis.trace.steps import trace_step
 from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.model.abstract import trace_step
 from cmx_jax.model.cache import abstract_cache
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import preset, presets

@@ -5,10 +5,10 @@ import math
 import jax.numpy as jnp
 import pytest
 
+from cmx_jax.analysis.trace.memory import by_layout
+from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.mesh import expert_parallel
 from cmx_jax.model.families import preset
-from cmx_jax.model.memory import by_layout
-from cmx_jax.model.trace import trace_model
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
+from cmx_jax.analysis.plan import plan as planner
+from cmx_jax.analysis.plan.plan import ATTAINMENT, STEPS, Trial, plan
+from cmx_jax.analysis.plan.search import search
+from cmx_jax.analysis.predict import candidates
+from cmx_jax.analysis.predict.candidates import Load
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
-from cmx_jax.model import candidates
-from cmx_jax.model.candidates import Load
 from cmx_jax.model.families import preset
-from cmx_jax.model.plan import search
-from cmx_jax.serving import plan as planner
-from cmx_jax.serving.plan import ATTAINMENT, STEPS, Trial, plan
 
 R1 = preset("deepseek-r1")
 LOAD = Load(prompt=1024, output=17, slo_ttft_ms=600, slo_tpot_ms=40)

@@ -4,12 +4,12 @@ import re
 
 import pytest
 
+from cmx_jax.analysis.cost.constants import machine
+from cmx_jax.analysis.plan.search import counted, search
+from cmx_jax.analysis.predict import candidates
+from cmx_jax.analysis.predict.candidates import Load, transfer_ms
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import machine
-from cmx_jax.model import candidates
-from cmx_jax.model.candidates import Load, transfer_ms
 from cmx_jax.model.families import preset
-from cmx_jax.model.plan import counted, search
 
 R1 = preset("deepseek-r1")
 LOAD = Load(prompt=2048, output=257, slo_ttft_ms=2000, slo_tpot_ms=60)

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cmx_jax.analysis.cost.constants import MACHINES
+from cmx_jax.analysis.predict import paper as published
+from cmx_jax.analysis.predict.predict import predict, render, sensitivity
+from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import MACHINES
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.model import paper as published
+from cmx_jax.mesh.named_layouts import ready
 from cmx_jax.model.families import preset
-from cmx_jax.model.layouts import ready
-from cmx_jax.model.predict import predict, render, sensitivity
-from cmx_jax.model.trace import trace_model
 from cmx_jax.model.weights import int8_fields
 
 R1 = preset("deepseek-r1")

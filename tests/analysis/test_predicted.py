@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmx_jax.analysis.cost.constants import machine
+from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.simulate import Arrival, Predicted, StepTimes
+from cmx_jax.analysis.simulate.grid import around, straight
+from cmx_jax.analysis.simulate.virtual import Job
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import machine
 from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.named_layouts import ready
 from cmx_jax.model.families import preset
-from cmx_jax.model.layouts import ready
-from cmx_jax.model.predict import predict
-from cmx_jax.serving.packing import Piece
-from cmx_jax.serving.simulate import Arrival, Predicted, StepTimes
-from cmx_jax.serving.simulate.grid import around, straight
-from cmx_jax.serving.simulate.instance import Job
+from cmx_jax.serving.scheduling.packing import Piece
 
 R1 = preset("deepseek-r1")
 

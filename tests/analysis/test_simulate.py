@@ -18,27 +18,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import instance
 
-from cmx_jax.cli import main
-from cmx_jax.errors import CmxError
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Instance
-from cmx_jax.serving.packing import Piece
-from cmx_jax.serving.ranks import Capacity
-from cmx_jax.serving.request import Request, SamplingParams, State
-from cmx_jax.serving.simulate import (
+from cmx_jax.analysis.simulate import (
     Arrival,
     Deployment,
     Linear,
     Pool,
     StepTimes,
-    host,
+    events,
     mooncake,
     simulate,
     summary,
     synthetic,
 )
-from cmx_jax.serving.simulate.router import ROUTERS
-from cmx_jax.serving.simulate.workload import BLOCK
+from cmx_jax.analysis.simulate.supernodes import ROUTERS
+from cmx_jax.analysis.simulate.workload import BLOCK
+from cmx_jax.cli import main
+from cmx_jax.errors import CmxError
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.packing import Piece
+from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.request import Request, SamplingParams, State
 
 HUGE = 1 << 20  # tokens
 MS_A_TOKEN = Linear(prefill_ms_per_1k=1000, decode_ms=1)
@@ -182,7 +182,7 @@ def test_steps_taken_together_take_what_they_take_one_by_one(monkeypatch) -> Non
     deployment = Deployment(prefill=Pool(capacity=room), decode=Pool(ranks=2, capacity=room))
     times = Linear(prefill_ms_per_1k=20, decode_ms=5, decode_ms_per_sequence=1, decode_ms_per_1m=1000)
     together = summary(simulate(drawn, deployment, times))
-    monkeypatch.setattr(host, "JUMP", 1)
+    monkeypatch.setattr(events, "JUMP", 1)
     single = summary(simulate(drawn, deployment, times))
     for name in ("mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms"):
         assert together[name] == pytest.approx(single[name], rel=0.002)
@@ -302,7 +302,7 @@ def test_the_engine_on_lanes_takes_what_the_simulator_says(started, measured, in
     requests = engine_serves(Engine(prefill, decode), clock, drawn)
 
     if measured:
-        monkeypatch.setattr(host, "JUMP", 1)
+        monkeypatch.setattr(events, "JUMP", 1)
     pool = Pool(instances=len(prefill), ranks=prefill[0].ranks, capacity=prefill[0].capacity)
     decoders = None if both else Pool(ranks=decode.ranks, capacity=decode.capacity)
     deployment = Deployment(prefill=pool, decode=decoders, one_host=True)

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 import cmx_jax
-from cmx_jax.serving.eval.skills import EVAL_ITEMS, SKILLS, Item, Skill, prose
-from cmx_jax.serving.model import locate
+from cmx_jax.analysis.eval.skills import EVAL_ITEMS, SKILLS, Item, Skill, prose
+from cmx_jax.serving.deploy.model import locate
 
 BY_NAME = {skill.name: skill for skill in SKILLS}
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

@@ -2,9 +2,9 @@
 
 import pytest
 
+from cmx_jax.analysis.calc.switching import METRICS, model_bytes, render, switching
 from cmx_jax.errors import CmxError
 from cmx_jax.model.families import preset
-from cmx_jax.model.switching import METRICS, model_bytes, render, switching
 
 
 def test_table_2_for_671_gb() -> None:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model.small import config
 
+from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Layout, expert_parallel
+from cmx_jax.mesh.named_layouts import ready
 from cmx_jax.mesh.trace import SOURCES, Trace
 from cmx_jax.model.families import preset
-from cmx_jax.model.layouts import ready
-from cmx_jax.model.trace import trace_model
-from model.small import config
 
 R1 = preset("deepseek-r1")
 WIDTH, TOP_K, MOE, LAYERS, HEADS, VALUE = 7168, 8, 58, 61, 128, 128

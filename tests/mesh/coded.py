@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import make_runner
-from cmx_jax.mesh.exchange import Axis, exchange, worst_case_rows
-from cmx_jax.mesh.message import Wire
+from cmx_jax.mesh.exchange.message import Wire
+from cmx_jax.mesh.exchange.methods import Axis, exchange, worst_case_rows
 from cmx_jax.testing import rank_coded
 
 TOKENS, TOP_K = 3, 2  # of each rank

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import Abstract, Lanes, Runner, make_runner
-from cmx_jax.mesh.exchange import WIRES, exchange, message_bytes, worst_case_rows
-from cmx_jax.mesh.message import Wire
+from cmx_jax.mesh.exchange.message import Wire
+from cmx_jax.mesh.exchange.methods import WIRES, exchange, message_bytes, worst_case_rows
 
 RANKS, TOKENS, TOP_K, WIDTH = 8, 3, 2, 16
 RESULT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}

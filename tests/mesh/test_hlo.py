@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.trace.collective import OPS, Collective
-from cmx_jax.mesh.trace.hlo import Program, read_hlo
-from cmx_jax.mesh.trace.hlo_collectives import COLLECTIVES
-from cmx_jax.mesh.trace.hlo_loops import trips
-from cmx_jax.mesh.trace.hlo_text import arrays, numpy_dtype
+from cmx_jax.mesh.trace.hlo.collectives import COLLECTIVES
+from cmx_jax.mesh.trace.hlo.loops import trips
+from cmx_jax.mesh.trace.hlo.reader import Program, read_hlo
+from cmx_jax.mesh.trace.hlo.text import arrays, numpy_dtype
 from cmx_jax.mesh.trace.jaxpr import read_jaxpr
-from cmx_jax.mesh.trace.scope import scopes
+from cmx_jax.mesh.trace.ops.collective import OPS, Collective
+from cmx_jax.mesh.trace.ops.scope import scopes
 from mesh.hlo_programs import AXES, compiled, traced
 
 STORED = Path(__file__).parent / "hlo"

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Abstract, Runner, make_runner
-from cmx_jax.mesh.exchange import WIRES, Axis, exchange, message_bytes
-from cmx_jax.mesh.ragged import check_ragged
+from cmx_jax.mesh.exchange.methods import WIRES, Axis, exchange, message_bytes
+from cmx_jax.mesh.runners import check_ragged
 from mesh.coded import (
     TOKENS,
     TOP_K,

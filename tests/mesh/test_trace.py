@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from cmx_jax.mesh import CLOUDMATRIX384, H800_NODE
 from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.trace import Trace, View, render, trace
-from cmx_jax.mesh.trace.place import groups_of, plane
+from cmx_jax.mesh.trace.ops.place import groups_of, plane
 
 AXES = (("node", 4), ("npu", 8))
 MESH = auto_mesh(AXES)

@@ -14,7 +14,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh import CLOUDMATRIX384
 from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.trace import Trace, trace
-from cmx_jax.mesh.trace.collective import Collective
+from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.traffic import by_node, traffic
 
 AXES = {"node": 4, "npu": 8}

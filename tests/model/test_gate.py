@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.router import route
+from cmx_jax.model.gate import route
 from model.small import config
 
 EXPERTS, TOKENS = 16, 4

@@ -22,7 +22,7 @@ from cmx_jax.model.checkpoint.convert import convert
 from cmx_jax.model.checkpoint.names import sources
 from cmx_jax.model.weights import Weights, int8_fields
 from cmx_jax.quant import QTensor
-from cmx_jax.serving.model import Model
+from cmx_jax.serving.deploy.model import Model
 from model.small import refused
 
 FORMATS = Path(__file__).parents[1] / "formats"

@@ -13,22 +13,22 @@ from jax.sharding import Mesh
 from support import BASE, serve
 
 import cmx_jax
+from cmx_jax.analysis.trace.model import trace_model
+from cmx_jax.analysis.trace.steps import trace_step
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import host_devices
 from cmx_jax.mesh.layout import Layout, expert_parallel, tensor_parallel
+from cmx_jax.mesh.named_layouts import LAYOUTS, ready
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.trace import Trace, read_hlo
-from cmx_jax.model.abstract import trace_step
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import preset
 from cmx_jax.model.gshard import masked
-from cmx_jax.model.layouts import LAYOUTS, ready
 from cmx_jax.model.sharding import laid_out, leaf_spec
-from cmx_jax.model.trace import trace_model
 from cmx_jax.model.weights import Experts, Leaf, MoE, Weights, int8_fields
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Instance
-from cmx_jax.serving.ranks import Capacity
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.ranks import Capacity
 from model.small import config, random_weights
 
 R1 = preset("deepseek-r1")

@@ -19,9 +19,9 @@ from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden
 from cmx_jax.model.sharding import weight_specs
 from cmx_jax.model.weights import Weights
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.request import SamplingParams
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.scheduling.request import SamplingParams
 
 GOLDENS = Path(__file__).parents[1] / "goldens_mtp"
 CASES = sorted(path.name for path in GOLDENS.iterdir())

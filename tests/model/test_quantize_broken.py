@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from support import BASE
 
 import cmx_jax
+from cmx_jax.analysis.eval.calibration import calibration
 from cmx_jax.cli import main
 from cmx_jax.model.quantize.command import PARTS, REPORT, quantize
-from cmx_jax.serving.calibration import calibration
-from cmx_jax.serving.model import Model
+from cmx_jax.serving.deploy.model import Model
 from model.quantized import FOLDED, ROUNDED, TEXT, files, run
 from model.small import refused
 

@@ -5,7 +5,7 @@ import pytest
 from support import GOLDENS
 
 import cmx_jax
-from cmx_jax.serving.llm import LLM
+from cmx_jax.serving.deploy.llm import LLM
 
 GOLDEN = np.load(GOLDENS / "tiny.npz")
 LENGTHS = sorted(int(name.split("_")[1]) for name in GOLDEN.files if name.startswith("tokens_"))

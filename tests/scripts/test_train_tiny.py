@@ -15,13 +15,13 @@ import pytest
 from support import BASE
 from tokenizers import Tokenizer
 
+from cmx_jax.analysis.eval.skills import SKILLS
 from cmx_jax.model.checkpoint import read_weights, write_weights
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import parse_config
 from cmx_jax.model.weights import Weights
-from cmx_jax.serving.eval.skills import SKILLS
-from cmx_jax.serving.llm import from_pretrained
-from cmx_jax.serving.model import locate
+from cmx_jax.serving.deploy.llm import from_pretrained
+from cmx_jax.serving.deploy.model import locate
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

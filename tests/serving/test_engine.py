@@ -6,9 +6,9 @@ from reference.dense import greedy
 from support import BASE, instance, serve
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.request import SamplingParams, State
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.scheduling.request import SamplingParams, State
 
 TOKENS = 11
 

@@ -13,11 +13,11 @@ from support import BASE, instance
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.runners import make_runner
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.ranks import Capacity
-from cmx_jax.serving.request import Overloaded, Request, SamplingParams, State
-from cmx_jax.serving.waiting import Waiting
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.request import Overloaded, Request, SamplingParams, State
+from cmx_jax.serving.scheduling.waiting import Waiting
 
 TOKENS = 20
 

@@ -8,7 +8,7 @@ from reference.dense import greedy, logits
 
 import cmx_jax
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.model import locate
+from cmx_jax.serving.deploy.model import locate
 
 TINY = locate("tiny")
 PROMPTS = ("The json module", "A dictionary is", "Return a list of")

@@ -11,14 +11,14 @@ from reference.dense import greedy
 from support import BASE, MTP_GOLDENS, instance
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.context import ContextCache
+from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.ems import MPServer, Pool
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Instance
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.kv import fetch
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.ranks import Capacity
-from cmx_jax.serving.request import Request, SamplingParams
+from cmx_jax.serving.kv.prefix_cache import ContextCache
+from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 TOKENS = 9
 BLOCK = 16

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmx_jax.model.cache import NO_PAGE
-from cmx_jax.serving.packing import bucket, pack, schedule
-from cmx_jax.serving.pages import pages_for
-from cmx_jax.serving.request import Request, SamplingParams
+from cmx_jax.serving.scheduling.packing import bucket, pack, schedule
+from cmx_jax.serving.scheduling.pages import pages_for
+from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 WIDTH = 4
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.pages import PagePool, pages_for
+from cmx_jax.serving.scheduling.pages import PagePool, pages_for
 
 SIZE = 12
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.request import TRANSITIONS, Request, SamplingParams, State
+from cmx_jax.serving.scheduling.request import TRANSITIONS, Request, SamplingParams, State
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))

@@ -15,7 +15,7 @@ import pytest
 import cmx_jax
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.spanning import Span
+from cmx_jax.serving.executor.spanning import Span
 
 CMX = [sys.executable, "-m", "cmx_jax.cli", "serve", "tiny", "--port", "0"]
 PROMPTS = ["The json module", "A class is", "x = [1, 2, 3]"]

@@ -5,9 +5,9 @@ import json
 import pytest
 from support import instance
 
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.request import SamplingParams
-from cmx_jax.serving.timeline import REQUESTS, Timeline, together
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.engine.timeline import REQUESTS, Timeline, together
+from cmx_jax.serving.scheduling.request import SamplingParams
 
 
 @pytest.fixture(scope="module")

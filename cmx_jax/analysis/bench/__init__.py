@@ -3,13 +3,13 @@
 Names and numbers are those of vLLM's `benchmark_serving`.
 """
 
-from cmx_jax.serving.bench.client import Client, Outcome
-from cmx_jax.serving.bench.files import Files
-from cmx_jax.serving.bench.load import Load, measure
-from cmx_jax.serving.bench.prompts import Ask, Words, check_lengths, drawn, prefixed, replayed
-from cmx_jax.serving.bench.report import Wanted, render, summary
-from cmx_jax.serving.bench.target import Target
-from cmx_jax.serving.bench.timeline import timeline
+from cmx_jax.analysis.bench.client import Client, Outcome
+from cmx_jax.analysis.bench.files import Files
+from cmx_jax.analysis.bench.load import Load, measure
+from cmx_jax.analysis.bench.plot import timeline
+from cmx_jax.analysis.bench.prompts import Ask, Words, check_lengths, drawn, prefixed, replayed
+from cmx_jax.analysis.bench.report import Wanted, render, summary
+from cmx_jax.analysis.bench.target import Target
 
 __all__ = [
     "Ask", "Client", "Files", "Load", "Outcome", "Target", "Wanted", "Words",

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from cmx_jax.serving.bench.prompts import Ask
-from cmx_jax.serving.bench.sse import EventParser
-from cmx_jax.serving.bench.target import Target, message, reason
+from cmx_jax.analysis.bench.prompts import Ask
+from cmx_jax.analysis.bench.sse import EventParser
+from cmx_jax.analysis.bench.target import Target, message, reason
 
 
 class Failure(Exception):

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.analysis.bench.plot import timeline
+from cmx_jax.analysis.compare.plots import image, need_matplotlib
+from cmx_jax.analysis.writing import need_folder, write_whole
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.bench.timeline import timeline
-from cmx_jax.serving.compare.plots import image, need_matplotlib
-from cmx_jax.serving.compare.write import need_folder, write_whole
 
 KINDS = (".png", ".svg")
 

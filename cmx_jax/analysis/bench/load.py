@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from time import perf_counter
 
+from cmx_jax.analysis.bench.client import Client, Outcome
+from cmx_jax.analysis.bench.prompts import Ask
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.bench.client import Client, Outcome
-from cmx_jax.serving.bench.prompts import Ask
 
 
 class Load:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from cmx_jax.analysis.simulate.workload import BLOCK, Arrival, synthetic
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.model import locate
-from cmx_jax.serving.simulate.workload import BLOCK, Arrival, synthetic
+from cmx_jax.serving.deploy.model import locate
 
 FEWEST = 64  # words, that prompts are made of them only
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cmx_jax.analysis.bench.client import Outcome
+from cmx_jax.analysis.bench.load import Load
+from cmx_jax.analysis.simulate.report import spread
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.bench.client import Outcome
-from cmx_jax.serving.bench.load import Load
-from cmx_jax.serving.simulate.report import spread
 
 METRICS = {
     "ttft": "Time to First Token",

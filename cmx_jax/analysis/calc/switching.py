@@ -13,8 +13,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from cmx_jax.analysis.cost.pool import read_s
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.pool import read_s
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.weights import all_leaves, int8_fields, leaf_dtype
 

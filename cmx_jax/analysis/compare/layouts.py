@@ -4,20 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.analysis.compare.measure import Measure
+from cmx_jax.analysis.cost.constants import MACHINES
+from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.trace.memory import by_layout
+from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import MACHINES
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, request_devices
 from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.named_layouts import Ready, ready
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, H800_NODE
 from cmx_jax.mesh.trace.table import Trace
 from cmx_jax.mesh.trace.traffic import by_node, traffic
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.layouts import Ready, ready
-from cmx_jax.model.memory import by_layout
-from cmx_jax.model.predict import predict
-from cmx_jax.model.trace import trace_model
-from cmx_jax.serving.compare.measure import Measure
-from cmx_jax.serving.model import config_of, located
+from cmx_jax.serving.deploy.model import config_of, located
 
 STEPS = ("decode", "prefill")
 RUNNERS = ("lanes", "devices")
@@ -41,7 +41,7 @@ def compare(
 
     Args:
       model: a preset, which is traced only; or a directory or `tiny`, which run, too.
-      layouts: names that `cmx_jax.model.layouts.ready` knows, or layouts of your own by name.
+      layouts: names that `cmx_jax.mesh.named_layouts.ready` knows, or layouts of your own by name.
       step: `decode` or `prefill`; None: what the first layout is for.
       batch: sequences of an NPU; None: the first layout's.
       context: tokens of a sequence; None: 4,096, or the model's context if that is less.
@@ -57,7 +57,7 @@ def compare(
       `wire_bytes` by `axes` and `plane`), `flops` by type, `memory` (bytes by what for), `program` (bytes, as
       of `Trace.memory`), `seconds` of tracing and compiling;
       `predicted_ms` on its machine or None; between nodes `node_traffic [N, N]` in bytes,
-      rows being senders; `measured` (see `cmx_jax.serving.compare.measure.Measure`) or None; `notes`.
+      rows being senders; `measured` (see `cmx_jax.analysis.compare.measure.Measure`) or None; `notes`.
 
     Raises:
       CmxError: an unknown model or layout, a layout given twice, a batch or context that does not fit one.

@@ -8,9 +8,9 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.serving.llm import LLM
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.request import SamplingParams
+from cmx_jax.serving.deploy.llm import LLM
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.scheduling.request import SamplingParams
 
 TOKENS = 8  # greedy tokens of each sequence, of a decode step with no drafts
 HELD = 8  # sequences whose tokens are held against the single rank's

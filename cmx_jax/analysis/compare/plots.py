@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from cmx_jax.analysis.compare.report import UNITS, moved, text, unit
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.compare.report import UNITS, moved, text, unit
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 HATCHES = ("", "///", "...")

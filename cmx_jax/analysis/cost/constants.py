@@ -1,7 +1,7 @@
 """Every constant of the cost model, each with its source.
 
 A constant is `stated` (of the hardware, by a source outside this model), `fitted` to operator-level
-measurements (`mesh/cost/measured.py`), or `assumed`, where nobody states it; the source then says why. No
+measurements (`analysis/cost/measured.py`), or `assumed`, where nobody states it; the source then says why. No
 end-to-end figure of a system sets any of them: those are what is predicted.
 
 The paper is arXiv 2506.12708, its sections and tables numbered as there.

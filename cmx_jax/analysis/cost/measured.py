@@ -6,8 +6,8 @@ paper has neither products of an H800 nor attention over its prompts, DeepGEMM's
 
 from typing import Any
 
-from cmx_jax.mesh.cost.constants import Machine, machine
-from cmx_jax.mesh.cost.operators import attention, exchange, matmul_us
+from cmx_jax.analysis.cost.constants import Machine, machine
+from cmx_jax.analysis.cost.operators import attention, exchange, matmul_us
 
 GROUPS = (8, 16, 32, 64, 128, 256)
 EXCHANGES = {  # us, of 128 tokens a rank, by group size (Table 7)

@@ -3,14 +3,14 @@
 A kernel's time is what it costs to start and the longest of what it computes, reads, and sends. `share` is
 the part of a rank's cores that it has. Memory serves whoever asks: a matrix core holds hundreds of KB of
 loads under way, so that a part of the cores can draw all of its bandwidth, and streams that do so at once
-are slowed (`mesh/cost/overlap.py`).
+are slowed (`analysis/cost/overlap.py`).
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cmx_jax.mesh.cost.constants import Machine
+from cmx_jax.analysis.cost.constants import Machine
 
 Bound = Literal["compute", "memory", "network", "vector cores", "launch"]
 PEAKS = {"int8": "int8_tops", "bfloat16": "bf16_tflops", "float16": "bf16_tflops"}

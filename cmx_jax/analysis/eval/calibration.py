@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from cmx_jax.analysis.eval.corpus import documents, split
+from cmx_jax.analysis.eval.text import Text, read_text, windows
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.eval.corpus import documents, split
-from cmx_jax.serving.eval.text import Text, read_text, windows
-from cmx_jax.serving.model import Model
+from cmx_jax.serving.deploy.model import Model
 
 WINDOW = 256
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from cmx_jax.analysis.eval.score import Answers, Progress, answered
+from cmx_jax.analysis.eval.skills import SKILLS, Item, Skill
+from cmx_jax.analysis.eval.statistics import Pairs, difference, mcnemar, wilson
+from cmx_jax.analysis.eval.text import evaluate_text, read_text
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.inspect import inspect
-from cmx_jax.serving.eval.compare import Pairs, difference, mcnemar, wilson
-from cmx_jax.serving.eval.score import Answers, Progress, answered
-from cmx_jax.serving.eval.skills import SKILLS, Item, Skill
-from cmx_jax.serving.eval.text import evaluate_text, read_text
-from cmx_jax.serving.llm import LLM
+from cmx_jax.serving.deploy.llm import LLM
 
 SUITES = {"skills": ("skills",), "text": ("text",), "all": ("skills", "text")}
 HARNESS = "lm-eval:"
@@ -51,7 +51,7 @@ def check(suite: str, items: int, seed: int, text: str | None, window: int | Non
     if "text" in parts and text is not None:
         read_text(text)
     if suite.startswith(HARNESS):
-        from cmx_jax.serving.eval.harness import check_installed
+        from cmx_jax.analysis.eval.harness import check_installed
 
         check_installed()
 
@@ -97,7 +97,7 @@ def evaluate(
         result["text"] = evaluate_text(llm, other, read_text(text), window, progress)
     tasks = [part.removeprefix(HARNESS) for part in parts if part.startswith(HARNESS)]
     if tasks:
-        from cmx_jax.serving.eval.harness import run_tasks
+        from cmx_jax.analysis.eval.harness import run_tasks
 
         result["lm_eval"] = run_tasks(llm, other, tasks, items)
     result["not_run"] = [name for name in ("skills", "text", "lm_eval") if name not in result]

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.analysis.eval.score import first_token, likelihoods
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.eval.score import first_token, likelihoods
-from cmx_jax.serving.llm import LLM, from_pretrained
+from cmx_jax.serving.deploy.llm import LLM, from_pretrained
 
 try:  # heavy, and only where the extra is installed
     from lm_eval.api.model import LM

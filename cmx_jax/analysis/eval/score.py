@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from cmx_jax.analysis.eval.skills import Item
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.eval.skills import Item
-from cmx_jax.serving.llm import LLM
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.scoring import batches
+from cmx_jax.serving.deploy.llm import LLM
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.executor.scoring import batches
 
 Tokens = Sequence[int]
 Progress = Callable[[str], None]

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from cmx_jax.analysis.eval.corpus import documents, fingerprint, split
+from cmx_jax.analysis.eval.score import NO_TARGET, Progress, first_token, padded, target_logprobs
+from cmx_jax.analysis.eval.statistics import of_sample
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.eval.compare import of_sample
-from cmx_jax.serving.eval.corpus import documents, fingerprint, split
-from cmx_jax.serving.eval.score import NO_TARGET, Progress, first_token, padded, target_logprobs
-from cmx_jax.serving.llm import LLM
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.scoring import batch_rows
+from cmx_jax.serving.deploy.llm import LLM
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.executor.scoring import batch_rows
 
 WINDOW = 256  # tokens, or the model's context if that is shorter
 

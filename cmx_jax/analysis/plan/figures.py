@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.analysis.compare.plots import COLOURS, STYLE, image, need_matplotlib
+from cmx_jax.analysis.plan.plan import named
+from cmx_jax.analysis.writing import need_folder, write_whole
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.compare.plots import COLOURS, STYLE, image, need_matplotlib
-from cmx_jax.serving.compare.write import need_folder, write_whole
-from cmx_jax.serving.plan import named
 
 GREY, WIDE = "#BBBBBB", 7.0  # inches
 TICKS = (-100, -30, -10, -5, 0, 5, 10, 30, 100)
@@ -47,7 +47,7 @@ class Folder:
 
 
 def paper_errors(found: dict[str, Any]) -> Any:
-    """Each row's error, by group, between its published and its predicted value (`cmx_jax.model.paper`)."""
+    """Draws the error of each published row's prediction, by group (`analysis/predict/paper.py`)."""
     import matplotlib
     from matplotlib.figure import Figure
 

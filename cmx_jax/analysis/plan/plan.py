@@ -1,9 +1,9 @@
 """Which deployment serves a load within an SLO, where requests come as they come.
 
-`model/plan.py` finds deployments by steady load. The best of them are then given Poisson arrivals by the
-simulator, with step times predicted at the load's mean context. Requests are looked at that arrive once the
-decode batch has filled. A deployment is kept where `ATTAINMENT` of them have their first token and the others
-in time:
+`analysis/plan/search.py` finds deployments by steady load. The best of them are then given Poisson arrivals
+by the simulator, with step times predicted at the load's mean context. Requests are looked at that arrive
+once the decode batch has filled. A deployment is kept where `ATTAINMENT` of them have their first token and
+the others in time:
 
 * *with a rate*: one that misses gets an instance more, of the pool whose part of the SLO is missed more
   often, until it serves the rate. One for which there are no NPUs is dropped, and the next takes its place.
@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from cmx_jax.analysis.cost.constants import machine
+from cmx_jax.analysis.plan.search import counted, order, search
+from cmx_jax.analysis.predict.candidates import Load, instance_layout
+from cmx_jax.analysis.simulate.deployment import Deployment
+from cmx_jax.analysis.simulate.predicted import Predicted
+from cmx_jax.analysis.simulate.report import summary
+from cmx_jax.analysis.simulate.supernodes import simulate
+from cmx_jax.analysis.simulate.workload import synthetic
+from cmx_jax.analysis.trace.steps import PAGE_WIDTH
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import machine
-from cmx_jax.model.abstract import PAGE_WIDTH
-from cmx_jax.model.candidates import Load, instance_layout
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.plan import counted, order, search
-from cmx_jax.serving.pages import pages_for
-from cmx_jax.serving.simulate.deployment import Deployment
-from cmx_jax.serving.simulate.predicted import Predicted
-from cmx_jax.serving.simulate.report import summary
-from cmx_jax.serving.simulate.router import simulate
-from cmx_jax.serving.simulate.workload import synthetic
+from cmx_jax.serving.scheduling.pages import pages_for
 
 ATTAINMENT = 0.9
 STEPS = 32
@@ -50,7 +50,7 @@ def plan(
     """Deployments that serve a load.
 
     Args:
-      c, load, hardware, npus, rate, mtp_acceptance, progress: as of `cmx_jax.model.plan.search`.
+      c, load, hardware, npus, rate, mtp_acceptance, progress: as of `cmx_jax.analysis.plan.search.search`.
       best: deployments to return.
 
     Returns:

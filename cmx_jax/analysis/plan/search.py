@@ -1,17 +1,17 @@
 """Which deployments could serve a load: layouts, batches, drafts and the ratio of prefill to decode.
 
-Instances are those of `model/candidates.py`. What is assumed beyond their predictions: load is steady; a
-prompt waits half a prefill step, runs one, and its rows travel over RDMA; a sequence attends to its prompt
-and half its output on average. `serving/plan.py` drops the first.
+Instances are those of `analysis/predict/candidates.py`. What is assumed beyond their predictions: load is
+steady; a prompt waits half a prefill step, runs one, and its rows travel over RDMA; a sequence attends to its
+prompt and half its output on average. `analysis/plan/plan.py` drops the first.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any
 
+from cmx_jax.analysis.cost.constants import machine
+from cmx_jax.analysis.predict.candidates import Load, candidates, predicted
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import machine
-from cmx_jax.model.candidates import Load, candidates, predicted
 from cmx_jax.model.config import ModelConfig
 
 STEPS = ("prefill", "decode")
@@ -34,7 +34,7 @@ def search(
     Args:
       c: the model.
       load: prompts, answers, SLO.
-      hardware: a name in `cmx_jax.mesh.cost.constants.MACHINES`.
+      hardware: a name in `cmx_jax.analysis.cost.constants.MACHINES`.
       npus: that there are.
       rate: requests a second to serve; None: as many as can be.
       mtp_acceptance: how likely a draft is right.

@@ -1,17 +1,17 @@
-"""Instances that could serve a load, each predicted from its own traced step (`model/predict.py`)."""
+"""Instances that could serve a load, each predicted from its own traced step."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cmx_jax.analysis.cost.constants import Machine
+from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.trace.memory import page_bytes
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import Machine
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 from cmx_jax.model.config import MLAConfig, ModelConfig
-from cmx_jax.model.memory import page_bytes
-from cmx_jax.model.predict import predict
 
 RANKS = {  # of an instance: dies of whole nodes, or GPUs
     ("ascend", "decode"): (64, 128, 320),

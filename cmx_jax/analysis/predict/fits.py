@@ -1,9 +1,9 @@
 """Whether a step fits a rank's memory, and how many sequences would."""
 
+from cmx_jax.analysis.cost.constants import Machine
+from cmx_jax.analysis.predict.operators import Step
+from cmx_jax.analysis.trace.memory import by_layout
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import Machine
-from cmx_jax.model.memory import by_layout
-from cmx_jax.model.operators import Step
 
 
 def check_fits(of: Step, on: Machine, batch: int) -> dict[str, float]:

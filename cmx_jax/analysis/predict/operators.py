@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from cmx_jax.analysis.trace.steps import PAGE_WIDTH, trace_step
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.trace.collective import Collective
-from cmx_jax.mesh.trace.jaxpr import Found, Product, read_jaxpr
-from cmx_jax.model.abstract import PAGE_WIDTH, trace_step
+from cmx_jax.mesh.trace.jaxpr import read_jaxpr
+from cmx_jax.mesh.trace.ops.collective import Collective
+from cmx_jax.mesh.trace.ops.contents import Found, Product
 from cmx_jax.model.config import MLAConfig, ModelConfig
 
 ATTENTION = (

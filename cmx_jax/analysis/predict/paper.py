@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cmx_jax.mesh.cost.constants import machine
-from cmx_jax.mesh.cost.measured import operator_rows, row
+from cmx_jax.analysis.cost.constants import machine
+from cmx_jax.analysis.cost.measured import operator_rows, row
+from cmx_jax.analysis.predict.predict import predict
 from cmx_jax.mesh.layout import Layout, expert_parallel
+from cmx_jax.mesh.named_layouts import ready
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import preset
-from cmx_jax.model.layouts import ready
-from cmx_jax.model.predict import predict
 
 EXPERTS = 256
 

@@ -1,7 +1,7 @@
 """What a step would cost on a machine, from the program that would run.
 
-The step is traced at full size (`model/operators.py`), its operators become tasks with a time and a place on
-the machine (`model/tasks.py`), and the streams are laid side by side (`mesh/cost/overlap.py`).
+The step is traced at full size (`operators.py`), its operators become tasks with a time and a place on the
+machine (`tasks.py`), and the streams are laid side by side (`analysis/cost/overlap.py`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from cmx_jax.analysis.cost.constants import Machine, machine
+from cmx_jax.analysis.cost.imbalance import busiest, power_law
+from cmx_jax.analysis.cost.overlap import Task, critical_path
+from cmx_jax.analysis.predict.fits import check_fits
+from cmx_jax.analysis.predict.operators import Loop, Step, loops, traced
+from cmx_jax.analysis.predict.roofline import roofline
+from cmx_jax.analysis.predict.tasks import CORES, Setting, busy_us, chains
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import Machine, machine
-from cmx_jax.mesh.cost.imbalance import busiest, power_law
-from cmx_jax.mesh.cost.overlap import Task, critical_path
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.trace.jaxpr import Found
+from cmx_jax.mesh.trace.ops.contents import Found
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.fits import check_fits
-from cmx_jax.model.operators import Loop, Step, loops, traced
-from cmx_jax.model.roofline import roofline
 from cmx_jax.model.sharding import shared_in_slots
-from cmx_jax.model.tasks import CORES, Setting, busy_us, chains
 from cmx_jax.model.weights import int8_fields
 
 
@@ -46,7 +46,7 @@ def predict(
 
     Args:
       c: the model.
-      hardware: a name in `cmx_jax.mesh.cost.constants.MACHINES`, or such a machine with constants moved.
+      hardware: a name in `cmx_jax.analysis.cost.constants.MACHINES`, or such a machine with constants moved.
       layout: how the model lies on its ranks.
       step: `decode`, or `prefill` of whole prompts.
       batch: sequences of an NPU (or GPU).
@@ -55,7 +55,7 @@ def predict(
       mtp_acceptance: how likely a draft is right, if all before it were.
       attention_cores: that the attention stream of a decode step has, of a CloudMatrix384 die's 24; None:
         what balances the streams. It matters with microbatches only.
-      imbalance: load of the busiest expert rank over the mean; None: what `mesh/cost/imbalance.py` expects of
+      imbalance: load of the busiest expert rank over the mean; None: what `cost/imbalance.py` expects of
         `load` or `exponent`, and `eplb`.
       load: how often each routed expert was chosen, [layers, E]; None: `exponent` has it.
       exponent: power law of the experts' popularity; 0: all alike.

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cmx_jax.mesh.cost import operators as cost
-from cmx_jax.mesh.cost.constants import Machine
-from cmx_jax.mesh.cost.overlap import Task
+from cmx_jax.analysis.cost import operators as cost
+from cmx_jax.analysis.cost.constants import Machine
+from cmx_jax.analysis.cost.overlap import Task
+from cmx_jax.analysis.predict.operators import ATTENTION, Loop, Operator, Step, attention_work
 from cmx_jax.model.config import MLAConfig, ModelConfig
-from cmx_jax.model.operators import ATTENTION, Loop, Operator, Step, attention_work
 from cmx_jax.model.sharding import shared_in_slots
 
 MOE = ("Gate", "SharedExpert", "Dispatch", "MLP", "Combine")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from cmx_jax.serving.simulate.instance import Virtual
+from cmx_jax.analysis.simulate.virtual import Virtual
 
 JUMP = 64  # decode steps that are one event, at most
 
@@ -30,7 +30,7 @@ class Events:
 class Host:
     """What runs the steps of its instances one at a time, in turn: prefill of each, then decode of each.
 
-    `node` is the `cmx_jax.serving.simulate.simulator.Supernode` that they belong to.
+    `node` is the `cmx_jax.analysis.simulate.simulator.Supernode` that they belong to.
     """
 
     def __init__(self, node: Any, prefill: list[Virtual], decoders: list[Virtual]):

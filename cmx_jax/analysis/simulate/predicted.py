@@ -16,19 +16,19 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
+from cmx_jax.analysis.cost.constants import machine
+from cmx_jax.analysis.cost.pool import read_s
+from cmx_jax.analysis.predict.candidates import transfer_ms
+from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.simulate.deployment import Pool
+from cmx_jax.analysis.simulate.grid import around, straight
+from cmx_jax.analysis.trace.memory import page_bytes
+from cmx_jax.analysis.trace.steps import PAGE_WIDTH
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.cost.constants import machine
-from cmx_jax.mesh.cost.pool import read_s
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.model.abstract import PAGE_WIDTH
-from cmx_jax.model.candidates import transfer_ms
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.memory import page_bytes
-from cmx_jax.model.predict import predict
-from cmx_jax.serving.packing import Piece
-from cmx_jax.serving.ranks import Capacity
-from cmx_jax.serving.simulate.deployment import Pool
-from cmx_jax.serving.simulate.grid import around, straight
+from cmx_jax.serving.scheduling.packing import Piece
+from cmx_jax.serving.scheduling.ranks import Capacity
 
 PARTS = 2
 CONTEXT = 2 * PAGE_WIDTH  # tokens: the shortest at which decode is predicted
@@ -41,7 +41,7 @@ class Predicted:
 
     Args:
       c: the model.
-      hardware: a name in `cmx_jax.mesh.cost.constants.MACHINES`.
+      hardware: a name in `cmx_jax.analysis.cost.constants.MACHINES`.
       prefill: layout of an instance that takes prompts.
       decode: of one that continues them.
       drafts: MTP drafts of a decode step; with any of them prefill runs the MTP layer.

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 
-from cmx_jax.serving.simulate.workload import BLOCK
+from cmx_jax.analysis.simulate.workload import BLOCK
 
 
 class PrefixCache:

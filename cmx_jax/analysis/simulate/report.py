@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from cmx_jax.analysis.simulate.supernodes import Outcome
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.simulate.router import Outcome
 
 PERCENTILES = (50, 90, 99)
 

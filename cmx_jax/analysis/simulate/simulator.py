@@ -13,14 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from cmx_jax.serving.request import Request, State
-from cmx_jax.serving.scheduler import Scheduler
-from cmx_jax.serving.simulate.deployment import Deployment
-from cmx_jax.serving.simulate.host import Events, Host
-from cmx_jax.serving.simulate.instance import Job, Virtual
-from cmx_jax.serving.simulate.prefix import PrefixCache
-from cmx_jax.serving.simulate.times import StepTimes
-from cmx_jax.serving.transfer import prefill_tp_rank
+from cmx_jax.analysis.simulate.deployment import Deployment
+from cmx_jax.analysis.simulate.events import Events, Host
+from cmx_jax.analysis.simulate.prefix import PrefixCache
+from cmx_jax.analysis.simulate.times import StepTimes
+from cmx_jax.analysis.simulate.virtual import Job, Virtual
+from cmx_jax.serving.kv.mapping import prefill_tp_rank
+from cmx_jax.serving.scheduling.request import Request, State
+from cmx_jax.serving.scheduling.scheduler import Scheduler
 
 
 class Supernode(Scheduler[Virtual]):

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from cmx_jax.analysis.simulate.deployment import Deployment
+from cmx_jax.analysis.simulate.events import Events
+from cmx_jax.analysis.simulate.simulator import Supernode
+from cmx_jax.analysis.simulate.times import StepTimes
+from cmx_jax.analysis.simulate.virtual import Job
+from cmx_jax.analysis.simulate.workload import Arrival
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.simulate.deployment import Deployment
-from cmx_jax.serving.simulate.host import Events
-from cmx_jax.serving.simulate.instance import Job
-from cmx_jax.serving.simulate.simulator import Supernode
-from cmx_jax.serving.simulate.times import StepTimes
-from cmx_jax.serving.simulate.workload import Arrival
 
 Route = Callable[[list[Supernode], Job, int], Supernode]
 

@@ -5,7 +5,7 @@ from math import inf
 from typing import Protocol, runtime_checkable
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.packing import Piece
+from cmx_jax.serving.scheduling.packing import Piece
 
 
 @runtime_checkable

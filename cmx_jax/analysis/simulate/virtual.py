@@ -5,10 +5,10 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cmx_jax.serving.ranks import Ranks
-from cmx_jax.serving.request import Request, SamplingParams
-from cmx_jax.serving.simulate.deployment import Pool
-from cmx_jax.serving.simulate.workload import Arrival
+from cmx_jax.analysis.simulate.deployment import Pool
+from cmx_jax.analysis.simulate.workload import Arrival
+from cmx_jax.serving.scheduling.ranks import Ranks
+from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 
 @dataclass(eq=False)

@@ -5,9 +5,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from cmx_jax.analysis.trace.steps import PAGE_WIDTH
+from cmx_jax.mesh.exchange.message import message_bytes
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.message import message_bytes
-from cmx_jax.model.abstract import PAGE_WIDTH
 from cmx_jax.model.cache import abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.sharding import laid_out, leaf_spec, shared_in_slots

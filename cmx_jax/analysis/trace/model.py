@@ -4,17 +4,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.analysis.trace.steps import trace_step
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.exchange.message import message_bytes
 from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.message import message_bytes
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
 from cmx_jax.mesh.targets import target_devices
-from cmx_jax.mesh.trace.collective import Collective
-from cmx_jax.mesh.trace.jaxpr import Product
+from cmx_jax.mesh.trace.ops.collective import Collective
+from cmx_jax.mesh.trace.ops.contents import Product
 from cmx_jax.mesh.trace.program import trace
 from cmx_jax.mesh.trace.table import Trace, View
-from cmx_jax.model.abstract import trace_step
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decode import MAX_DRAFTS
 from cmx_jax.model.sharding import shared_in_slots

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
-from cmx_jax.mesh.message import Wire, pack
+from cmx_jax.mesh.exchange.message import Wire, pack
 
 Axis = str | tuple[str, ...]
 ExpertFn = Callable[[Shaped[Array, "N M"], Int[Array, " N"], Wire], Float[Array, "N D"]]

@@ -2,12 +2,12 @@
 
 The paper's FusedDispatch and FusedCombine (section 4.2.1) write each message straight into a
 preallocated slot of the peer's memory. An XLA all-to-all moves the whole mailbox instead, so here
-the mailbox `[G, rows, message]` is sized for the usual load and drained in rounds (`mesh/rounds.py`).
+the mailbox `[G, rows, message]` is sized for the usual load and drained in rounds (`mailbox.py`).
 Results return unquantised, as in the paper.
 
 Methods differ in how messages travel: `flat` in one all-to-all over all ranks, `hierarchical` tier by tier
 (as UB switches are tiered, section 3.1.4), for which nodes are an axis of their own. `ragged` moves only real
-messages, on accelerators (`mesh/ragged.py`). `allgather` has no messages: all tokens go everywhere, and where
+messages, on accelerators (`ragged.py`). `allgather` has no messages: all tokens go everywhere, and where
 tensor parallelism has them everywhere already, nothing goes.
 """
 
@@ -20,9 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.message import MAX_SLOTS_PER_RANK, WIRES, Wire, message_bytes, pack
-from cmx_jax.mesh.ragged import packed
-from cmx_jax.mesh.rounds import (
+from cmx_jax.mesh.exchange.mailbox import (
     Axis,
     ExchangeStats,
     ExpertFn,
@@ -31,6 +29,8 @@ from cmx_jax.mesh.rounds import (
     usual_rows,
     worst_case_rows,
 )
+from cmx_jax.mesh.exchange.message import MAX_SLOTS_PER_RANK, WIRES, Wire, message_bytes, pack
+from cmx_jax.mesh.exchange.ragged import packed
 
 __all__ = [
     "EXCHANGES",

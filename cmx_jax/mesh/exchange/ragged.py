@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from cmx_jax.errors import CmxError
-from cmx_jax.mesh.rounds import Axis, Route
-from cmx_jax.mesh.runners import Abstract, Devices, Runner
+from cmx_jax.mesh.exchange.mailbox import Axis, Route
 
 
 def packed(counts: Int[Array, " G"], rows: int, messages: int, axis: Axis) -> Route:
-    """A round by ragged all-to-all; see `cmx_jax.mesh.rounds.Travel`."""
+    """A round by ragged all-to-all; see `cmx_jax.mesh.exchange.mailbox.Travel`."""
     counts = counts.astype(jnp.int32)
     start = jnp.cumsum(counts) - counts
     told = jax.lax.all_to_all(jnp.stack([counts, start], axis=1), axis, 0, 0)
@@ -38,22 +36,3 @@ def packed(counts: Int[Array, " G"], rows: int, messages: int, axis: Axis) -> Ro
         return jax.lax.ragged_all_to_all(answers, outbox, begin, arriving, home, counts, axis_name=axis)
 
     return Route(start, size, out, back)
-
-
-def check_ragged(method: str, runner: Runner) -> None:
-    """Refuses the ragged exchange where XLA has no ragged all-to-all: on CPU, and between lanes.
-
-    It is traced and lowered everywhere, and compiled ahead of time for accelerators.
-
-    Raises:
-      CmxError: the runner cannot run it.
-    """
-    if method != "ragged" or isinstance(runner, Abstract):
-        return
-    if isinstance(runner, Devices) and runner.mesh.devices.flat[0].platform != "cpu":
-        return
-    where = "on CPU" if isinstance(runner, Devices) else "between lanes"
-    raise CmxError(
-        f"exchange 'ragged' does not run {where}: XLA's ragged all-to-all is for accelerators. Choose flat, "
-        "hierarchical or allgather, or runner 'devices' on accelerators"
-    )

@@ -1,9 +1,9 @@
 """What a program moves and computes, read from the program itself."""
 
-from cmx_jax.mesh.trace.collective import Collective
 from cmx_jax.mesh.trace.differences import differences
-from cmx_jax.mesh.trace.hlo import read_hlo
+from cmx_jax.mesh.trace.hlo.reader import read_hlo
 from cmx_jax.mesh.trace.jaxpr import read_jaxpr
+from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.program import SOURCES, trace
 from cmx_jax.mesh.trace.table import Trace, View, render
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cmx_jax.mesh.supernode import Supernode
-from cmx_jax.mesh.trace.collective import Collective
-from cmx_jax.mesh.trace.jaxpr import Found, Product
-from cmx_jax.mesh.trace.place import groups_of, plane
+from cmx_jax.mesh.trace.ops.collective import Collective
+from cmx_jax.mesh.trace.ops.contents import Found, Product
+from cmx_jax.mesh.trace.ops.place import groups_of, plane
 from cmx_jax.mesh.trace.table import View
 
 COMPUTE, NETWORK = 1, 2  # tracks
@@ -80,7 +80,7 @@ def _wire_us(collective: Collective, found: Found, view: View) -> float:
 
 
 def bandwidth(machine: Supernode, where: str) -> float:
-    """GB/s of an NPU, one way, for what crosses a boundary (`cmx_jax.mesh.trace.place.plane`)."""
+    """GB/s of an NPU, one way, for what crosses a boundary (`cmx_jax.mesh.trace.ops.place.plane`)."""
     if where == "die pair":
         return machine.npu.die_to_die_gb_s or math.inf
     return machine.planes[1 if where == "RDMA" else 0].npu_gb_s

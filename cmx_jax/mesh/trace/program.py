@@ -16,8 +16,9 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.jax_versions import placement_advice
 from cmx_jax.mesh.targets import compiler_options
 from cmx_jax.mesh.trace.differences import differences
-from cmx_jax.mesh.trace.hlo import read_hlo
-from cmx_jax.mesh.trace.jaxpr import Found, read_jaxpr
+from cmx_jax.mesh.trace.hlo.reader import read_hlo
+from cmx_jax.mesh.trace.jaxpr import read_jaxpr
+from cmx_jax.mesh.trace.ops.contents import Found
 from cmx_jax.mesh.trace.perfetto import write_timeline
 from cmx_jax.mesh.trace.stablehlo import read_stablehlo
 from cmx_jax.mesh.trace.table import Trace, View, scaled, table

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
-from cmx_jax.mesh.trace.collective import Collective
 from cmx_jax.mesh.trace.differences import unit_of
-from cmx_jax.mesh.trace.jaxpr import Found, Product
-from cmx_jax.mesh.trace.place import groups_of, plane
+from cmx_jax.mesh.trace.ops.collective import Collective
+from cmx_jax.mesh.trace.ops.contents import Found, Product
+from cmx_jax.mesh.trace.ops.place import groups_of, plane
 
 Payload = Callable[[Collective], float | None]
 """Useful bytes of a collective on one rank, of all rounds that data decide on together; None: the operand."""

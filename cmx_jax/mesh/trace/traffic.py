@@ -15,8 +15,8 @@ from jaxtyping import Float
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.supernode import Supernode
-from cmx_jax.mesh.trace.collective import Collective
-from cmx_jax.mesh.trace.place import groups_of
+from cmx_jax.mesh.trace.ops.collective import Collective
+from cmx_jax.mesh.trace.ops.place import groups_of
 
 
 def traffic(collectives: Iterable[Collective], axes: Mapping[str, int]) -> Float[np.ndarray, "R R"]:

@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.served import Served
-from cmx_jax.serving.deployment import Deployment
-from cmx_jax.serving.timeline import together
+from cmx_jax.serving.deploy.deployment import Deployment
+from cmx_jax.serving.engine.timeline import together
 
 router = APIRouter(prefix="/admin")
 

@@ -8,8 +8,8 @@ from typing import Any
 from cmx_jax.serving.api.choice import Choice, Delta
 from cmx_jax.serving.api.schemas import Generate
 from cmx_jax.serving.api.served import Served
-from cmx_jax.serving.generation import Generation
-from cmx_jax.serving.request import SamplingParams
+from cmx_jax.serving.scheduling.request import SamplingParams
+from cmx_jax.serving.service.generation import Generation
 
 
 class Answer:

@@ -3,17 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from cmx_jax import __version__
-from cmx_jax.serving.api import admin, chat, completions, errors, status
-from cmx_jax.serving.api.guard import BodyLimit, Keys
+from cmx_jax.serving.api import admin, chat, completions, status
 from cmx_jax.serving.api.metrics import Metrics
 from cmx_jax.serving.api.served import Served
+from cmx_jax.serving.http import errors
+from cmx_jax.serving.http.guard import BodyLimit, Keys
 
 router = APIRouter()
 
@@ -36,7 +37,7 @@ def make_app(served: Served, api_keys: Sequence[str] = (), admin_keys: Sequence[
 
     app = FastAPI(
         title="cmx_jax",
-        version=__version__,
+        version=version("cmx_jax"),
         description="OpenAI's API on a virtual CloudMatrix384 supernode.",
         lifespan=lifespan,
         docs_url=None,  # these pages load what they need from elsewhere

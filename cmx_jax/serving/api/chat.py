@@ -12,8 +12,8 @@ from cmx_jax.serving.api.answer import Answer
 from cmx_jax.serving.api.choice import Delta
 from cmx_jax.serving.api.schemas import ChatRequest
 from cmx_jax.serving.api.served import Served
-from cmx_jax.serving.api.streaming import EventStream, unless_gone
-from cmx_jax.serving.request import TokenLogprob
+from cmx_jax.serving.http.streaming import EventStream, unless_gone
+from cmx_jax.serving.scheduling.request import TokenLogprob
 
 router = APIRouter()
 KIND, CHUNK = "chat.completion", "chat.completion.chunk"

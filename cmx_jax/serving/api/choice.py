@@ -6,8 +6,8 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from cmx_jax.serving.api.text import Detokenizer, StopStrings
-from cmx_jax.serving.generation import Chunk
-from cmx_jax.serving.request import TokenLogprob
+from cmx_jax.serving.scheduling.request import TokenLogprob
+from cmx_jax.serving.service.generation import Chunk
 
 
 class Delta(NamedTuple):

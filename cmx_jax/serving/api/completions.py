@@ -9,8 +9,8 @@ from fastapi.responses import JSONResponse, Response
 from cmx_jax.serving.api.answer import Answer
 from cmx_jax.serving.api.schemas import CompletionRequest
 from cmx_jax.serving.api.served import Scores, Served
-from cmx_jax.serving.api.streaming import EventStream, unless_gone
-from cmx_jax.serving.request import SamplingParams, TokenLogprob
+from cmx_jax.serving.http.streaming import EventStream, unless_gone
+from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
 
 router = APIRouter()
 KIND = "text_completion"

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from tokenizers import Tokenizer
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.api.errors import NotFound
 from cmx_jax.serving.api.schemas import Generate
 from cmx_jax.serving.api.template import ChatTemplate
-from cmx_jax.serving.deployment import Hosted
-from cmx_jax.serving.request import SamplingParams, TokenLogprob
-from cmx_jax.serving.roles.router import Router
-from cmx_jax.serving.service import Service
+from cmx_jax.serving.deploy.deployment import Hosted
+from cmx_jax.serving.http.errors import NotFound
+from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
+from cmx_jax.serving.service.frontend import Frontend
 
 Scores = list[list[TokenLogprob | None]]
 
@@ -44,7 +43,7 @@ class Served:
 
     name: str
     deployment: Hosted
-    service: Service | Router
+    service: Frontend
     template: ChatTemplate | None
     limits: Limits
     created: int = field(default_factory=lambda: int(time.time()))

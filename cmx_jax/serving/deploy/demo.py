@@ -8,11 +8,11 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
 from cmx_jax.mesh.pools import Pools, carve
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.request import Request, SamplingParams
-from cmx_jax.serving.site import Site
-from cmx_jax.serving.traffic import Traffic
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.deploy.site import Site
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.stats import Traffic
+from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 PROMPTS = (
     "The with statement",

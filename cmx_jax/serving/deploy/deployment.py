@@ -7,16 +7,16 @@ from typing import Any
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
 from cmx_jax.model.checkpoint import open_checkpoint
-from cmx_jax.serving.context import ContextCache
+from cmx_jax.serving.deploy.llm import from_pretrained
+from cmx_jax.serving.deploy.model import Model, locate
+from cmx_jax.serving.deploy.site import Site
 from cmx_jax.serving.ems import Fingerprint, Pool
-from cmx_jax.serving.engine import Engine
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.stats import Traffic
 from cmx_jax.serving.kv import JaxTransport, Outbox
-from cmx_jax.serving.llm import from_pretrained
-from cmx_jax.serving.model import Model, locate
-from cmx_jax.serving.request import SamplingParams
-from cmx_jax.serving.site import Site
-from cmx_jax.serving.traffic import Traffic
-from cmx_jax.serving.waiting import check_limits
+from cmx_jax.serving.kv.prefix_cache import ContextCache
+from cmx_jax.serving.scheduling.request import SamplingParams
+from cmx_jax.serving.scheduling.waiting import check_limits
 
 
 @dataclass(frozen=True, kw_only=True)

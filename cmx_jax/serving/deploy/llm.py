@@ -12,15 +12,15 @@ from numpy.typing import ArrayLike
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
 from cmx_jax.mesh.layout import Layout, expert_parallel
+from cmx_jax.mesh.named_layouts import ready
 from cmx_jax.mesh.runners import make_runner
-from cmx_jax.model.layouts import ready
-from cmx_jax.model.placement import Move
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.pages import pages_for
-from cmx_jax.serving.ranks import Capacity
-from cmx_jax.serving.request import Request, SamplingParams
-from cmx_jax.serving.scoring import device_logits
+from cmx_jax.model.rebalance import Move
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.scoring import device_logits
+from cmx_jax.serving.scheduling.pages import pages_for
+from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ def from_pretrained(
       runner: `lanes` (any number of ranks on one device) or `devices` (one device a rank).
       ranks: expert-parallel ranks.
       layout: of other ranks than those: a `Layout`, or the name of a ready one such as `tp4` (see
-        `cmx_jax.model.layouts`). It has wire, exchange, microbatches and slots of its own, instead of those
-        below.
+        `cmx_jax.mesh.named_layouts`). It has wire, exchange, microbatches and slots of its own, instead of
+        those below.
       dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
       quant: `int8` rounds the large matrices while they are loaded, with a scale for each output channel, and
         computes with them in INT8 (W8A8: activations are rounded token by token); `auto` does so where the

@@ -23,8 +23,8 @@ from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decode import MAX_DRAFTS
 from cmx_jax.model.families import preset, presets, read_config
 from cmx_jax.model.weights import int8_fields
-from cmx_jax.serving.instance import Instance
-from cmx_jax.serving.ranks import Capacity
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.ranks import Capacity
 
 SHIPPED = ("tiny",)
 DTYPES = ("float32", "bfloat16")
@@ -90,7 +90,7 @@ class Model:
         Args:
           name_or_path: the model.
           dtype: of what is floats.
-          quant: see `cmx_jax.serving.llm.from_pretrained`.
+          quant: see `cmx_jax.serving.deploy.llm.from_pretrained`.
 
         Raises:
           CmxError: there is none of that name, or it is refused; the field or tensor is named.

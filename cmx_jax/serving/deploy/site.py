@@ -8,10 +8,10 @@ from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.pools import DECODE_NPUS, PREFILL_NPUS, Pools, Slice, carve
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
-from cmx_jax.serving.instance import Instance
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.pages import pages_for
-from cmx_jax.serving.ranks import Capacity
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.pages import pages_for
+from cmx_jax.serving.scheduling.ranks import Capacity
 
 
 @dataclass(kw_only=True)

@@ -13,14 +13,14 @@ from contextlib import ExitStack
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.placement import check_slots
-from cmx_jax.model.placement import Move
+from cmx_jax.model.rebalance import Move
 from cmx_jax.model.sharding import shared_in_slots
-from cmx_jax.serving.context import ContextCache
-from cmx_jax.serving.instance import Instance
+from cmx_jax.serving.engine.movement import Movement, check_pages, decodes
+from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.kv import Outbox
-from cmx_jax.serving.movement import Movement, check_pages, decodes
-from cmx_jax.serving.request import Request, SamplingParams, State
-from cmx_jax.serving.waiting import check_limits, check_queue
+from cmx_jax.serving.kv.prefix_cache import ContextCache
+from cmx_jax.serving.scheduling.request import Request, SamplingParams, State
+from cmx_jax.serving.scheduling.waiting import check_limits, check_queue
 
 
 class Engine(Movement):

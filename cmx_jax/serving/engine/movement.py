@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.context import ContextCache
-from cmx_jax.serving.instance import Instance
+from cmx_jax.serving.engine.timeline import Timeline
+from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.kv import Local, Outbox, Parcel, Ticket, TransferError, carry
-from cmx_jax.serving.request import Request, SamplingParams, State, TokenLogprob
-from cmx_jax.serving.scheduler import Scheduler
-from cmx_jax.serving.timeline import Timeline
+from cmx_jax.serving.kv.prefix_cache import ContextCache
+from cmx_jax.serving.scheduling.request import Request, SamplingParams, State, TokenLogprob
+from cmx_jax.serving.scheduling.scheduler import Scheduler
 
 PATIENCE_S = 0.02  # for blocks, when there is nothing else to do
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cmx_jax.serving.request import Request, State
+from cmx_jax.serving.scheduling.request import Request, State
 
 EVENTS = 100_000  # that are kept; older ones are forgotten
 REQUESTS = 1  # the process, in Perfetto's words, of requests' tracks

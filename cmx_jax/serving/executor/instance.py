@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmx_jax.mesh.exchange import message_bytes
+from cmx_jax.mesh.exchange.methods import message_bytes
 from cmx_jax.model.cache import NO_PAGE
-from cmx_jax.model.placement import Move, balanced, describe
+from cmx_jax.model.rebalance import Move, balanced, describe
 from cmx_jax.model.steps import DecodeBatch, StepOutput
-from cmx_jax.serving.packing import bucket, pack, sampling
-from cmx_jax.serving.pages import pages_for
-from cmx_jax.serving.programs import Programs
-from cmx_jax.serving.ranks import Ranks
-from cmx_jax.serving.request import Request, State, TokenLogprob
-from cmx_jax.serving.traffic import Traffic
-from cmx_jax.serving.transfer import prefill_tp_rank
+from cmx_jax.serving.executor.programs import Programs
+from cmx_jax.serving.executor.stats import Traffic
+from cmx_jax.serving.kv.mapping import prefill_tp_rank
+from cmx_jax.serving.scheduling.packing import bucket, pack, sampling
+from cmx_jax.serving.scheduling.pages import pages_for
+from cmx_jax.serving.scheduling.ranks import Ranks
+from cmx_jax.serving.scheduling.request import Request, State, TokenLogprob
 
 # A program is compiled for each length, so lengths are few: these many pages, doubled as often as needed.
 PREFILL_PAGES = 2

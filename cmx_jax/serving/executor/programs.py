@@ -1,7 +1,7 @@
 """What of an instance lies on devices: weights, cache, and the programs over them.
 
 Every call takes host arrays and goes through `run`. An instance may span several processes, each of which has
-some of its ranks (`serving/spanning.py`): then one of them tells the others what it runs, and all run it.
+some of its ranks (`spanning.py`): then one of them tells the others what it runs, and all run it.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.cache import PagedCache, abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.placement import Placement, initial, rehoused
+from cmx_jax.model.rebalance import Placement, initial, rehoused
 from cmx_jax.model.sampling import Sampling
 from cmx_jax.model.steps import DecodeBatch, PrefillBatch, StepOutput, compile_steps, step_specs
 from cmx_jax.model.weights import Weights
 from cmx_jax.serving.ems.keys import Fingerprint
-from cmx_jax.serving.ranks import Capacity
+from cmx_jax.serving.scheduling.ranks import Capacity
 
 Tell = Callable[[str, list[np.ndarray], dict[str, bool]], None]
 

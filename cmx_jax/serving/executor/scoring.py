@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int, Integer
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.sampling import Logprobs, logprobs_of
-from cmx_jax.serving.instance import Instance
-from cmx_jax.serving.packing import bucket
-from cmx_jax.serving.request import TokenLogprob
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.packing import bucket
+from cmx_jax.serving.scheduling.request import TokenLogprob
 
 SCORE_LENGTH = 64  # scored sequences are padded to so many tokens, doubled as often as needed
 LOGITS = 2**24  # numbers that the logits of a batch have at most, if the ranks have one sequence each: 64 MiB

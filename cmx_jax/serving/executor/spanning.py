@@ -21,7 +21,7 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.ems import frames
-from cmx_jax.serving.instance import Instance
+from cmx_jax.serving.executor.instance import Instance
 
 JOIN_S = 120.0  # that processes wait for each other
 SEND_S = 30.0

@@ -9,11 +9,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.generation import Interrupted, StepFailed
 from cmx_jax.serving.kv import TransferError
-from cmx_jax.serving.request import Overloaded
-from cmx_jax.serving.roles.peer import PeerError
-from cmx_jax.serving.service import RETRY_AFTER_S, Unavailable
+from cmx_jax.serving.scheduling.request import Overloaded
+from cmx_jax.serving.service.frontend import RETRY_AFTER_S, Unavailable
+from cmx_jax.serving.service.generation import Interrupted, StepFailed
 
 TYPES = {
     400: "invalid_request_error",
@@ -59,7 +58,7 @@ def answer(error: Exception) -> JSONResponse:
         return response(500, str(error))
     if isinstance(error, TransferError):
         return response(502, str(error))
-    if isinstance(error, Unavailable | Interrupted | PeerError):
+    if isinstance(error, Unavailable | Interrupted):
         return response(503, str(error), Retry_After=str(math.ceil(RETRY_AFTER_S)))
     if isinstance(error, NotFound):
         return response(404, str(error), "model", "model_not_found")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cmx_jax.serving.api.errors import response
+from cmx_jax.serving.http.errors import response
 
 OPEN = "/health"  # the one route without a key
 ADMIN = "/admin"

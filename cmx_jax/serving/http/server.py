@@ -15,8 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.roles.router import Router
-from cmx_jax.serving.service import Service
+from cmx_jax.serving.service.frontend import Frontend
 
 LAST_WORDS_S = 5  # for answers that are ready but not read yet
 
@@ -64,7 +63,7 @@ class Server(uvicorn.Server):
       shutdown_timeout_s: seconds that running requests have to finish.
     """
 
-    def __init__(self, app: FastAPI, service: Service | Router, shutdown_timeout_s: float):
+    def __init__(self, app: FastAPI, service: Frontend, shutdown_timeout_s: float):
         config = uvicorn.Config(
             app,
             log_level="warning",

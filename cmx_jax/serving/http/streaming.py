@@ -10,8 +10,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.api import errors
-from cmx_jax.serving.generation import Generation, Interrupted
+from cmx_jax.serving.http import errors
+from cmx_jax.serving.service.generation import Generation, Interrupted
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.roles.messages import WorkerStatus
 from cmx_jax.serving.roles.peer import Peer, PeerError
-from cmx_jax.serving.service import Unavailable
+from cmx_jax.serving.service.frontend import Unavailable
 
 log = logging.getLogger(__name__)
 POLL_S = 1.0

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cmx_jax.serving.request import SamplingParams, TokenLogprob
+from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
 
 Said = tuple[float, list[tuple[int, float]]]  # a TokenLogprob
 

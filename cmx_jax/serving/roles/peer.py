@@ -9,7 +9,6 @@ from pydantic import BaseModel, ValidationError
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.kv import TransferError
-from cmx_jax.serving.request import Overloaded, TokenLogprob
 from cmx_jax.serving.roles.messages import (
     DecodeLine,
     DecodeRequest,
@@ -19,12 +18,14 @@ from cmx_jax.serving.roles.messages import (
     WorkerStatus,
     heard,
 )
+from cmx_jax.serving.scheduling.request import Overloaded, TokenLogprob
+from cmx_jax.serving.service.frontend import Unavailable
 
 CONNECT_S = 2.0
 IDLE_S = 2.0  # of a connection, less than the 5 after which the other end closes it
 
 
-class PeerError(CmxError):
+class PeerError(Unavailable):
     """A worker cannot be reached, or failed; another one may serve."""
 
 

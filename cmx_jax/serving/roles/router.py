@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.generation import Chunk, Generation, Interrupted
 from cmx_jax.serving.kv import TransferError, new_id
-from cmx_jax.serving.request import Request, SamplingParams, TokenLogprob
 from cmx_jax.serving.roles.members import Member, Members
 from cmx_jax.serving.roles.messages import DecodeRequest, Params, PrefillAnswer, PrefillRequest, heard
 from cmx_jax.serving.roles.peer import PeerError, Refused
-from cmx_jax.serving.service import Unavailable
-from cmx_jax.serving.waiting import check_limits, check_queue
+from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
+from cmx_jax.serving.scheduling.waiting import check_limits, check_queue
+from cmx_jax.serving.service.frontend import Unavailable
+from cmx_jax.serving.service.generation import Chunk, Generation, Interrupted
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

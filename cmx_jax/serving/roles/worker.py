@@ -14,15 +14,13 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.api import errors
-from cmx_jax.serving.api.errors import Gone
-from cmx_jax.serving.api.guard import BodyLimit, Keys
-from cmx_jax.serving.api.streaming import Stream, unless_gone
-from cmx_jax.serving.deployment import Deployment
+from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.ems.keys import Fingerprint
-from cmx_jax.serving.generation import Chunk, Generation, Interrupted
+from cmx_jax.serving.http import errors
+from cmx_jax.serving.http.errors import Gone
+from cmx_jax.serving.http.guard import BodyLimit, Keys
+from cmx_jax.serving.http.streaming import Stream, unless_gone
 from cmx_jax.serving.kv import Ticket, TransferError, fetch
-from cmx_jax.serving.request import Request as Prompt
 from cmx_jax.serving.roles.messages import (
     DecodeLine,
     DecodeRequest,
@@ -34,7 +32,10 @@ from cmx_jax.serving.roles.messages import (
     said,
 )
 from cmx_jax.serving.roles.peer import Peer, PeerError
-from cmx_jax.serving.service import Service, Unavailable
+from cmx_jax.serving.scheduling.request import Request as Prompt
+from cmx_jax.serving.service.frontend import Unavailable
+from cmx_jax.serving.service.generation import Chunk, Generation, Interrupted
+from cmx_jax.serving.service.service import Service
 
 routes = APIRouter(prefix="/internal")
 MAX_BODY_BYTES = 64 << 20

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cmx_jax.serving.packing import Piece, schedule
-from cmx_jax.serving.pages import PagePool, pages_for
-from cmx_jax.serving.request import Request
+from cmx_jax.serving.scheduling.packing import Piece, schedule
+from cmx_jax.serving.scheduling.pages import PagePool, pages_for
+from cmx_jax.serving.scheduling.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)

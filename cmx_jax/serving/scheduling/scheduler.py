@@ -11,10 +11,10 @@ from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.pages import pages_for
-from cmx_jax.serving.ranks import Ranks
-from cmx_jax.serving.request import Request, State
-from cmx_jax.serving.waiting import Waiting
+from cmx_jax.serving.scheduling.pages import pages_for
+from cmx_jax.serving.scheduling.ranks import Ranks
+from cmx_jax.serving.scheduling.request import Request, State
+from cmx_jax.serving.scheduling.waiting import Waiting
 
 R = TypeVar("R", bound=Ranks)
 _load = attrgetter("load")

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.request import Overloaded, Request
+from cmx_jax.serving.scheduling.request import Overloaded, Request
 
 
 def check_limits(**limits: float | None) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cmx_jax.serving.request import Request, TokenLogprob
+from cmx_jax.serving.scheduling.request import Request, TokenLogprob
 
 
 class Interrupted(Exception):

@@ -19,19 +19,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cmx_jax.errors import CmxError
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.generation import Chunk, Generation, Interrupted, Live, StepFailed
-from cmx_jax.serving.request import Request, SamplingParams, TokenLogprob
-from cmx_jax.serving.scoring import batches, prompt_logprobs
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.scoring import batches, prompt_logprobs
+from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
+from cmx_jax.serving.service.frontend import Unavailable
+from cmx_jax.serving.service.generation import Chunk, Generation, Interrupted, Live, StepFailed
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-RETRY_AFTER_S = 5.0  # what a client is told that comes while the service drains
-
-
-class Unavailable(CmxError):
-    """The service takes no request: it drains, or its engine is broken."""
 
 
 class Service:

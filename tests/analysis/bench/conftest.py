@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from serving.api.running import Running, serving
 
-from cmx_jax.serving.deployment import Deployment, colocated, warm_up
+from cmx_jax.serving.deploy.deployment import Deployment, colocated, warm_up
 
 
 @pytest.fixture(autouse=True)

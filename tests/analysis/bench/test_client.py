@@ -5,10 +5,10 @@ import json
 
 import httpx
 import pytest
-from serving.bench.conftest import Scripted
+from analysis.bench.conftest import Scripted
 
+from cmx_jax.analysis.bench import Ask, Client, Load, Outcome, Target, measure
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.bench import Ask, Client, Load, Outcome, Target, measure
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
 GOOD = [{"choices": [{"text": "one "}]}, {"choices": [{"text": "two", "finish_reason": "length"}]}]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from cmx_jax.analysis.bench import Ask, Words, check_lengths, drawn, prefixed, replayed
+from cmx_jax.analysis.simulate import Arrival
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.bench import Ask, Words, check_lengths, drawn, prefixed, replayed
-from cmx_jax.serving.model import locate
-from cmx_jax.serving.simulate import Arrival
+from cmx_jax.serving.deploy.model import locate
 
 MANY = 20_000
 

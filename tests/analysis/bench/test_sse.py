@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 from hypothesis import example, given
 from openai._streaming import SSEDecoder
 
-from cmx_jax.serving.bench.sse import EventParser
+from cmx_jax.analysis.bench.sse import EventParser
 
 ENDS = st.sampled_from(["\n", "\r\n", "\r"])
 LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0\ufeff"), max_size=8)

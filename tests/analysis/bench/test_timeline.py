@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cmx_jax.serving.bench import timeline
+from cmx_jax.analysis.bench import plot as timeline
 
 DOCUMENT = {
     "duration": 6.0, "completed": 2, "output_throughput": 10 / 6,

@@ -7,9 +7,9 @@ import pytest
 from serving.api.running import Running, serving
 
 import cmx_jax
-from cmx_jax.serving.deployment import Deployment, colocated
+from cmx_jax.serving.deploy.deployment import Deployment, colocated
+from cmx_jax.serving.deploy.llm import LLM
 from cmx_jax.serving.ems import MPServer, Pool
-from cmx_jax.serving.llm import LLM
 
 
 @pytest.fixture(scope="session")

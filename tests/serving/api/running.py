@@ -11,10 +11,10 @@ import openai
 
 from cmx_jax.serving.api.app import make_app
 from cmx_jax.serving.api.served import Limits, Served
-from cmx_jax.serving.api.server import Server, bind, url
 from cmx_jax.serving.api.template import ChatTemplate
-from cmx_jax.serving.deployment import Deployment
-from cmx_jax.serving.service import Service
+from cmx_jax.serving.deploy.deployment import Deployment
+from cmx_jax.serving.http.server import Server, bind, url
+from cmx_jax.serving.service.service import Service
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.template import ChatTemplate
-from cmx_jax.serving.llm import LLM
+from cmx_jax.serving.deploy.llm import LLM
 
 GREEDY = {"model": "tiny", "temperature": 0}
 TURNS = [

@@ -6,8 +6,8 @@ import pytest
 from reference.dense import logits
 from serving.api.running import Running
 
-from cmx_jax.serving.llm import LLM
-from cmx_jax.serving.model import locate
+from cmx_jax.serving.deploy.llm import LLM
+from cmx_jax.serving.deploy.model import locate
 
 PROMPTS = ["The json module", "A dictionary is", "Return a list of"]
 GREEDY = {"model": "tiny", "temperature": 0}

@@ -7,7 +7,7 @@ import pytest
 from serving.api.running import Running, serving
 
 from cmx_jax.cli import main
-from cmx_jax.serving.deployment import pools
+from cmx_jax.serving.deploy.deployment import pools
 
 ADMIN = {"Authorization": "Bearer admin"}
 

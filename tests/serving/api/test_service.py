@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.generation import Chunk, Generation, Interrupted
-from cmx_jax.serving.request import Request, SamplingParams
-from cmx_jax.serving.service import Service, Unavailable
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.scheduling.request import Request, SamplingParams
+from cmx_jax.serving.service.frontend import Unavailable
+from cmx_jax.serving.service.generation import Chunk, Generation, Interrupted
+from cmx_jax.serving.service.service import Service
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 

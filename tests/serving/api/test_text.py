@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 
 from cmx_jax.serving.api.choice import Choice
 from cmx_jax.serving.api.text import Detokenizer, StopStrings
-from cmx_jax.serving.generation import Chunk
-from cmx_jax.serving.model import locate
-from cmx_jax.serving.request import Request, SamplingParams, TokenLogprob
+from cmx_jax.serving.deploy.model import locate
+from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
+from cmx_jax.serving.service.generation import Chunk
 
 TOKENIZER = Tokenizer.from_file(str(locate("tiny") / "tokenizer.json"))
 tokens = st.lists(st.integers(1, TOKENIZER.get_vocab_size() - 1), max_size=40)

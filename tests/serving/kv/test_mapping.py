@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.transfer import prefill_tp_rank
+from cmx_jax.serving.kv.mapping import prefill_tp_rank
 
 
 def senders(prefill_tp: int, decode_tp: int, decode_dp: int) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 from serving.roles.cluster import Cluster
 
 import cmx_jax
-from cmx_jax.serving.llm import LLM
+from cmx_jax.serving.deploy.llm import LLM
 
 LENGTHS = (5, 150, 33, 90, 1, 64, 17, 120)
 

@@ -11,13 +11,13 @@ from serving.ems.stores import eventually
 from serving.roles.workers import SECRET, Running, routed, running, tokens
 from support import BASE, instance
 
+from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.kv import new_id
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.request import SamplingParams
 from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.messages import DecodeRequest, Params, PrefillRequest
 from cmx_jax.serving.roles.peer import Peer
 from cmx_jax.serving.roles.router import Router
+from cmx_jax.serving.scheduling.request import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
 

@@ -9,8 +9,8 @@ from serving.ems.stores import eventually
 from serving.roles.cluster import BLOCK, Cluster, text
 from serving.roles.conftest import TOKENS
 
-from cmx_jax.serving.llm import LLM
-from cmx_jax.serving.request import SamplingParams
+from cmx_jax.serving.deploy.llm import LLM
+from cmx_jax.serving.scheduling.request import SamplingParams
 
 
 def test_greedy_text_is_that_of_the_model_and_blocks_are_shared(cluster: Cluster, asked, offline) -> None:

@@ -21,14 +21,14 @@ from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.app import make_app
 from cmx_jax.serving.api.served import Limits, Served
-from cmx_jax.serving.api.server import Server, bind, url
-from cmx_jax.serving.deployment import Hosted
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.ranks import Capacity
+from cmx_jax.serving.deploy.deployment import Hosted
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.http.server import Server, bind, url
 from cmx_jax.serving.roles import members as module
 from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.router import Router
-from cmx_jax.serving.service import Unavailable
+from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.service.frontend import Unavailable
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from serving.ems.stores import eventually
 from serving.roles.workers import SECRET, Running, routed, running, tokens
 from support import BASE, instance
 
+from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.kv import TransferError
-from cmx_jax.serving.model import Model
 from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.peer import Peer, PeerError
 from cmx_jax.serving.roles.router import Router

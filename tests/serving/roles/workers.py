@@ -10,17 +10,17 @@ from typing import TypeVar
 
 from serving.ems.stores import eventually
 
-from cmx_jax.serving.api.server import Server, bind, url
-from cmx_jax.serving.deployment import Deployment
-from cmx_jax.serving.engine import Engine
-from cmx_jax.serving.instance import Instance
+from cmx_jax.serving.deploy.deployment import Deployment
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.http.server import Server, bind, url
 from cmx_jax.serving.kv import JaxTransport, Outbox
-from cmx_jax.serving.model import Model
-from cmx_jax.serving.request import SamplingParams
 from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.router import Router
 from cmx_jax.serving.roles.worker import Worker, make_worker
-from cmx_jax.serving.service import Service
+from cmx_jax.serving.scheduling.request import SamplingParams
+from cmx_jax.serving.service.service import Service
 
 T = TypeVar("T")
 SECRET = "test"

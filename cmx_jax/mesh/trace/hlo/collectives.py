@@ -2,8 +2,7 @@
 
 import math
 
-from cmx_jax.mesh.trace.collective import Collective
-from cmx_jax.mesh.trace.hlo_groups import (
+from cmx_jax.mesh.trace.hlo.groups import (
     Groups,
     Machine,
     axes_of_groups,
@@ -12,8 +11,9 @@ from cmx_jax.mesh.trace.hlo_groups import (
     groups_of,
     pairs_of,
 )
-from cmx_jax.mesh.trace.hlo_text import Array, Instruction, arrays
-from cmx_jax.mesh.trace.scope import scopes
+from cmx_jax.mesh.trace.hlo.text import Array, Instruction, arrays
+from cmx_jax.mesh.trace.ops.collective import Collective
+from cmx_jax.mesh.trace.ops.scope import scopes
 
 COLLECTIVES = {
     "all-to-all": "all_to_all",

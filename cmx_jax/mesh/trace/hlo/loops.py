@@ -7,7 +7,7 @@ them on unchanged: compilers move constants far away from the loops that need th
 import re
 from typing import NamedTuple
 
-from cmx_jax.mesh.trace.hlo_text import Computation, Instruction, Module
+from cmx_jax.mesh.trace.hlo.text import Computation, Instruction, Module
 
 KNOWN = re.compile(r"known_trip_count\W+n\W+(\d+)")
 PASSES_ON = frozenset(

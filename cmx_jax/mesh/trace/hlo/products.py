@@ -7,9 +7,9 @@ from functools import cache
 import numpy as np
 from jax import numpy as jnp
 
-from cmx_jax.mesh.trace.hlo_text import Instruction, arrays
-from cmx_jax.mesh.trace.jaxpr import Product
-from cmx_jax.mesh.trace.scope import scopes
+from cmx_jax.mesh.trace.hlo.text import Instruction, arrays
+from cmx_jax.mesh.trace.ops.contents import Product
+from cmx_jax.mesh.trace.ops.scope import scopes
 
 PRODUCTS = frozenset(("dot", "scaled-dot", "convolution"))
 

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from cmx_jax.mesh.trace.collective import Collective
-from cmx_jax.mesh.trace.hlo_collectives import COLLECTIVES, collectives_of, starts_here
-from cmx_jax.mesh.trace.hlo_groups import Axes, Machine
-from cmx_jax.mesh.trace.hlo_loops import Loops
-from cmx_jax.mesh.trace.hlo_products import PRODUCTS, product_of
-from cmx_jax.mesh.trace.hlo_text import Computation, Instruction, read_module, reading
-from cmx_jax.mesh.trace.jaxpr import Product
+from cmx_jax.mesh.trace.hlo.collectives import COLLECTIVES, collectives_of, starts_here
+from cmx_jax.mesh.trace.hlo.groups import Axes, Machine
+from cmx_jax.mesh.trace.hlo.loops import Loops
+from cmx_jax.mesh.trace.hlo.products import PRODUCTS, product_of
+from cmx_jax.mesh.trace.hlo.text import Computation, Instruction, read_module, reading
+from cmx_jax.mesh.trace.ops.collective import Collective
+from cmx_jax.mesh.trace.ops.contents import Product
 
 CALLS = frozenset(("while", "conditional", "call", "fusion", "async", "custom-call"))
 STARTED = {f"{op}-start" for op in (*COLLECTIVES, *CALLS)}

@@ -1,0 +1,1 @@
+"""Predicts a step's time on a machine, from the program that would run there."""

@@ -1,0 +1,1 @@
+"""Token exchange between expert-parallel ranks."""

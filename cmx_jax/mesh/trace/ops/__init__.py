@@ -1,0 +1,1 @@
+"""Records that all readers of programs make: collectives, products, scopes, places on the machine."""

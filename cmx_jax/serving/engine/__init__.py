@@ -1,0 +1,1 @@
+"""The serving loop: steps of all instances, and KV pages on their way between them."""

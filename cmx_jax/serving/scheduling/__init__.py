@@ -1,0 +1,1 @@
+"""Policy without devices: requests and their states, queue, KV pages, packing, slots, scheduler."""

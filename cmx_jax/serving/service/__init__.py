@@ -1,0 +1,1 @@
+"""Lets the threads of a server use one engine: calls between steps, answers as they grow."""
