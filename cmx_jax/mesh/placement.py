@@ -88,7 +88,7 @@ def place(
     return table
 
 
-def even(layers: int, experts: int, layout: Layout) -> np.ndarray:
+def spread_evenly(layers: int, experts: int, layout: Layout) -> np.ndarray:
     """One slot for each expert, spread evenly, in order.
 
     Raises:
@@ -112,14 +112,14 @@ def replicas(expert_of_slot: np.ndarray, experts: int) -> np.ndarray:
     return np.stack([np.bincount(row[row >= 0], minlength=experts) for row in expert_of_slot])
 
 
-def moved(before: np.ndarray, after: np.ndarray, ranks: int) -> int:
+def count_moved(before: np.ndarray, after: np.ndarray, ranks: int) -> int:
     """Slots, over all layers, whose expert was on another rank before."""
     old, new = (a.reshape(len(a), ranks, -1) for a in (before, after))
     here = (new[..., :, None] == old[..., None, :]).any(-1)
     return int((~here & (new >= 0)).sum())
 
 
-def choose(
+def choose_slots(
     experts: Int[Array, "T K"],
     slots: Int[Array, " X"],
     first: Int[Array, " E"],

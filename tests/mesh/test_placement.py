@@ -11,7 +11,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh import make_runner
 from cmx_jax.mesh.eplb import balancedness, rebalance_experts
 from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.placement import choose, even, moved, place, replicas, slot_table
+from cmx_jax.mesh.placement import choose_slots, count_moved, place, replicas, slot_table, spread_evenly
 
 EXPERTS, TOP_K = 256, 8
 LAYERS = 2
@@ -89,7 +89,7 @@ def test_a_rank_deals_its_tokens_out_evenly(kind: str) -> None:
     rng = np.random.default_rng(3)
     chosen = rng.integers(-1, experts, (ranks * tokens, 2)).astype(np.int32)
     runner = make_runner(kind, layout.axes)
-    program = runner.jit(lambda e, s, f: choose(e, s, f, "ep", True), (P("ep"), P(), P()), P("ep"))
+    program = runner.jit(lambda e, s, f: choose_slots(e, s, f, "ep", True), (P("ep"), P(), P()), P("ep"))
     found = np.asarray(program(chosen, slots, first))
     np.testing.assert_array_equal(found < 0, chosen < 0)
     np.testing.assert_array_equal(table[found][chosen >= 0], chosen[chosen >= 0])
@@ -115,7 +115,7 @@ def test_what_was_promised_is_what_arrives() -> None:
     for table in (place(np.ones_like(load), layout, top_k=1), place(measured, layout, top_k=1)):
         slots, first = (a[0] for a in slot_table(table, 64))
         program = make_runner("lanes", layout.axes).jit(
-            lambda e, s, f: choose(e, s, f, "ep", True), (P("ep"), P(), P()), P("ep")
+            lambda e, s, f: choose_slots(e, s, f, "ep", True), (P("ep"), P(), P()), P("ep")
         )
         arrived = np.bincount(np.asarray(program(chosen, slots, first)).ravel() // 5, minlength=16)
         promised = balancedness(measured, table, replicas(table, 64), 16)[0]
@@ -127,13 +127,13 @@ def test_what_was_promised_is_what_arrives() -> None:
 
 def test_moved_counts_slots_whose_expert_comes_from_another_rank() -> None:
     before = np.array([[0, 1, 2, 3]])
-    assert moved(before, before, 2) == 0
-    assert moved(before, np.array([[1, 0, 3, 2]]), 2) == 0
-    assert moved(before, np.array([[0, 2, 2, -1]]), 2) == 1
+    assert count_moved(before, before, 2) == 0
+    assert count_moved(before, np.array([[1, 0, 3, 2]]), 2) == 0
+    assert count_moved(before, np.array([[0, 2, 2, -1]]), 2) == 1
 
 
 def test_experts_without_replicas_lie_as_before() -> None:
-    table = even(2, 3, expert_parallel(4, 3))
+    table = spread_evenly(2, 3, expert_parallel(4, 3))
     assert table.tolist() == [[0, 1, 2, -1]] * 2
 
 
@@ -153,7 +153,7 @@ def test_slots_that_do_not_fit_are_refused(ranks, experts, fields, shared_expert
 
 
 def test_the_program_that_chooses_has_no_collective() -> None:
-    traced = jax.make_jaxpr(lambda e, s, f: choose(e, s, f, "ep", True), axis_env=[("ep", 8)])(
+    traced = jax.make_jaxpr(lambda e, s, f: choose_slots(e, s, f, "ep", True), axis_env=[("ep", 8)])(
         np.zeros((3, 2), np.int32), np.zeros(16, np.int32), np.zeros(6, np.int32)
     )
     assert not {"all_to_all", "psum", "all_gather"} & {e.primitive.name for e in traced.jaxpr.eqns}
