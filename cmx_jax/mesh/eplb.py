@@ -2,8 +2,8 @@
 
 DeepSeek's algorithm (github.com/deepseek-ai/EPLB, DeepSeek-V3 report section 3.4), the same step by step, so
 that its outputs are the same. Experts that are chosen more often are replicated, and replicas are packed so
-that ranks have equal loads. With groups (`_hierarchical`) the experts of a group stay on one node, which suits
-group-limited routing.
+that ranks have equal loads. With groups (`_hierarchical`) the experts of a group stay on one node, which
+suits group-limited routing.
 
 Letters in shapes: `L` layers, `E` experts, `X` slots ("physical experts").
 """
@@ -20,8 +20,8 @@ class Rebalanced(NamedTuple):
 
     Attributes:
       phy2log: Expert of each slot, [L, X].
-      log2phy: Slots of each expert, [L, E, replicas], the last dimension being the largest number of replicas;
-        -1 for none.
+      log2phy: Slots of each expert, [L, E, replicas], -1 for none. The last dimension is the largest number of
+        replicas of an expert.
       logcnt: Number of replicas of each expert, [L, E].
     """
 
@@ -96,9 +96,7 @@ def _hierarchical(
     loads = weight.reshape(layers, groups, size).sum(axis=-1, dtype=np.float32)
     node, position = balanced_packing(loads, nodes)
     first = (node * (groups // nodes) + position) * size
-    placed_of = (first[:, :, None] + np.arange(size)).reshape(
-        layers, experts
-    )  # expert -> its number in the order of nodes
+    placed_of = (first[:, :, None] + np.arange(size)).reshape(layers, experts)  # expert -> number by node
     expert_of = _inverse(placed_of)
     by_node = np.take_along_axis(weight, expert_of, axis=1).reshape(-1, per_node)
     local, replica, count = replicate_experts(by_node, slots // nodes)
@@ -125,7 +123,7 @@ def rebalance_experts(
       num_gpus: Number of ranks of the instance.
 
     Raises:
-      CmxError: Sizes do not divide, there are fewer slots than experts, or loads are not finite numbers from 0.
+      CmxError: Sizes do not divide, there are fewer slots than experts, or loads are negative or not finite.
     """
     weight = np.asarray(weight)
     if weight.ndim != 2 or not np.issubdtype(weight.dtype, np.number) or 0 in weight.shape:

@@ -1,6 +1,6 @@
 """Machines as data. Units are in the names.
 
-CloudMatrix384's figures are the paper's (arXiv 2506.12708). The H800's are from the sources named beside them.
+CloudMatrix384's figures are the paper's (arXiv 2506.12708), the H800's are from the sources beside them.
 """
 
 from dataclasses import dataclass

@@ -34,7 +34,7 @@ def target_devices(target: str, count: int) -> list[jax.Device]:
         return list(jax.devices("cpu")[:count])
     if importlib.util.find_spec("libtpu") is None:
         raise CmxError(f"target {target}: the TPU compiler is missing: pip install 'cmx_jax[tpu-aot]'")
-    # without these variables libtpu asks a metadata server where it runs
+    # libtpu asks where it runs unless these variables say it
     for name, value in (("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_WORKER_HOSTNAMES", "localhost")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
