@@ -20,8 +20,8 @@ class Rebalanced(NamedTuple):
 
     Attributes:
       phy2log: Expert of each slot, [L, X].
-      log2phy: Slots of each expert, [L, E, replicas], -1 for none. The last dimension is the largest number of
-        replicas of an expert.
+      log2phy: Slots of each expert, [L, E, replicas], -1 for none. The last dimension is the most
+        replicas that an expert has.
       logcnt: Number of replicas of each expert, [L, E].
     """
 
