@@ -24,7 +24,7 @@ _FLAGS = {
     # a step on 160 devices can outlast the 40 s after which XLA gives up on a loaded machine
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": "300",
     "xla_cpu_collective_call_terminate_timeout_seconds": "1200",
-    # devices share the cores: concurrency within one device only costs changes of threads
+    # devices share the cores: concurrency within one device only costs context switches
     "xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
 
