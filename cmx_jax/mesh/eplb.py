@@ -130,7 +130,7 @@ def rebalance_experts(
         raise CmxError(f"loads are {weight.dtype} {list(weight.shape)}, expected numbers [layers, experts]")
     weight = weight.astype(np.float32)
     if not np.isfinite(weight).all() or (weight < 0).any():
-        raise CmxError("loads hold NaN, infinity or negative numbers, expected how often experts are chosen")
+        raise CmxError("loads hold NaN, infinity or negative numbers, expected counts of chosen experts")
     experts = weight.shape[1]
     grouped = num_groups > 0 and num_nodes > 0 and num_groups % num_nodes == 0
     groups, nodes = (num_groups, num_nodes) if grouped else (1, 1)

@@ -45,7 +45,7 @@ def request_devices(count: int) -> None:
         if int(forced[1]) < count:
             raise CmxError(
                 f"XLA_FLAGS asks for {forced[1]} host devices, {count} are needed: "
-                f"raise or drop --{_COUNT_FLAG}"
+                f"increase or remove --{_COUNT_FLAG}"
             )
         return
     if count <= jax.config.jax_num_cpu_devices:

@@ -61,7 +61,7 @@ def _damped(gram: np.ndarray, damp: float) -> np.ndarray:
     The diagonal of inputs that were always zero, on which nothing depends, becomes 1.
     """
     if not np.isfinite(gram).all():
-        raise ValueError("gram holds numbers that are not finite: the activations did")
+        raise ValueError("gram holds numbers that are not finite, because the activations did")
     diagonal = np.diag(gram)
     if (diagonal < 0).any() or not np.allclose(gram, gram.T, rtol=0, atol=1e-4 * diagonal.max(initial=0)):
         raise ValueError("gram is not symmetric, or negative on its diagonal: expected x^T x")
