@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from cmx_jax.mesh.exchange.methods import ExchangeStats
+from cmx_jax.mesh.exchange import ExchangeStats
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.placement import choose
+from cmx_jax.mesh.placement import choose_slots
 from cmx_jax.model.moe import RunExperts
 from cmx_jax.model.weights import Experts, MoE
 from cmx_jax.quant import einsum
@@ -33,7 +33,7 @@ def masked(layout: Layout, rows: int) -> RunExperts:
         x: Array, chosen: Array, weights: Array, w: MoE, experts: Experts, layer: Array
     ) -> tuple[Array, ExchangeStats]:
         with jax.named_scope("Dispatch"):
-            slots = choose(chosen, w.slots, w.first_slot, (), layout.replicated)
+            slots = choose_slots(chosen, w.slots, w.first_slot, (), layout.replicated)
             grouped, slots, weights = (a.reshape(layout.groups, -1, a.shape[1]) for a in (x, slots, weights))
             to_slot = jax.nn.one_hot(slots, layout.slots, dtype=jnp.int32)  # [G, T, K, X]; of -1 zeros
             flat = to_slot.reshape(layout.groups, -1, layout.slots)
