@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import enable_compilation_cache, expert_parallel, make_runner
-from cmx_jax.mesh.exchange.methods import EXCHANGES, WIRES
+from cmx_jax.mesh.exchange import EXCHANGES, WIRES
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine

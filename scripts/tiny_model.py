@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import tiny_skills
 
-from cmx_jax.mesh.exchange.mailbox import turns
-from cmx_jax.mesh.exchange.methods import ExchangeStats
+from cmx_jax.mesh.exchange import ExchangeStats
+from cmx_jax.mesh.exchange.ordering import rank_in_group
 from cmx_jax.model.attention import Where, local
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden
@@ -118,7 +118,7 @@ def capacity_experts(capacity: float) -> Any:
         room = max(8, int(capacity * tokens * top_k / count))
         flat = jnp.where(slots < 0, count, slots).reshape(-1)  # padding goes to no expert
         messages, nowhere = flat.shape[0], count * room
-        turn, _ = turns(flat, count + 1)
+        turn, _ = rank_in_group(flat, count + 1)
         place = jnp.where((turn < room) & (flat < count), flat * room + turn, nowhere)
         message = jnp.full(nowhere, messages, flat.dtype)
         message = message.at[place].set(jnp.arange(messages, dtype=flat.dtype), mode="drop")

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.exchange.methods import MAX_SLOTS_PER_RANK, WIRES, exchange, usual_rows, worst_case_rows
+from cmx_jax.mesh.exchange import MAX_SLOTS_PER_RANK, WIRES, exchange, usual_rows, worst_case_rows
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 
 MAX_MICROBATCHES = 64  # each is compiled by itself
@@ -32,7 +32,7 @@ class Layout:
       auto: the program is that of whole arrays, and the compiler (GSPMD) splits it. `mailbox_rows` are then
         places that a rank's tokens have in each slot; what does not fit is dropped.
       microbatches: streams in which a step's rows go through the layers (sections 4.2.3, 4.3.2).
-      exchange: how tokens reach their experts, a name in `cmx_jax.mesh.exchange.methods.EXCHANGES`.
+      exchange: how tokens reach their experts, a name in `cmx_jax.mesh.exchange.EXCHANGES`.
       wire: type of dispatched tokens; results return in bfloat16, but behind `float32` in the model's
         type.
       mailbox_rows: rows a peer's mailbox has; None sizes it for twice the mean load, 0 for the worst case.

@@ -15,7 +15,8 @@ from jaxtyping import Array, Int
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.eplb import pack, rebalance_experts, replicate
-from cmx_jax.mesh.exchange.mailbox import Axis, turns
+from cmx_jax.mesh.exchange import Axis
+from cmx_jax.mesh.exchange.ordering import rank_in_group
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 
@@ -138,6 +139,6 @@ def choose(
         return jnp.where(flat < 0, -1, slots[flat]).reshape(experts.shape)
     count = first[flat + 1] - first[flat]
     begin = jax.lax.axis_index(axis) * count // jax.lax.axis_size(axis)
-    turn, _ = turns(jnp.where(flat < 0, first.shape[0] - 1, flat), first.shape[0])
+    turn, _ = rank_in_group(jnp.where(flat < 0, first.shape[0] - 1, flat), first.shape[0])
     slot = slots[first[flat] + (begin + turn) % jnp.maximum(count, 1)]
     return jnp.where(flat < 0, -1, slot).reshape(experts.shape)

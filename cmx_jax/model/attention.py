@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.mesh.exchange.methods import Axis, gather, summed
+from cmx_jax.mesh.exchange import Axis, gather, psum_if
 from cmx_jax.model import cache as paged
 from cmx_jax.model import gqa, mla
 from cmx_jax.model.cache import Rows
@@ -141,4 +141,4 @@ def staged(
 def project_out(out: Float[Array, "B T H V"], w: MLA | GQA, tensor: Axis = ()) -> Float[Array, "B T D"]:
     """O_proj, summed over the ranks that have heads."""
     with jax.named_scope("O_proj"):
-        return biased(summed(einsum("bthv,hvd->btd", out, w.o), tensor), w.o_bias)
+        return biased(psum_if(einsum("bthv,hvd->btd", out, w.o), tensor), w.o_bias)

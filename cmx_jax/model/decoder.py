@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cmx_jax.mesh.exchange.methods import Axis, gather, summed
+from cmx_jax.mesh.exchange import Axis, gather, psum_if
 from cmx_jax.model.attention import Attend
 from cmx_jax.model.config import LayerKind, ModelConfig, segments
 from cmx_jax.model.layers import layer_norm, rms_norm, swiglu
@@ -115,10 +115,10 @@ def _ffn(
 ) -> tuple[Array, MoEStats | None]:
     if isinstance(w.ffn, FFN):
         with jax.named_scope("DenseFFN"):
-            return summed(swiglu(h, w.ffn), tensor), None
+            return psum_if(swiglu(h, w.ffn), tensor), None
     y, stats = moe(h.reshape(-1, h.shape[-1]), active.reshape(-1), w.ffn, experts, index, c, run)
     with jax.named_scope("Combine"):
-        return summed(y, tensor).reshape(h.shape), stats
+        return psum_if(y, tensor).reshape(h.shape), stats
 
 
 def decoder(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from cmx_jax.mesh.exchange.methods import ExchangeStats
+from cmx_jax.mesh.exchange import ExchangeStats
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.placement import choose
 from cmx_jax.model.moe import RunExperts

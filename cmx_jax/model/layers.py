@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from cmx_jax.mesh.exchange.mailbox import occurrences, stable_order
-from cmx_jax.mesh.exchange.message import Wire
+from cmx_jax.mesh.exchange import Wire
+from cmx_jax.mesh.exchange.ordering import bincount, stable_argsort
 from cmx_jax.model.weights import FFN, Experts, Tensor
 from cmx_jax.quant import einsum
 
@@ -106,8 +106,8 @@ def _grouped_swiglu(
     tile, at_once, wire = tiling
     rows, groups = x.shape[0], gate_up.shape[0]
     key = jnp.where(group < 0, groups, group)
-    order = stable_order(key, groups + 1)
-    counts = occurrences(key, groups + 1)[:groups]
+    order = stable_argsort(key, groups + 1)
+    counts = bincount(key, groups + 1)[:groups]
     start = jnp.cumsum(counts) - counts
     tiles_end = jnp.cumsum(-(-counts // tile))
     tiles_start = tiles_end - (-(-counts // tile))

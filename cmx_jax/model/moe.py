@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.mesh.exchange.mailbox import occurrences
-from cmx_jax.mesh.exchange.message import Wire
-from cmx_jax.mesh.exchange.methods import ExchangeStats, exchange, gathered
+from cmx_jax.mesh.exchange import Exchange, ExchangeArgs, ExchangeStats, Wire, allgather_exchange, exchange
+from cmx_jax.mesh.exchange.ordering import bincount
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.placement import choose
 from cmx_jax.model.config import ModelConfig
@@ -43,13 +42,8 @@ def exchanged(layout: Layout, rows: int) -> RunExperts:
     """
     alike = tuple(name for name in layout.experts if name in layout.tensor)
     others = tuple(name for name in layout.experts if name not in alike)
-    send = partial(
-        partial(gathered, shared=alike) if alike else exchange(layout.exchange),
-        axis=layout.experts,
-        slots_per_rank=layout.slots_per_rank,
-        rows=rows,
-        wire=layout.wire,
-    )
+    send: Exchange = partial(allgather_exchange, shared=alike) if alike else exchange(layout.exchange)
+    args = ExchangeArgs(layout.experts, layout.slots_per_rank, rows, layout.wire)
 
     def run(
         x: Array, chosen: Array, weights: Array, w: MoE, experts: Experts, layer: Array
@@ -60,7 +54,7 @@ def exchanged(layout: Layout, rows: int) -> RunExperts:
                 return grouped_swiglu(received, local, experts, layer, slots.size, wire)
 
         slots = choose(chosen, w.slots, w.first_slot, others, layout.replicated)
-        return send(x, slots, weights, ffn)
+        return send(x, slots, weights, ffn, args)
 
     return run
 
@@ -82,7 +76,7 @@ def moe(
         routing = route(x, w.router, w.router_bias, c)
         chosen = jnp.where(active[:, None], routing.experts, -1)
         counted = jnp.where(chosen < 0, c.n_routed_experts, chosen)
-        load = occurrences(counted.reshape(-1), c.n_routed_experts + 1)[:-1]
+        load = bincount(counted.reshape(-1), c.n_routed_experts + 1)[:-1]
         chosen, weights = _with_shared(chosen, routing.weights, w, c)
     y, stats = _run(x, chosen, weights, w, experts, layer, c, run)
     if w.shared is not None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.exchange.methods import gather
+from cmx_jax.mesh.exchange import gather
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model import cache as paged
 from cmx_jax.model.attention import Attend, Where, local, staged

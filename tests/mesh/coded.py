@@ -12,8 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import make_runner
-from cmx_jax.mesh.exchange.message import Wire
-from cmx_jax.mesh.exchange.methods import Axis, exchange, worst_case_rows
+from cmx_jax.mesh.exchange import Axis, ExchangeArgs, Wire, exchange, worst_case_rows
 from cmx_jax.testing import rank_coded
 
 TOKENS, TOP_K = 3, 2  # of each rank
@@ -45,8 +44,8 @@ def program(
             stamped = tokens * (first + local + 1).astype(tokens.dtype)[:, None]
             return jnp.where(local[:, None] < 0, jnp.nan, stamped)
 
-        send = functools.partial(exchange(method), axis=over, slots_per_rank=slots_per_rank, wire=wire)
-        y, stats = send(x, slots, weights, experts, rows=worst if rows == WORST else rows)
+        args = ExchangeArgs(over, slots_per_rank, worst if rows == WORST else rows, wire)
+        y, stats = exchange(method)(x, slots, weights, experts, args)
         return y, stats.rounds[None], stats.sent[None]
 
     return make_runner(kind, axes).jit(rank, (spec,) * 3, (spec,) * 3)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.exchange.methods import EXCHANGES, exchange, worst_case_rows
+from cmx_jax.mesh.exchange import EXCHANGES, exchange, worst_case_rows
 from mesh.coded import (
     TOKENS,
     TOP_K,

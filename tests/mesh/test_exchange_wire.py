@@ -11,8 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import Abstract, Lanes, Runner, make_runner
-from cmx_jax.mesh.exchange.message import Wire
-from cmx_jax.mesh.exchange.methods import WIRES, exchange, message_bytes, worst_case_rows
+from cmx_jax.mesh.exchange import WIRES, ExchangeArgs, Wire, exchange, message_bytes, worst_case_rows
 
 RANKS, TOKENS, TOP_K, WIDTH = 8, 3, 2, 16
 RESULT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}
@@ -31,8 +30,7 @@ def one_round(wire: str, slots_per_rank: int, runner: Runner) -> Callable[..., t
             return tokens
 
         weights, rows = jnp.ones(slots.shape), worst_case_rows(*slots.shape, slots_per_rank)
-        send = functools.partial(exchange("flat"), axis="ep", slots_per_rank=slots_per_rank, wire=wire)
-        y, _ = send(x, slots, weights, experts, rows=rows)
+        y, _ = exchange("flat")(x, slots, weights, experts, ExchangeArgs("ep", slots_per_rank, rows, wire))
         return y, *arrived
 
     return runner.jit(rank, (P("ep"),) * 2, (P("ep"),) * 3)

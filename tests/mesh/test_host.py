@@ -36,7 +36,7 @@ def answer(*lines: str, **env: str) -> object:
 
 def test_devices_can_be_requested_after_importing_the_package() -> None:
     """Which also shows that no import starts a backend: a started one keeps its one device."""
-    imports = "import cmx_jax, cmx_jax.mesh, cmx_jax.mesh.exchange.methods, cmx_jax.quant"
+    imports = "import cmx_jax, cmx_jax.mesh, cmx_jax.mesh.exchange, cmx_jax.quant"
     request = "cmx_jax.mesh.request_devices(5); cmx_jax.mesh.request_devices(3)"
     assert answer(imports, request, DEVICES) == 5
 

@@ -4,7 +4,6 @@ XLA has no ragged all-to-all for CPU. Here an emulation stands in for it, which 
 where its documentation leaves the result undefined; buffers that nobody cleared hold rubbish, too.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Abstract, Runner, make_runner
-from cmx_jax.mesh.exchange.methods import WIRES, Axis, exchange, message_bytes
+from cmx_jax.mesh.exchange import WIRES, Axis, ExchangeArgs, exchange, message_bytes
 from cmx_jax.mesh.runners import check_ragged
 from mesh.coded import (
     TOKENS,
@@ -152,8 +151,8 @@ def lowered(axes: tuple[tuple[str, int], ...], over: tuple[str, ...], wire: str)
     runner, spec = Abstract(axes), P(over)
 
     def rank(x: jax.Array, slots: jax.Array, weights: jax.Array) -> jax.Array:
-        send = functools.partial(exchange("ragged"), axis=over, slots_per_rank=2, rows=12, wire=wire)
-        return send(x, slots, weights, lambda received, local, wire: wire.tokens(received))[0]
+        args = ExchangeArgs(over, slots_per_rank=2, rows=12, wire=wire)
+        return exchange("ragged")(x, slots, weights, lambda received, _, read: read.tokens(received), args)[0]
 
     tokens = 96 * runner.mesh.size
     shapes = (((tokens, 7168), jnp.bfloat16), ((tokens, 8), jnp.int32), ((tokens, 8), jnp.float32))

@@ -6,7 +6,7 @@ from support import GOLDENS, instance, serve
 
 import cmx_jax
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.exchange.methods import EXCHANGES
+from cmx_jax.mesh.exchange import EXCHANGES
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 

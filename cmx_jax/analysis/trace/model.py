@@ -6,7 +6,7 @@ from typing import Any
 
 from cmx_jax.analysis.trace.steps import trace_step
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.exchange.message import message_bytes
+from cmx_jax.mesh.exchange import message_bytes
 from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from cmx_jax.mesh.exchange.methods import ExchangeStats
+from cmx_jax.mesh.exchange import ExchangeStats
 from cmx_jax.model.attention import Where, local
 from cmx_jax.model.config import LayerKind, ModelConfig
 from cmx_jax.model.decoder import Stream, layer

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmx_jax.mesh.exchange.methods import message_bytes
+from cmx_jax.mesh.exchange import message_bytes
 from cmx_jax.model.batch import DecodeBatch, StepOutput
 from cmx_jax.model.cache import NO_PAGE
 from cmx_jax.model.rebalance import Move, balanced, describe
