@@ -90,7 +90,7 @@ def compile_steps(
       layout: Layout of the instance.
       runner: `Devices` or `Lanes` over the layout's axes. (All `Abstract` runners of the same axes are equal,
         whatever their meshes, and would share programs.)
-      mtp: Whether the weights have MTP layers, which then draft.
+      mtp: True if the weights have MTP layers, which then draft.
       kv_dtype: Type of cached rows for `score`, which has no cache; None leaves rows as they are computed.
     """
     check_ragged(layout.exchange, runner)
