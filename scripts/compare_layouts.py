@@ -19,14 +19,14 @@ from cmx_jax.analysis.compare.layouts import compare
 from cmx_jax.analysis.compare.plots import COLOURS, image, need_matplotlib
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.mesh.named_layouts import Ready
+from cmx_jax.mesh.named_layouts import NamedLayout
 
 
-def layouts(ranks: list[int], exchanges: list[str]) -> dict[str, Ready]:
-    """A layout for each number of dies and each exchange; a `Ready` makes it of a model's experts."""
+def layouts(ranks: list[int], exchanges: list[str]) -> dict[str, NamedLayout]:
+    """A layout for each number of dies and each exchange; a `NamedLayout` makes it of a model's experts."""
     spare = {"redundant_slots": 32, "shared_slots": 32, "wire": "int8", "mailbox_rows": 0}
     return {
-        f"{exchange}{n}": Ready(
+        f"{exchange}{n}": NamedLayout(
             partial(expert_parallel, n, exchange=exchange, **spare), "decode", 2, 96, f"{n} dies, {exchange}"
         )
         for exchange in exchanges

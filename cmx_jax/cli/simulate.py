@@ -155,7 +155,7 @@ def _predicted(args: argparse.Namespace) -> tuple[Any, Any]:
     from cmx_jax.analysis.cost.constants import machine
     from cmx_jax.analysis.simulate import Deployment, Predicted
     from cmx_jax.mesh.layout import Layout
-    from cmx_jax.mesh.named_layouts import ready
+    from cmx_jax.mesh.named_layouts import named_layout
     from cmx_jax.serving.deploy.model import config_of
 
     said = [flag for flag, *_ in TIMES] + [f"--{kind}-{of}" for kind in POOLS for of in ("npus", "ranks")]
@@ -167,7 +167,7 @@ def _predicted(args: argparse.Namespace) -> tuple[Any, Any]:
     c = config_of(args.predict)
 
     def layout(kind: str) -> Layout:
-        found, on = ready(given[f"{kind}_layout"]), machine(given["hardware"])
+        found, on = named_layout(given[f"{kind}_layout"]), machine(given["hardware"])
         if found.ranks_per_npu != on.ranks_per_npu:
             raise CmxError(
                 f"layout {given[f'{kind}_layout']} has {found.ranks_per_npu} rank(s) an NPU, expected "

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from cmx_jax.mesh.exchange import ExchangeStats
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.placement import choose
+from cmx_jax.mesh.placement import choose_slots
 from cmx_jax.model.moe import RunExperts
 from cmx_jax.model.weights import Experts, MoE
 from cmx_jax.quant import einsum
@@ -34,7 +34,7 @@ def gspmd_masked(layout: Layout, rows: int) -> RunExperts:
         x: Array, chosen: Array, weights: Array, w: MoE, experts: Experts, layer: Array
     ) -> tuple[Array, ExchangeStats]:
         with jax.named_scope("Dispatch"):
-            slots = choose(chosen, w.slots, w.first_slot, (), layout.replicated)
+            slots = choose_slots(chosen, w.slots, w.first_slot, (), layout.replicated)
             grouped, slots, weights = (a.reshape(layout.groups, -1, a.shape[1]) for a in (x, slots, weights))
             to_slot = jax.nn.one_hot(slots, layout.slots, dtype=jnp.int32)  # [G, T, K, X]; zeros for slot -1
             flat = to_slot.reshape(layout.groups, -1, layout.slots)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cmx_jax.mesh.exchange import Exchange, ExchangeArgs, ExchangeStats, Wire, allgather_exchange, exchange
 from cmx_jax.mesh.exchange.ordering import bincount
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.placement import choose
+from cmx_jax.mesh.placement import choose_slots
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.gate import route
 from cmx_jax.model.layers import grouped_swiglu, swiglu
@@ -60,7 +60,7 @@ def expert_parallel(layout: Layout, rows: int) -> RunExperts:
                 # mailboxes are mostly empty: a rank gets about as many rows as it sends
                 return grouped_swiglu(received, local, experts, layer, slots.size, wire)
 
-        slots = choose(chosen, w.slots, w.first_slot, split, layout.replicated)
+        slots = choose_slots(chosen, w.slots, w.first_slot, split, layout.replicated)
         return send(x, slots, weights, ffn, args)
 
     return run

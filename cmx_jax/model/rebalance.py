@@ -8,7 +8,7 @@ import numpy as np
 
 from cmx_jax.mesh.eplb import balancedness
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.placement import SlotTable, even, moved, place, replicas, slot_table
+from cmx_jax.mesh.placement import SlotTable, count_moved, place, replicas, slot_table, spread_evenly
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.leaf import Leaf
@@ -37,7 +37,7 @@ def initial(c: ModelConfig, layout: Layout, mtp: bool) -> Placement:
     """
     layers = {"moe": c.num_moe_layers, "mtp": c.num_nextn_predict_layers if mtp else 0}
     if not layout.replicated:
-        return {stack: even(n, c.n_routed_experts, layout) for stack, n in layers.items() if n}
+        return {stack: spread_evenly(n, c.n_routed_experts, layout) for stack, n in layers.items() if n}
     return balanced({stack: np.ones((n, c.n_routed_experts)) for stack, n in layers.items() if n}, c, layout)
 
 
@@ -110,7 +110,7 @@ def describe(
 ) -> Move:
     """Describes the effect of changing the placement from `before` to `after`."""
     return Move(
-        moved=sum(moved(before[stack], after[stack], layout.expert_ranks) for stack in before),
+        moved=sum(count_moved(before[stack], after[stack], layout.expert_ranks) for stack in before),
         slots=sum(table.size for table in before.values()),
         before=balance(load, before, c, layout),
         after=balance(load, after, c, layout),

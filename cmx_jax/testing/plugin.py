@@ -63,7 +63,7 @@ def runner(request: pytest.FixtureRequest) -> "Callable[..., Runner]":
     """
 
     def make(axes: Mapping[str, int], on: "Slice | None" = None) -> "Runner":
-        from cmx_jax.mesh.runners import Abstract, Lanes
+        from cmx_jax.mesh import Abstract, Lanes
 
         if request.param == "devices":
             return _devices(axes, on)

@@ -22,7 +22,7 @@ from cmx_jax.analysis.compare.report import render
 from cmx_jax.analysis.writing import Destination
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.mesh.named_layouts import Ready
+from cmx_jax.mesh.named_layouts import NamedLayout
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def test_all_layouts_get_the_first_one_s_step(r1: dict[str, Any]) -> None:
         assert x["measured"] is None
 
 
-def own(**fields: Any) -> Ready:
-    return Ready(partial(expert_parallel, 4, **fields), "decode", 1, 1, "four ranks")
+def own(**fields: Any) -> NamedLayout:
+    return NamedLayout(partial(expert_parallel, 4, **fields), "decode", 1, 1, "four ranks")
 
 
 def test_a_decode_step_s_tokens_are_held_against_others() -> None:
@@ -57,7 +57,7 @@ def test_a_decode_step_s_tokens_are_held_against_others() -> None:
 
 
 def test_ranks_that_share_sequences_run_a_prefill_step() -> None:
-    shared = Ready(partial(expert_parallel, 3, share_sequences=True), "prefill", 1, 1, "three ranks")
+    shared = NamedLayout(partial(expert_parallel, 3, share_sequences=True), "prefill", 1, 1, "three ranks")
     found = compare(str(BASE), {"shared": shared}, context=30)
     [x] = found["layouts"]
     assert (x["measured"]["tokens"], x["measured"]["tokens_equal"]) == (3, 3)

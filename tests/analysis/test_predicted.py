@@ -16,7 +16,7 @@ from cmx_jax.analysis.simulate.virtual import Job
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.named_layouts import ready
+from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.model.families import preset
 from cmx_jax.serving.scheduling.packing import Piece
 
@@ -24,7 +24,7 @@ R1 = preset("deepseek-r1")
 
 
 def layout(name: str) -> Layout:
-    return replace(ready(name).make(R1.n_routed_experts), microbatches=2)
+    return replace(named_layout(name).make(R1.n_routed_experts), microbatches=2)
 
 
 PREFILL, DECODE = layout("ep32"), layout("ep320")

@@ -12,7 +12,7 @@ from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Layout, expert_parallel
-from cmx_jax.mesh.named_layouts import ready
+from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.mesh.trace import SOURCES, Trace
 from cmx_jax.model.families import preset
 
@@ -23,7 +23,7 @@ INT8 = WIDTH + 4 + 2  # a token, its scale, its slot
 
 
 def traced(name: str, **fields: int) -> Trace:
-    found = ready(name)
+    found = named_layout(name)
     layout = found.make(R1.n_routed_experts)
     given = {"batch": found.batch, "context": 4096, "ranks_per_npu": found.ranks_per_npu} | fields
     return trace_model(R1, layout, found.step, **given)
@@ -77,7 +77,7 @@ def test_a_batch_that_does_not_divide_and_a_context_beyond_the_model_are_refused
     with pytest.raises(CmxError, match=r"context is 200000, expected 1 to the model's 163840"):
         traced("ep320", context=200000)
     with pytest.raises(CmxError, match=r"layout 'pp8', expected ep, tp, .* and a number of ranks, or one of"):
-        ready("pp8")
+        named_layout("pp8")
 
 
 def wire(found: Trace) -> dict[tuple[str, str], float]:

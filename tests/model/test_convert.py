@@ -20,8 +20,9 @@ from support import GOLDENS
 
 import cmx_jax
 from cmx_jax.cli import main
+from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.runners import Lanes, make_runner
+from cmx_jax.mesh.runners import make_runner
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint, read_weights
 from cmx_jax.model.checkpoint.convert import convert
 from cmx_jax.model.families import read_config

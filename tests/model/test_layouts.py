@@ -18,7 +18,7 @@ from cmx_jax.analysis.trace.steps import trace_step
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import host_devices
 from cmx_jax.mesh.layout import Layout, expert_parallel, tensor_parallel
-from cmx_jax.mesh.named_layouts import LAYOUTS, ready
+from cmx_jax.mesh.named_layouts import LAYOUTS, named_layout
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.trace import Trace, read_hlo
 from cmx_jax.model.config import ModelConfig
@@ -86,7 +86,7 @@ def test_a_layout_by_name_gives_a_model_s_logits() -> None:
 @pytest.mark.parametrize("int8", [False, True])
 def test_ranks_hold_matching_parts_of_numbers_and_scales(name: str, int8: bool) -> None:
     c = dataclasses.replace(R1, int8=int8_fields(R1)) if int8 else R1
-    layout = ready(name).make(c.n_routed_experts)
+    layout = named_layout(name).make(c.n_routed_experts)
     found: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
 
     def held(leaf: Leaf) -> None:
@@ -122,7 +122,7 @@ def test_tensor_parallelism_moves_two_sums_a_layer_and_the_logits(
     name: str, step: str, rows: int, logits: int
 ) -> None:
     """With MTP's layer; `rows` and `logits` that a sequence has in all. Every rank has all 128 sequences."""
-    layout, tokens = ready(name).make(256), 128 * rows
+    layout, tokens = named_layout(name).make(256), 128 * rows
     found = trace_model(R1, layout, step, batch=8, context=512, drafts=1)
     by_op: dict[str, list[float]] = {}
     for r in found.collectives:
@@ -156,7 +156,7 @@ def test_all_tokens_to_all_dies_differs_from_the_paper_s_layout_in_the_exchange_
 
 
 def test_the_compiler_finds_the_exchange_of_a_program_that_names_none() -> None:
-    layout = ready("auto4").make(EXPERTS)
+    layout = named_layout("auto4").make(EXPERTS)
     mesh = Mesh(np.array(host_devices(4)[:4]), ("ep",))
     traced = trace_step(C, layout, "decode", sequences=2, context=256, dtype="float32", mesh=mesh)
     program = read_hlo(traced.lower().compile().as_text(), layout.axes)

@@ -16,8 +16,8 @@ import pytest
 from support import MTP_GOLDENS
 
 from cmx_jax.analysis.trace.steps import trace_step
+from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.runners import Lanes
 from cmx_jax.model import decoder
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import PagedCache

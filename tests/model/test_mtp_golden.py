@@ -10,8 +10,8 @@ import pytest
 from jaxtyping import Array, Float, Int
 
 import cmx_jax
+from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.runners import Lanes
 from cmx_jax.model.attention import TokenPositions, data_parallel_attention
 from cmx_jax.model.batch import run_experts
 from cmx_jax.model.checkpoint import read_weights

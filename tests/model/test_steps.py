@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from reference.dense import greedy
 from support import BASE
 
+from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.runners import Lanes, make_runner
+from cmx_jax.mesh.runners import make_runner
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import NO_PAGE, PagedCache
 from cmx_jax.model.checkpoint import read_weights

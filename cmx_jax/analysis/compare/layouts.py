@@ -12,7 +12,7 @@ from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, request_devices
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.named_layouts import Ready, ready
+from cmx_jax.mesh.named_layouts import NamedLayout, named_layout
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, H800_NODE
 from cmx_jax.mesh.trace.table import Trace
 from cmx_jax.mesh.trace.traffic import by_node, traffic
@@ -26,7 +26,7 @@ USUAL_CONTEXT = 4096
 
 def compare(
     model: str,
-    layouts: Sequence[str] | Mapping[str, Ready],
+    layouts: Sequence[str] | Mapping[str, NamedLayout],
     *,
     step: str | None = None,
     batch: int | None = None,
@@ -103,14 +103,14 @@ def compare(
     }
 
 
-def _known(layouts: Sequence[str] | Mapping[str, Ready]) -> dict[str, Ready]:
+def _known(layouts: Sequence[str] | Mapping[str, NamedLayout]) -> dict[str, NamedLayout]:
     if isinstance(layouts, Mapping):
         found = dict(layouts)
     else:
         for name in layouts:
             if list(layouts).count(name) > 1:
                 raise CmxError(f"layout {name!r} is given twice")
-        found = {name: ready(name) for name in layouts}
+        found = {name: named_layout(name) for name in layouts}
     if not found:
         raise CmxError("no layout is given, expected at least one")
     return found
@@ -127,7 +127,7 @@ def _of(name: str, fn: Callable[..., Any], *args: Any, **fields: Any) -> Any:
 def _traced(
     c: ModelConfig,
     layout: Layout,
-    found: Ready,
+    found: NamedLayout,
     *,
     step: str,
     batch: int,
@@ -171,7 +171,7 @@ def _traced(
 
 
 def _predicted(
-    c: ModelConfig, layout: Layout, found: Ready, step: str, batch: int, context: int, drafts: int
+    c: ModelConfig, layout: Layout, found: NamedLayout, step: str, batch: int, context: int, drafts: int
 ) -> tuple[float | None, list[str]]:
     """Milliseconds of the step with INT8 weights, where the machine and the exchange are known to the cost
     model; and why it is not."""

@@ -18,8 +18,8 @@ The way of a token through a MoE layer, with the paper's names (section 4.2.1):
                     sums them, weighted, in float32               mailbox.py: mailbox_exchange
 
 The paper's operators write each message straight into a preallocated slot of the peer's memory. An XLA
-all-to-all moves the whole mailbox instead, so here the mailbox `[G, rows, message]` is sized for the usual load
-and drained in rounds.
+all-to-all moves the whole mailbox instead, so here the mailbox `[G, rows, message]` is sized for the usual
+load and drained in rounds.
 
 Methods differ in how messages travel:
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from cmx_jax.quant import dequantize, quantize_rows
 
 WIRES = ("float32", "bfloat16", "int8")
-MAX_SLOTS_PER_RANK = 127 * 128 + 126  # largest number of two INT8 digits, see pack_messages
+MAX_SLOTS_PER_RANK = 127 * 128 + 126  # slots that two INT8 digits can tell apart, see pack_messages
 _META = {"float32": 2, "bfloat16": 2, "int8": 6}  # elements after the token, see pack_messages
 
 

@@ -97,5 +97,5 @@ class Route(NamedTuple):
 
 
 MakeRoute = Callable[[Int[Array, " G"], int, int, Axis], Route]
-"""Makes the route of a round. Takes the number of messages for each rank in this round, the largest number that
-it can be (`rows`), the number of messages of this rank in all rounds, and the axis."""
+"""Makes the route of a round. Takes the number of messages for each rank in this round, the largest number
+that it can be (`rows`), the number of messages of this rank in all rounds, and the axis."""

@@ -9,7 +9,8 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.runners import Part, Runner
+from cmx_jax.mesh.runners import Runner
+from cmx_jax.mesh.specs import Part
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.int8 import Int8Pieces
 from cmx_jax.model.checkpoint.manifest import read_manifest

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.named_layouts import ready
+from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.model.rebalance import Move
 from cmx_jax.serving.deploy.model import Model
@@ -242,7 +242,7 @@ def from_pretrained(
         )
     return LLM(
         model,
-        ready(layout).make(experts) if isinstance(layout, str) else layout,
+        named_layout(layout).make(experts) if isinstance(layout, str) else layout,
         runner,
         max_num_seqs,
         length,
