@@ -17,7 +17,8 @@ import numpy as np
 
 from cmx_jax.mesh import enable_compilation_cache, expert_parallel, make_runner
 from cmx_jax.model.families import parse_config
-from cmx_jax.model.weights import Leaf, leaf_dtype, weight_tree
+from cmx_jax.model.leaf import Leaf, leaf_dtype
+from cmx_jax.model.weights import weight_tree
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.scheduling.ranks import Capacity

@@ -14,7 +14,8 @@ from support import BASE, GOLDENS
 from cmx_jax.errors import CmxError
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import parse_config
-from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
+from cmx_jax.model.leaf import Leaf, leaf_dtype
+from cmx_jax.model.weights import Weights, weight_tree
 
 TENSORS = load_file(BASE / "model.safetensors")
 GATE = "model.layers.2.mlp.gate.weight"

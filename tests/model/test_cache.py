@@ -54,8 +54,8 @@ def test_write_puts_each_row_at_its_address_and_touches_nothing_else(table, coun
     rows = coded(count, *addresses.shape, DIM)
     expected = stale()
     put_at(expected, table, addresses, rows)
-    given = write_(PagedCache(stale()), table, addresses, rows)
-    np.testing.assert_array_equal(given.pages, expected)
+    cache = write_(PagedCache(stale()), table, addresses, rows)
+    np.testing.assert_array_equal(cache.pages, expected)
 
 
 @given(tables, st.lists(st.integers(0, SPAN), min_size=2, max_size=2))
@@ -65,19 +65,19 @@ def test_what_was_written_is_read_as_one_contiguous_array(table, lengths) -> Non
     rows, used = coded(LAYERS, SEQUENCES, SPAN, DIM), addresses < np.array(lengths)[:, None]
     cache = write_(PagedCache(stale()), table, np.where(used, addresses, -1), rows)
     for layer in range(LAYERS):
-        given = np.asarray(read_(cache, layer, table))
-        np.testing.assert_array_equal(given, np.where(used[..., None], rows[layer], np.nan))
+        result = np.asarray(read_(cache, layer, table))
+        np.testing.assert_array_equal(result, np.where(used[..., None], rows[layer], np.nan))
 
 
 @given(st.lists(st.permutations(range(-3, SPAN + 2)), min_size=2, max_size=2), st.integers(1, SPAN + 5))
 @settings(deadline=None, max_examples=30)
 def test_rows_are_inserted_where_write_and_read_would_show_them(order, count) -> None:
     addresses = np.maximum(np.array(order, np.int32)[:, :count], -1)
-    held, rows = coded(SEQUENCES, SPAN, DIM), -coded(*addresses.shape, DIM) - 1
-    expected = held.copy()
+    cached, rows = coded(SEQUENCES, SPAN, DIM), -coded(*addresses.shape, DIM) - 1
+    expected = cached.copy()
     for b, t in np.argwhere((addresses >= 0) & (addresses < SPAN)):
         expected[b, addresses[b, t]] = rows[b, t]
-    np.testing.assert_array_equal(insert_(held, addresses, rows), expected)
+    np.testing.assert_array_equal(insert_(cached, addresses, rows), expected)
 
 
 @given(tables, st.integers(0, SPAN - 1))
@@ -99,21 +99,21 @@ def test_no_page_is_never_written_and_reads_as_zeros(table, absent) -> None:
     put_at(expected, table, positions, rows)
     cache = write_(PagedCache(stale()), table, positions, rows)
     np.testing.assert_array_equal(cache.pages, expected)
-    there = np.repeat(table != NO_PAGE, WIDTH, axis=1)[..., None]
-    np.testing.assert_array_equal(read_(cache, 0, table), np.where(there, rows[0], 0))
+    present = np.repeat(table != NO_PAGE, WIDTH, axis=1)[..., None]
+    np.testing.assert_array_equal(read_(cache, 0, table), np.where(present, rows[0], 0))
 
 
 @given(st.permutations(range(PAGES)), st.permutations(range(PAGES)), st.integers(0, 4))
 @settings(deadline=None, max_examples=30)
-def test_pages_move_to_other_ids_of_another_cache(here, there, count) -> None:
+def test_pages_move_to_other_ids_of_another_cache(old, new, count) -> None:
     source = coded(PAGES, LAYERS, WIDTH, DIM)
     absent = np.full(5 - count, NO_PAGE, np.int32)
-    ids, places = (np.append(np.array(order[:count], np.int32), absent) for order in (here, there))
+    ids, places = (np.append(np.array(order[:count], np.int32), absent) for order in (old, new))
     taken = take_(PagedCache(source), ids)
-    np.testing.assert_array_equal(taken[:count], source[here[:count]])
+    np.testing.assert_array_equal(taken[:count], source[old[:count]])
     np.testing.assert_array_equal(taken[count:], 0)
     expected = stale()
-    expected[there[:count]] = source[here[:count]]
+    expected[new[:count]] = source[old[:count]]
     np.testing.assert_array_equal(put_(PagedCache(stale()), places, taken).pages, expected)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmx_jax.model import gqa
-from cmx_jax.model.attention import Where, local
+from cmx_jax.model.attention import TokenPositions, data_parallel_attention
 from cmx_jax.model.config import LayerKind, RopeConfig
 from cmx_jax.model.decoder import Stream, layer
 from cmx_jax.model.families import parse_config
@@ -108,7 +108,7 @@ def test_a_parallel_block_gives_attention_and_ffn_the_same_input() -> None:
 
     placed, zeros, kind = jax.tree.map(jnp.asarray, w), jnp.zeros((B, 1), jnp.int32), LayerKind(moe=False)
     none, index = Experts(None, None), jnp.int32(0)
-    stream = Stream(zeros, zeros == 0, local(Where(zeros), 1, C))
+    stream = Stream(zeros, zeros == 0, data_parallel_attention(TokenPositions(zeros), 1, C))
     [(y, _, stats)] = layer([jnp.asarray(x)], [stream], placed, kind, none, index, index, C, lambda *_: None)
     h = np.asarray(layer_norm(jnp.asarray(x), placed.attn_norm, C.rms_norm_eps), np.float64)
     value = np.repeat(np.einsum("btd,dyn->btyn", h, attn.v), H // Y, axis=2)
@@ -126,9 +126,9 @@ def test_llama3_frequencies_by_wavelength(low: float, high: float) -> None:
         kind="llama3", theta=100.0, factor=8.0, original_max_position_embeddings=64,
         low_freq_factor=low, high_freq_factor=high,
     )  # fmt: skip
-    given, scale = frequencies(rope, 16)
+    result, scale = frequencies(rope, 16)
     kinds = set()
-    for i, frequency in enumerate(given):
+    for i, frequency in enumerate(result):
         plain = 100.0 ** (-2 * i / 16)
         wave = 2 * math.pi / plain
         if wave < 64 / high:

@@ -9,7 +9,7 @@ import pytest
 
 from cmx_jax.model import cache as paged
 from cmx_jax.model import gqa, mla
-from cmx_jax.model.attention import Where, local
+from cmx_jax.model.attention import TokenPositions, data_parallel_attention
 from cmx_jax.model.cache import NO_PAGE, PagedCache, Rows, abstract_cache
 from cmx_jax.model.config import MLAConfig, ModelConfig
 from cmx_jax.model.families import preset
@@ -34,34 +34,34 @@ def junk(c: ModelConfig) -> PagedCache:
 )
 def test_an_int8_cache_takes_half_of_a_bfloat16_one(name: str) -> None:
     c = preset(name)
-    held = {}
+    sizes = {}
     for kv in ("int8", "bfloat16"):
         arrays = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_cache(c, 1, 16, kv))
-        held[kv] = sum(a.nbytes for a in jax.tree.leaves(arrays)) / (16 * c.num_hidden_layers)
-    assert held == {"int8": c.row_dim + 4 * len(c.row_parts), "bfloat16": 2 * c.row_dim}
-    assert held["int8"] / held["bfloat16"] <= 0.53
+        sizes[kv] = sum(a.nbytes for a in jax.tree.leaves(arrays)) / (16 * c.num_hidden_layers)
+    assert sizes == {"int8": c.row_dim + 4 * len(c.row_parts), "bfloat16": 2 * c.row_dim}
+    assert sizes["int8"] / sizes["bfloat16"] <= 0.53
     if isinstance(c.attention, MLAConfig):
-        assert held == {"int8": 576 + 8, "bfloat16": 1152}
+        assert sizes == {"int8": 576 + 8, "bfloat16": 1152}
 
 
 def test_rows_and_scales_are_written_read_and_moved_together() -> None:
     c, rng = config(), np.random.default_rng(0)
     x = rng.standard_normal((c.num_hidden_layers, B, OLD, c.row_dim)).astype(np.float32)
-    rows = paged.stored(jnp.asarray(x), "int8", c)
+    rows = paged.encode_rows(jnp.asarray(x), "int8", c)
     addresses = np.broadcast_to(np.arange(OLD, dtype=np.int32), (B, OLD))
     cache = write(junk(c), TABLE, np.where(addresses == 3, -1, addresses), rows)
-    here = addresses[0] != 3
+    written = addresses[0] != 3
     for layer in range(c.num_hidden_layers):
-        found = read(cache, layer, TABLE)
-        for given, kept, empty in ((found.q, rows.q, -77), (found.scale, rows.scale, np.nan)):
-            np.testing.assert_array_equal(given[:, :OLD][:, here], kept[layer][:, here])
-            np.testing.assert_array_equal(given[:, 3], empty)
-            np.testing.assert_array_equal(given[:, OLD:], empty)
+        cached = read(cache, layer, TABLE)
+        for part, kept, empty in ((cached.q, rows.q, -77), (cached.scale, rows.scale, np.nan)):
+            np.testing.assert_array_equal(part[:, :OLD][:, written], kept[layer][:, written])
+            np.testing.assert_array_equal(part[:, 3], empty)
+            np.testing.assert_array_equal(part[:, OLD:], empty)
     moved = put(junk(c), np.array([5, NO_PAGE, 3], np.int32), take(cache, np.array([7, 2, 0], np.int32)))
-    for to, of in zip(jax.tree.leaves(moved.pages), jax.tree.leaves(cache.pages), strict=True):
-        np.testing.assert_array_equal(to[np.array([5, 3])], of[np.array([7, 0])])
+    for new, old in zip(jax.tree.leaves(moved.pages), jax.tree.leaves(cache.pages), strict=True):
+        np.testing.assert_array_equal(new[np.array([5, 3])], old[np.array([7, 0])])
     absent = read(cache, 0, np.full((1, 1), NO_PAGE, np.int32))
-    np.testing.assert_array_equal(paged.numbers(absent, np.dtype(np.float32), c), 0)
+    np.testing.assert_array_equal(paged.decode_rows(absent, np.dtype(np.float32), c), 0)
 
 
 class Case:
@@ -80,7 +80,8 @@ class Case:
         """Attention of all tokens in one step that reads no pages."""
 
         def step(w: Any, h: Any) -> Any:
-            attend = local(Where(self.positions), S, self.c, kv_dtype=kv_dtype)
+            positions = TokenPositions(self.positions)
+            attend = data_parallel_attention(positions, S, self.c, kv_dtype=kv_dtype)
             return attend(jnp.int32(0), self.kind, h, w)
 
         return jax.jit(step)(self.w, self.h)
@@ -89,9 +90,9 @@ class Case:
         """Attention of the last tokens to pages that hold the others."""
 
         def step(w: Any, h: Any, cache: PagedCache) -> Any:
-            where, span = Where(self.positions[:, OLD:]), TABLE.shape[1] * WIDTH
-            attend = local(
-                where,
+            positions, span = TokenPositions(self.positions[:, OLD:]), TABLE.shape[1] * WIDTH
+            attend = data_parallel_attention(
+                positions,
                 span,
                 self.c,
                 lambda n: paged.read(cache, n, jnp.asarray(TABLE)),

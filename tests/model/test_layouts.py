@@ -23,9 +23,10 @@ from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.trace import Trace, read_hlo
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import preset
-from cmx_jax.model.gshard import masked
+from cmx_jax.model.gshard import gspmd_masked
+from cmx_jax.model.leaf import Leaf
 from cmx_jax.model.sharding import laid_out, leaf_spec
-from cmx_jax.model.weights import Experts, Leaf, MoE, Weights, int8_fields
+from cmx_jax.model.weights import Experts, MoE, Weights, int8_fields
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.scheduling.ranks import Capacity
@@ -182,8 +183,8 @@ def test_what_does_not_fit_a_slot_s_places_is_dropped() -> None:
     table = MoE(None, None, jnp.arange(4), jnp.arange(5), experts, None)
     chosen, ones = jnp.asarray([[2], [2], [2], [-1], [1], [2]]), jnp.ones((6, 1), jnp.float32)
     given = (x, chosen, ones, table, experts, jnp.int32(0))
-    whole, all_sent = jax.jit(masked(layout, 3))(*given)
-    some, kept = jax.jit(masked(layout, 2))(*given)
+    whole, all_sent = jax.jit(gspmd_masked(layout, 3))(*given)
+    some, kept = jax.jit(gspmd_masked(layout, 2))(*given)
     assert (int(all_sent.sent), int(all_sent.received), int(kept.received)) == (5, 5, 4)
     assert np.abs(np.asarray(whole)).max(axis=1).all() == (chosen >= 0).all()
     np.testing.assert_array_equal(some[jnp.array([0, 1, 4, 5])], whole[jnp.array([0, 1, 4, 5])])

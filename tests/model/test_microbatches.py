@@ -19,11 +19,12 @@ from cmx_jax.analysis.trace.steps import trace_step
 from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.model import decoder
+from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import PagedCache
 from cmx_jax.model.checkpoint import read_weights
 from cmx_jax.model.families import preset
 from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import DecodeBatch, PrefillBatch, compile_steps
+from cmx_jax.model.steps import compile_steps
 from cmx_jax.serving.deploy.model import Model
 from model.dataflow import NONE, WHOLE, Collective, collectives
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 import cmx_jax
 from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.model.attention import Where, local
+from cmx_jax.model.attention import TokenPositions, data_parallel_attention
 from cmx_jax.model.batch import run_experts
 from cmx_jax.model.checkpoint import read_weights
 from cmx_jax.model.config import ModelConfig
@@ -32,12 +32,13 @@ def drafted(
     weights: Weights, tokens: Int[Array, "B T"], *, c: ModelConfig, layout: Layout
 ) -> Float[Array, "B T O"]:
     """A rank's draft logits of whole sequences; the last position, which has no next token, means nothing."""
-    where = Where(jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
-    stream = Stream(tokens, jnp.ones_like(tokens, bool), local(where, tokens.shape[1], c))
+    positions = TokenPositions(jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+    attend = data_parallel_attention(positions, tokens.shape[1], c)
+    stream = Stream(tokens, jnp.ones_like(tokens, bool), attend)
     run = run_experts(c, layout, tokens.size)
     [main] = decoder(weights, c, [stream], run)
-    behind = Stream(jnp.roll(tokens, -1, axis=1), stream.active, stream.attend)
-    return logits(mtp_hidden(weights, c, main.hidden, behind, run).hidden, weights)
+    following = Stream(jnp.roll(tokens, -1, axis=1), stream.active, stream.attend)
+    return logits(mtp_hidden(weights, c, main.hidden, following, run).hidden, weights)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,9 +48,9 @@ def test_draft_logits_equal_transformers(case: str) -> None:
     weights = jax.device_put(read_weights(GOLDENS / case, c, np.float32))
     specs = (weight_specs(c, layout), layout.data_spec)
     program = Lanes(layout.axes).jit(partial(drafted, c=c, layout=layout), specs, layout.data_spec)
-    found = program(weights, np.stack([golden["prompt"]] * RANKS))  # a sequence a rank
+    drafts = program(weights, np.stack([golden["prompt"]] * RANKS))  # a sequence a rank
     for rank in range(RANKS):
-        np.testing.assert_allclose(found[rank, :-1], golden["draft_logits"], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(drafts[rank, :-1], golden["draft_logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,8 +74,8 @@ def test_decode_steps_draft_and_say_what_transformers_does(case: str) -> None:
         engine.step()
         known = len(request.tokens)
         if request.drafts and known < len(expected):
-            wanted = golden["drafts"][known - 1].tolist()
-            assert request.drafts == wanted[: len(request.drafts)]
+            drafts = golden["drafts"][known - 1].tolist()
+            assert request.drafts == drafts[: len(request.drafts)]
             compared += 1
     assert request.tokens == expected
     proposed, accepted = llm.instance.traffic.proposed, llm.instance.traffic.accepted

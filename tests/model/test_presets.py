@@ -8,7 +8,7 @@ import pytest
 
 import cmx_jax
 from cmx_jax.model import families
-from cmx_jax.model.weights import parameter_counts
+from cmx_jax.model.parameters import parameter_counts
 
 PRESETS = Path(cmx_jax.__file__).parent / "model" / "presets"
 

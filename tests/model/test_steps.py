@@ -13,10 +13,13 @@ from support import BASE
 
 from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import expert_parallel
+from cmx_jax.mesh.runners import make_runner
+from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import NO_PAGE, PagedCache
 from cmx_jax.model.checkpoint import read_weights
+from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import DecodeBatch, PrefillBatch, Steps, compile_steps
+from cmx_jax.model.steps import Steps, compile_steps
 from model.small import config
 
 C = config()
@@ -125,6 +128,24 @@ def rows_of(cache: PagedCache, table: np.ndarray) -> list[np.ndarray]:
     pages = np.asarray(cache.pages)[ids_of(table)]  # [B, pages, L, W, C + R]
     whole = pages.transpose(0, 2, 1, 3, 4).reshape(ROWS, C.num_hidden_layers, HELD * WIDTH, C.row_dim)
     return [row[:, : len(prompt) + NEW - 1] for row, prompt in zip(whole, PROMPTS, strict=True)]
+
+
+def test_programs_are_shared_by_equal_instances() -> None:
+    """Configs, layouts and runners compare by value; another value of any of them gives other programs."""
+
+    def compiled(c: ModelConfig, **fields: Any) -> Steps:
+        layout = expert_parallel(RANKS, C.n_routed_experts, **fields)
+        return compile_steps(c, layout, Lanes(layout.axes), mtp=False)
+
+    steps = compiled(config())
+    assert compiled(config()) is steps
+    assert compiled(replace(C, rms_norm_eps=1e-5)) is not steps
+    assert compiled(config(), microbatches=2) is not steps
+    assert compiled(config(), exchange="allgather") is not steps
+    layout = expert_parallel(1, C.n_routed_experts)
+    on_devices = [compile_steps(C, layout, make_runner("devices", layout.axes), mtp=False) for _ in range(2)]
+    assert on_devices[0] is on_devices[1]
+    assert compile_steps(C, layout, Lanes(layout.axes), mtp=False) is not on_devices[0]
 
 
 def test_prefill_then_decode_gives_the_tokens_of_the_dense_reference(machine, expected) -> None:

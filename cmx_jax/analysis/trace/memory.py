@@ -10,8 +10,8 @@ from cmx_jax.mesh.exchange import message_bytes
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.cache import abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.leaf import Leaf, leaf_dtype
 from cmx_jax.model.sharding import laid_out, leaf_spec, shared_in_slots
-from cmx_jax.model.weights import Leaf, leaf_dtype
 
 
 def part(leaf: Leaf) -> str:

@@ -14,9 +14,11 @@ from cmx_jax.mesh.runners import Abstract
 from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import PagedCache, abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.decode import decode_step
+from cmx_jax.model.prefill import prefill_step
 from cmx_jax.model.sampling import Sampling
 from cmx_jax.model.sharding import abstract_weights
-from cmx_jax.model.steps import decode_step, prefill_step, step_specs
+from cmx_jax.model.steps import step_specs
 from cmx_jax.quant.rows import Int8Rows
 
 PAGE_WIDTH = 128

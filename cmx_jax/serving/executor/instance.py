@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmx_jax.mesh.exchange import message_bytes
+from cmx_jax.model.batch import DecodeBatch, StepOutput
 from cmx_jax.model.cache import NO_PAGE
 from cmx_jax.model.rebalance import Move, balanced, describe
-from cmx_jax.model.steps import DecodeBatch, StepOutput
 from cmx_jax.serving.executor.programs import Programs
 from cmx_jax.serving.executor.stats import Traffic
 from cmx_jax.serving.kv.mapping import prefill_tp_rank

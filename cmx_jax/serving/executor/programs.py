@@ -15,11 +15,12 @@ from jax.experimental import multihost_utils
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
+from cmx_jax.model.batch import DecodeBatch, PrefillBatch, StepOutput
 from cmx_jax.model.cache import PagedCache, abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.rebalance import Placement, initial, rehoused
+from cmx_jax.model.rebalance import Placement, initial, relocate_experts
 from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import DecodeBatch, PrefillBatch, StepOutput, compile_steps, step_specs
+from cmx_jax.model.steps import compile_steps, step_specs
 from cmx_jax.model.weights import Weights
 from cmx_jax.serving.ems.keys import Fingerprint
 from cmx_jax.serving.scheduling.ranks import Capacity
@@ -142,7 +143,7 @@ class Programs:
 
     def _house(self, after: Placement) -> None:
         c, layout = self.config, self.layout
-        self.weights = rehoused(self.weights, self.placement, after, c, layout, self.runner)
+        self.weights = relocate_experts(self.weights, self.placement, after, c, layout, self.runner)
         self.placement = after
 
     def _empty(self, _: tuple[()]) -> None:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cmx_jax.model.batch import PrefillBatch
 from cmx_jax.model.cache import NO_PAGE
 from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import PrefillBatch
 from cmx_jax.serving.scheduling.pages import pages_for
 from cmx_jax.serving.scheduling.request import Request
 
