@@ -57,7 +57,7 @@ def reuse(llm: LLM, shared: int, own: int, requests: int) -> list[dict[str, Any]
             pool = Pool({"here": MPServer(Path(folder), dram=1 << 27, disk=1 << 28)})
             context = ContextCache(pool, llm.instance.fingerprint("tiny"), llm.instance.cache.pages)
             engine = Engine([llm.instance], llm.instance, context=context if pooled else None)
-            before, times = llm.instance.prefill_tokens, []
+            before, times = llm.instance.computed_tokens, []
             for prompt in prompts:
                 request = engine.submit(prompt, SamplingParams(max_tokens=4, ignore_eos=True))
                 engine.run()
@@ -65,7 +65,7 @@ def reuse(llm: LLM, shared: int, own: int, requests: int) -> list[dict[str, Any]
                 context.settle()
                 pool.flush()
             pool.close()
-        ran = llm.instance.prefill_tokens - before
+        ran = llm.instance.computed_tokens - before
         rows.append({"pool": pooled, "prefill_tokens": ran, "ttft_ms": median(times[1:]) * 1e3})
     return rows[2:]
 

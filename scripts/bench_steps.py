@@ -20,7 +20,7 @@ from cmx_jax.model.families import parse_config
 from cmx_jax.model.weights import Leaf, leaf_dtype, weight_tree
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import SamplingParams
 
 CONFIG = parse_config(

@@ -15,7 +15,7 @@ from cmx_jax.errors import CmxError
 
 def router(args: argparse.Namespace) -> None:
     """OpenAI's API in front of workers."""
-    from cmx_jax.serving.deploy.deployment import Hosted
+    from cmx_jax.serving.deploy.deployment import ModelInfo
     from cmx_jax.serving.deploy.model import Model
     from cmx_jax.serving.http.server import bind
     from cmx_jax.serving.roles.members import Members
@@ -27,7 +27,7 @@ def router(args: argparse.Namespace) -> None:
         members = Members(args.prefill, args.decode, args.cluster_secret, args.queue_ttl_s)
         context = model.config.max_position_embeddings
         length = min(context, 4096) if args.max_model_len is None else args.max_model_len
-        hosted = Hosted(name="router", model=model, max_model_len=length)
+        hosted = ModelInfo(name="router", model=model, max_model_len=length)
         hosting.answer_api(args, sock, hosted, Router(members, policy=args.kv_failure_policy, **limits))
 
 

@@ -36,8 +36,8 @@ from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.packing import Piece
-from cmx_jax.serving.scheduling.ranks import Capacity
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, State
 
 HUGE = 1 << 20  # tokens

@@ -28,7 +28,7 @@ from cmx_jax.model.sharding import laid_out, leaf_spec
 from cmx_jax.model.weights import Experts, Leaf, MoE, Weights, int8_fields
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from model.small import config, random_weights
 
 R1 = preset("deepseek-r1")

@@ -15,7 +15,7 @@ from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import Overloaded, Request, SamplingParams, State
 from cmx_jax.serving.scheduling.waiting import Waiting
 
@@ -236,7 +236,7 @@ def test_the_queue_is_a_sorted_list(moves: list[tuple[str, int]]) -> None:
         elif model:
             queue.remove(model.pop(n % len(model)))
         assert list(queue) == model
-        assert (len(queue), queue.tokens) == (len(model), sum(len(r.inputs) for r in model))
+        assert (len(queue), queue.tokens) == (len(model), sum(len(r.prefill_tokens) for r in model))
         assert bool(queue) == bool(model)
         if model:
             assert queue.first() is model[0]
@@ -252,5 +252,5 @@ def test_who_could_not_be_prefilled_again_has_its_pages_at_once(base, prompts, e
     engine.run()
     for r, tokens in zip(requests, expected, strict=True):
         assert r.tokens == tokens[: r.params.max_tokens]
-        assert not (r.preemptions and r.cached_tokens > 40)
+        assert not (r.preemptions and r.max_kv_tokens > 40)
     assert nothing_held(engine)

@@ -17,7 +17,7 @@ from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.kv import fetch
 from cmx_jax.serving.kv.prefix_cache import ContextCache
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 TOKENS = 9
@@ -81,15 +81,15 @@ def served(engine: Engine, prompts: list[list[int]], **given: object) -> list[Re
 @pytest.mark.parametrize("which", ["one", "two"])
 def test_shared_beginnings_are_run_once(which, made, pool, long, expected) -> None:
     *prefill, decode = made[which]
-    ran = prefill[0].prefill_tokens
+    ran = prefill[0].computed_tokens
     context = caching(pool, decode)
     requests = served(Engine(prefill, decode, context=context), [*long, long[0]])
     assert [r.tokens for r in requests] == [*expected, expected[0]]
     # whole blocks, less the one that has the last token
-    assert [r.reused_tokens for r in requests] == [0, 32, 32, 32, 0, 32]
-    fresh = sum(len(r.prompt) - r.reused_tokens for r in requests)
-    assert prefill[0].prefill_tokens - ran == fresh
-    assert context.hits == sum(r.reused_tokens for r in requests)
+    assert [r.cached_tokens for r in requests] == [0, 32, 32, 32, 0, 32]
+    fresh = sum(len(r.prompt) - r.cached_tokens for r in requests)
+    assert prefill[0].computed_tokens - ran == fresh
+    assert context.hits == sum(r.cached_tokens for r in requests)
     context.close()
 
 
@@ -99,7 +99,7 @@ def test_blocks_are_those_of_a_namespace(made, pool, long, expected) -> None:
     served(engine, long[:1])
     other = engine.submit(long[0], params(), namespace="other")
     engine.run()
-    assert (other.reused_tokens, other.tokens) == (0, expected[0])
+    assert (other.cached_tokens, other.tokens) == (0, expected[0])
 
 
 def test_blocks_serve_another_engine_and_survive_a_restart(made, tmp_path, long, expected) -> None:
@@ -108,7 +108,7 @@ def test_blocks_serve_another_engine_and_survive_a_restart(made, tmp_path, long,
         *prefill, decode = made[which]
         pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 22, disk=1 << 26)})
         [request] = served(Engine(prefill, decode, context=caching(pool, decode)), long[:1])
-        assert (request.reused_tokens, request.tokens) == (reused, expected[0])
+        assert (request.cached_tokens, request.tokens) == (reused, expected[0])
         pool.close()
 
 
@@ -122,7 +122,7 @@ def test_a_conversation_goes_on_behind_what_was_generated(which, made, pool, lon
     assert first.tokens == list(greedy(BASE, long[4], 16))
     turn = [*long[4], *first.tokens, 7, 7, 7]
     [second] = served(engine, [turn])
-    assert second.reused_tokens == (50 + 15) // BLOCK * BLOCK
+    assert second.cached_tokens == (50 + 15) // BLOCK * BLOCK
     assert second.tokens == list(greedy(BASE, turn, TOKENS))
     assert not any(i.load for i in engine.instances)
 
@@ -136,7 +136,7 @@ def test_a_damaged_block_is_run_again(made, tmp_path, long, expected) -> None:
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
         [request] = served(Engine(prefill, decode, context=caching(pool, decode)), long[:1])
-        assert (request.reused_tokens, request.tokens) == (0, expected[0])
+        assert (request.cached_tokens, request.tokens) == (0, expected[0])
         pool.close()
 
 
@@ -154,7 +154,7 @@ def test_with_drafts_reused_blocks_give_the_same_text(tmp_path) -> None:
     pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 22, disk=1 << 26)})
     requests = served(Engine([both], both, context=caching(pool, both)), prompts)
     assert [r.tokens for r in requests] == plain
-    assert [r.reused_tokens for r in requests] == [0, 32, 32]
+    assert [r.cached_tokens for r in requests] == [0, 32, 32]
     pool.close()
 
 

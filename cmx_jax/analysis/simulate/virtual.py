@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from cmx_jax.analysis.simulate.deployment import Pool
 from cmx_jax.analysis.simulate.workload import Arrival
-from cmx_jax.serving.scheduling.ranks import Ranks
+from cmx_jax.serving.scheduling.allocator import RankAllocator
 from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 
@@ -37,7 +37,7 @@ def _params(output: int) -> SamplingParams:
     return SamplingParams(max_tokens=output, ignore_eos=True)
 
 
-class Virtual(Ranks):
+class Virtual(RankAllocator):
     """An instance whose decode batch is counted instead of computed.
 
     Attributes:

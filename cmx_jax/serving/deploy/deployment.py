@@ -41,7 +41,7 @@ class QueueLimits:
 
 
 @dataclass(kw_only=True)
-class Hosted:
+class ModelInfo:
     """A model that is served, here or by others.
 
     Attributes:
@@ -58,7 +58,7 @@ class Hosted:
 
 
 @dataclass(kw_only=True)
-class Deployment(Hosted):
+class Deployment(ModelInfo):
     """A model on instances of this process.
 
     Attributes:
@@ -195,5 +195,5 @@ def warm_up(engine: Engine) -> None:
             engine.outbox.withdraw(ticket.transfer_id)
     for instance in engine.instances:
         instance.traffic = Traffic()
-        instance.prefill_tokens = 0
+        instance.computed_tokens = 0
     engine.steps, engine.step_s, engine.busy_s = 0, 0.0, 0.0

@@ -18,8 +18,8 @@ from cmx_jax.model.rebalance import Move
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.scoring import device_logits
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.pages import pages_for
-from cmx_jax.serving.scheduling.ranks import Capacity
 from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 

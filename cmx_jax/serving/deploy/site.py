@@ -10,8 +10,8 @@ from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.pages import pages_for
-from cmx_jax.serving.scheduling.ranks import Capacity
 
 
 @dataclass(kw_only=True)

@@ -174,7 +174,9 @@ class Engine(Movement):
         with self.timeline.step(instance.name, "prefill", requests=len(instance.prefilling)):
             through = instance.prefill()
         self.step_s += time.perf_counter() - began
-        ends = {request: request.add(request.first, instance.config.eos_token_ids) for request in through}
+        ends = {
+            request: request.add(request.next_token, instance.config.eos_token_ids) for request in through
+        }
         self._store(instance, [r for r in through if ends[r] or instance in self._both])
         for request, last in ends.items():
             self._prefilled(instance, request, last)

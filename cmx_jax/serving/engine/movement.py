@@ -71,10 +71,10 @@ class Movement(Scheduler[Instance]):
     def _look_up(self, instance: Instance, request: Request) -> None:
         """Lets a request that was placed wait for its blocks, if there may be any."""
         self.timeline.enters(request, "prefill", instance=instance.name)
-        if self.context is not None and len(request.inputs) > self.context.block:
+        if self.context is not None and len(request.prefill_tokens) > self.context.block:
             instance.prefilling.remove(request)
             self.timeline.enters(request, "fetch blocks", instance=instance.name)
-            self.fetching[request] = instance, self.context.lookup(request.inputs, request.namespace)
+            self.fetching[request] = instance, self.context.lookup(request.prefill_tokens, request.namespace)
 
     def _fetched(self) -> None:
         """Puts blocks that have come into pages; what is behind them is left to prefill."""
@@ -89,9 +89,9 @@ class Movement(Scheduler[Instance]):
                 instance.put_pages([request], [self.context.joined(blocks)])
                 request.prefilled = len(blocks) * self.context.block
                 self.context.hits += request.prefilled
-                request.kept_tokens = max(request.kept_tokens, request.prefilled)
+                request.stored_tokens = max(request.stored_tokens, request.prefilled)
                 if not request.preemptions:
-                    request.reused_tokens = request.prefilled
+                    request.cached_tokens = request.prefilled
             instance.prefilling.append(request)
             self.timeline.enters(request, "prefill", instance=instance.name, reused=request.prefilled)
 
@@ -105,21 +105,21 @@ class Movement(Scheduler[Instance]):
 
     def _new_blocks(self, request: Request) -> bool:
         block = self.context.block if self.context else 0
-        return block > 0 and len(request.inputs) // block > request.kept_tokens // block
+        return block > 0 and len(request.prefill_tokens) // block > request.stored_tokens // block
 
     def _keep(self, request: Request, pages: Any) -> None:
         """Stores the blocks of a prompt, while a step runs."""
         context = self.context
         if context is not None and self._new_blocks(request):
-            inputs, known = request.inputs, request.kept_tokens // context.block
-            request.kept_tokens = len(inputs)
+            inputs, known = request.prefill_tokens, request.stored_tokens // context.block
+            request.stored_tokens = len(inputs)
             self.later.append(lambda: context.store(inputs, request.namespace, pages, known))
 
     def _keep_generated(self, instance: Instance, request: Request) -> None:
         """Stores the blocks of a text that is complete, but for its last token, which has no row: the next
         turn of a conversation begins with it, unless it is of a model whose thinking is left out there."""
         if self.context is not None and self.context.generated:
-            request.inputs = [*request.prompt, *request.tokens[:-1]]
+            request.prefill_tokens = [*request.prompt, *request.tokens[:-1]]
             self._store(instance, [request])
 
     # from prefill to decode

@@ -1,4 +1,4 @@
-"""One instance: a model on the ranks of a sub-mesh, and the cache behind the pages that `Ranks` gives out."""
+"""One instance: a model on a sub-mesh, with its paged KV cache."""
 
 import math
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from cmx_jax.model.steps import DecodeBatch, StepOutput
 from cmx_jax.serving.executor.programs import Programs
 from cmx_jax.serving.executor.stats import Traffic
 from cmx_jax.serving.kv.mapping import prefill_tp_rank
+from cmx_jax.serving.scheduling.allocator import RankAllocator
 from cmx_jax.serving.scheduling.packing import bucket, pack, sampling
 from cmx_jax.serving.scheduling.pages import pages_for
-from cmx_jax.serving.scheduling.ranks import Ranks
 from cmx_jax.serving.scheduling.request import Request, State, TokenLogprob
 
 # A program is compiled for each length, so lengths are few: these many pages, doubled as often as needed.
@@ -26,14 +26,16 @@ DECODE_PAGES = 8
 
 
 @dataclass(eq=False)
-class Instance(Programs, Ranks):
-    """Prefill, decode or both on the ranks of one layout; `prefill_tokens` counts what prefill has run."""
+class Instance(Programs, RankAllocator):
+    """Prefill, decode or both on the ranks of one layout; `computed_tokens` counts what prefill has run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.traffic = Traffic()
-        self.prefill_tokens = 0
-        Ranks.__init__(self, self.name, self.capacity, self.layout.data_ranks, self.layout.microbatches)
+        self.computed_tokens = 0
+        RankAllocator.__init__(
+            self, self.name, self.capacity, self.layout.data_ranks, self.layout.microbatches
+        )
 
     def reset(self) -> None:
         """Forgets all requests and makes a new cache, as after a step that was broken off."""
@@ -48,10 +50,10 @@ class Instance(Programs, Ranks):
         packed = pack(pieces, {r: p.pages for r, p in self.places.items()}, self.capacity.page_width, unit)
         requests = [piece.request for row in pieces for piece in row]
         output = self._result(self._start("prefill", packed.batch, requests, cached=packed.cached))
-        self.prefill_tokens += sum(piece.stop - piece.start for row in pieces for piece in row)
+        self.computed_tokens += sum(piece.stop - piece.start for row in pieces for piece in row)
         through = self.prefilled(pieces)
         for request, row, n in through:
-            request.first = int(output.tokens[row, n])
+            request.next_token = int(output.tokens[row, n])
             request.drafts = [] if output.drafts is None else [int(output.drafts[row, n])]
             _report(request, output, row, n)
         return [request for request, _, _ in through]
@@ -125,7 +127,7 @@ class Instance(Programs, Ranks):
             the same pages, the one that `transfer.prefill_tp_rank` names sends.
           ranks: of the decode instance.
         """
-        counts = [pages_for(len(r.inputs), self.capacity.page_width) for r in requests]
+        counts = [pages_for(len(r.prefill_tokens), self.capacity.page_width) for r in requests]
         ids, slots = self._page_ids(requests, counts)
         pages = self.run("take", ids)
         senders = [

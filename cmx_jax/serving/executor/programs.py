@@ -22,7 +22,7 @@ from cmx_jax.model.sampling import Sampling
 from cmx_jax.model.steps import DecodeBatch, PrefillBatch, StepOutput, compile_steps, step_specs
 from cmx_jax.model.weights import Weights
 from cmx_jax.serving.ems.keys import Fingerprint
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 
 Tell = Callable[[str, list[np.ndarray], dict[str, bool]], None]
 

@@ -44,8 +44,8 @@ def schedule(
     for request, rank in requests:
         row = max(range(rank * rows, (rank + 1) * rows), key=lambda row: left[row])
         start = request.prefilled
-        stop = min(len(request.inputs), start + left[row])
-        if stop < len(request.inputs):
+        stop = min(len(request.prefill_tokens), start + left[row])
+        if stop < len(request.prefill_tokens):
             stop = stop // width * width
         if stop > start:
             pieces[row].append(Piece(request, start, stop))
@@ -89,7 +89,7 @@ def pack(pieces: list[list[Piece]], pages: dict[Request, list[int]], width: int,
     for row, of in enumerate(pieces):
         at = address = 0
         for n, piece in enumerate(of):
-            prompt, size = piece.request.inputs, piece.stop - piece.start
+            prompt, size = piece.request.prefill_tokens, piece.stop - piece.start
             here = slice(at, at + size)
             tokens[row, here] = prompt[piece.start : piece.stop]
             positions[row, here] = np.arange(piece.start, piece.stop)

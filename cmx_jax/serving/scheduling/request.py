@@ -10,8 +10,8 @@
 On an instance that does both, PREFILL goes to DECODE directly: the pages stay where they are.
 
 From every state but the last a request may go back to WAITING: it was preempted, or its instance leaves. It
-keeps its tokens, and what prefill runs the next time (`inputs`) is the prompt and these. From every state it
-may go to FINISHED, when it is cancelled.
+keeps its tokens, and the next prefill runs the prompt and these (`prefill_tokens`). From every state it may
+go to FINISHED, when it is cancelled.
 """
 
 import enum
@@ -103,13 +103,13 @@ class Request:
     Attributes:
       priority: smaller ones go first (vLLM's order), and are preempted last.
       namespace: of the caching pool; nothing is shared between two.
-      inputs: what prefill runs: the prompt, and behind a preemption what was generated before it.
-      prefilled: tokens of `inputs` that lie in pages.
-      first: the token behind `inputs`, once it is known.
+      prefill_tokens: what prefill runs: the prompt, and behind a preemption what was generated before it.
+      prefilled: tokens of `prefill_tokens` that lie in pages.
+      next_token: the token behind `prefill_tokens`, once it is known.
       drafts: what the MTP layer expects behind `tokens`.
       logprobs: of each token, where they were asked for.
-      reused_tokens: of the prompt, that came out of the caching pool.
-      kept_tokens: from the first on, whose blocks are there.
+      cached_tokens: of the prompt, that came out of the caching pool.
+      stored_tokens: from the first on, whose blocks are there.
       transfer_id: of its pages' ticket, if they go to another process; 0: any.
       finish_reason: `stop`, `length`, `abort` (cancelled) or `error`.
       error: what went wrong.
@@ -123,11 +123,11 @@ class Request:
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
     prefilled: int = 0
-    first: int = -1
+    next_token: int = -1
     drafts: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    reused_tokens: int = 0
-    kept_tokens: int = 0
+    cached_tokens: int = 0
+    stored_tokens: int = 0
     preemptions: int = 0
     transfer_id: int = 0
     finish_reason: str | None = None
@@ -137,7 +137,7 @@ class Request:
     finished: float | None = None
 
     def __post_init__(self) -> None:
-        self.inputs = self.prompt
+        self.prefill_tokens = self.prompt
 
     def to(self, state: State) -> None:
         """Moves on, along `TRANSITIONS` only."""
@@ -151,7 +151,7 @@ class Request:
         return len(self.prompt) + self.params.max_tokens
 
     @property
-    def cached_tokens(self) -> int:
+    def max_kv_tokens(self) -> int:
         """Tokens that the cache must hold at most: the last one is never attended to."""
         return self.total_tokens - 1
 
@@ -166,8 +166,8 @@ class Request:
 
     def requeue(self) -> None:
         """Goes back to the queue with what it has; its pages are released by whoever calls this."""
-        self.inputs = [*self.prompt, *self.tokens] if self.tokens else self.prompt
-        self.prefilled, self.first, self.drafts = 0, -1, []
+        self.prefill_tokens = [*self.prompt, *self.tokens] if self.tokens else self.prompt
+        self.prefilled, self.next_token, self.drafts = 0, -1, []
         self.preemptions += 1
         self.to(State.WAITING)
 

@@ -11,12 +11,12 @@ from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.scheduling.allocator import RankAllocator
 from cmx_jax.serving.scheduling.pages import pages_for
-from cmx_jax.serving.scheduling.ranks import Ranks
 from cmx_jax.serving.scheduling.request import Request, State
 from cmx_jax.serving.scheduling.waiting import Waiting
 
-R = TypeVar("R", bound=Ranks)
+R = TypeVar("R", bound=RankAllocator)
 _load = attrgetter("load")
 
 
@@ -77,7 +77,7 @@ class Scheduler(Generic[R]):
         """
         for room, whole in self._rooms:
             if (
-                pages_for(request.cached_tokens if whole else len(request.prompt), room.page_width)
+                pages_for(request.max_kv_tokens if whole else len(request.prompt), room.page_width)
                 > room.pages
             ):
                 raise CmxError(
@@ -87,9 +87,9 @@ class Scheduler(Generic[R]):
 
     def _room(self, request: Request) -> int:
         """Tokens for which a request needs pages where it decodes."""
-        if self.ahead is None or not self._resumable(request.cached_tokens):
-            return request.cached_tokens
-        return min(len(request.prompt) + len(request.tokens) + self.ahead, request.cached_tokens)
+        if self.ahead is None or not self._resumable(request.max_kv_tokens):
+            return request.max_kv_tokens
+        return min(len(request.prompt) + len(request.tokens) + self.ahead, request.max_kv_tokens)
 
     def _resumable(self, tokens: int) -> bool:
         """Whether a request could be prefilled again with so many. Only one that could with all that it may
@@ -104,7 +104,11 @@ class Scheduler(Generic[R]):
             request = self.waiting.first()
             for instance in sorted(self.prefill, key=_load):
                 stays = instance in self._both
-                tokens = max(self._room(request), len(request.inputs)) if stays else len(request.inputs)
+                tokens = (
+                    max(self._room(request), len(request.prefill_tokens))
+                    if stays
+                    else len(request.prefill_tokens)
+                )
                 if instance not in self.leaving and instance.place(request, tokens, stays, spare):
                     instance.prefilling.append(self.waiting.pop())
                     request.to(State.PREFILL)
@@ -164,7 +168,7 @@ class Scheduler(Generic[R]):
                 least = (
                     r
                     for r in reversed(here)
-                    if r in at.places and at.places[r].rank == rank and self._resumable(r.cached_tokens)
+                    if r in at.places and at.places[r].rank == rank and self._resumable(r.max_kv_tokens)
                 )
                 victim = next(least)
                 self._preempt(at, victim)

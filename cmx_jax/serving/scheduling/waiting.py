@@ -59,7 +59,7 @@ class Waiting:
             self._order = sorted(self._queues)
         (queue.appendleft if front else queue.append)(request)
         self._count += 1
-        self.tokens += len(request.inputs)
+        self.tokens += len(request.prefill_tokens)
 
     def first(self) -> Request:
         """Whose turn it is."""
@@ -78,7 +78,7 @@ class Waiting:
 
     def _took(self, request: Request) -> None:
         self._count -= 1
-        self.tokens -= len(request.inputs)
+        self.tokens -= len(request.prefill_tokens)
         if not self._queues[request.priority]:
             del self._queues[request.priority]
             self._order.remove(request.priority)

@@ -21,7 +21,7 @@ class Chunk:
 
     Attributes:
       index: of the request within its `Generation`.
-      request: only what does not change any more may be read: its prompt, `arrived`, `reused_tokens`.
+      request: only what does not change any more may be read: its prompt, `arrived`, `cached_tokens`.
       tokens: new ones; with MTP a step gives several.
       logprobs: of each of them, where they were asked for.
       finish_reason: with the last chunk.
@@ -89,7 +89,7 @@ Cancel = Callable[[Generation, set[int], str], None]  # some of its requests, fo
 
 
 @dataclass(eq=False)
-class Live:
+class ActiveRequest:
     """A request in the engine, and how much of it was handed over; `ended`: its client was told an error."""
 
     generation: Generation

@@ -23,7 +23,7 @@ from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.scoring import batches, prompt_logprobs
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
 from cmx_jax.serving.service.frontend import Unavailable
-from cmx_jax.serving.service.generation import Chunk, Generation, Interrupted, Live, StepFailed
+from cmx_jax.serving.service.generation import ActiveRequest, Chunk, Generation, Interrupted, StepFailed
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Service:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.live: dict[Request, Live] = {}
+        self.live: dict[Request, ActiveRequest] = {}
         self.draining = False
         self.broken: str | None = None
         self.watchers: list[Callable[[Chunk], None]] = []
@@ -78,7 +78,7 @@ class Service:
           CmxError: one of them cannot be served.
         """
         submit = self.engine.submit
-        return await self.adopt(
+        return await self.submit_all(
             *(
                 lambda prompt=prompt, params=params: submit(
                     prompt, params, priority=priority, namespace=namespace
@@ -87,22 +87,22 @@ class Service:
             )
         )
 
-    async def adopt(self, *calls: Callable[[], Request], told: int = 0) -> Generation:
-        """Hands out the tokens of requests that calls give to the engine, all or none.
+    async def submit_all(self, *submit: Callable[[], Request], already_sent: int = 0) -> Generation:
+        """Submits requests to the engine, all or none, and returns the generation of their tokens.
 
         Args:
-          calls: each gives one, on the engine's thread.
-          told: tokens of each that whoever asks has already.
+          submit: Functions that each submit one request to the engine, on the engine's thread.
+          already_sent: Number of tokens of each request that the client has already.
 
         Raises:
           Unavailable: no request is taken now.
-          CmxError: a call says why not.
+          CmxError: one of them cannot be served.
         """
         if self.draining:
             raise Unavailable("the server is shutting down: ask again later, or another one")
-        generation = Generation(len(calls), self.cancel)
+        generation = Generation(len(submit), self.cancel)
         try:
-            await self.call(lambda: self._submit(generation, calls, told))
+            await self.call(lambda: self._submit(generation, submit, already_sent))
         except asyncio.CancelledError:
             generation.close()  # the call may have been under way
             raise
@@ -252,13 +252,13 @@ class Service:
     def _submit(
         self,
         generation: Generation,
-        calls: Sequence[Callable[[], Request]],
-        told: int,
+        submit: Sequence[Callable[[], Request]],
+        already_sent: int,
     ) -> None:
-        submitted: list[Live] = []
+        submitted: list[ActiveRequest] = []
         try:
-            for index, call in enumerate(calls):
-                submitted.append(Live(generation, index, call(), told))
+            for index, call in enumerate(submit):
+                submitted.append(ActiveRequest(generation, index, call(), already_sent))
         except BaseException:
             for live in submitted:
                 self.engine.cancel(live.request)

@@ -34,7 +34,7 @@ class Place(NamedTuple):
     row: int | None
 
 
-class Ranks:
+class RankAllocator:
     """Ranks that have sequences of their own, each with the same capacity.
 
     Attributes:
@@ -132,7 +132,7 @@ class Ranks:
         for row, of in enumerate(pieces):
             for n, piece in enumerate(of):
                 piece.request.prefilled = piece.stop
-                if piece.stop == len(piece.request.inputs):
+                if piece.stop == len(piece.request.prefill_tokens):
                     self.prefilling.remove(piece.request)
                     through.append((piece.request, row, n))
         return through
