@@ -50,7 +50,8 @@ def leave(service: Any) -> None:
 
 def deployed(args: argparse.Namespace) -> Any:
     """The model on its instances, with short sequences' programs compiled."""
-    from cmx_jax.serving.deploy.deployment import QueueLimits, colocated, pools, warm_up, worker
+    from cmx_jax.serving.deploy.deployment import colocated, pools, warm_up, worker
+    from cmx_jax.serving.scheduling.waiting import QueueLimits
 
     tell = progress()
     common: dict[str, Any] = {"max_model_len": args.max_model_len, "dtype": args.dtype, "quant": args.quant}
@@ -79,7 +80,7 @@ def deployed(args: argparse.Namespace) -> Any:
     args.joined(deployment)
     tell("compiling (kept for the next time)")
     warm_up(deployment.engine)
-    limits.apply(deployment.engine)
+    deployment.engine.limits = limits
     tell("")
     return deployment
 

@@ -106,9 +106,9 @@ def test_queues_have_the_times_of_the_closed_forms(traffic, machine, servers, lo
 
 
 def held(node: Any) -> int:
-    instances = {*node.prefill, *node.decoders}
+    instances = set(node.scheduler.instances)
     left = sum(i.load + len(i.places) + len(i.prefilling) + i.running + len(i.ready) for i in instances)
-    return left + len(node.waiting) + len(node.transfers) + node.outstanding
+    return left + len(node.scheduler.waiting) + len(node.scheduler.transfers) + node.outstanding
 
 
 @settings(deadline=None, max_examples=60)
@@ -249,7 +249,7 @@ def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: Any, pat
 
 
 def engine_serves(engine: Engine, clock: Clock, arrivals: list[Arrival]) -> list[Request]:
-    engine.clock = lambda: clock.now
+    engine.scheduler.clock = lambda: clock.now
     pending, requests = deque(arrivals), []
     while pending or engine.busy:
         if not engine.busy:

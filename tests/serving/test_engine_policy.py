@@ -17,7 +17,7 @@ from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import Overloaded, Request, SamplingParams, State
-from cmx_jax.serving.scheduling.waiting import Waiting
+from cmx_jax.serving.scheduling.waiting import QueueLimits, Waiting
 
 TOKENS = 20
 
@@ -112,14 +112,14 @@ def test_a_cancelled_request_holds_nothing_and_others_are_served(
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(base, prompts) -> None:
     both = instance(base, "both", 1, sequences=1, pages=8)
-    engine = Engine([both], both, max_num_queued_reqs=2)
+    engine = Engine([both], both, limits=QueueLimits(max_num_queued_reqs=2))
     for _ in range(2):
         engine.submit(prompts[0], params())
     with pytest.raises(Overloaded, match=r"queue is full \(max_num_queued_reqs 2\)") as caught:
         engine.submit(prompts[0], params())
     assert caught.value.retry_after_s >= 1
     engine.run()
-    engine = Engine([both], both, max_num_queued_tokens=40)
+    engine = Engine([both], both, limits=QueueLimits(max_num_queued_tokens=40))
     engine.submit([1] * 30, params())
     with pytest.raises(Overloaded, match="max_num_queued_tokens 40"):
         engine.submit([1] * 11, params())
@@ -130,9 +130,9 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(base, prompts) -> None
 
 def test_who_waits_too_long_fails(base, prompts) -> None:
     both = instance(base, "both", 1, sequences=1, pages=8)
-    engine = Engine([both], both, queue_ttl_s=5.0)
+    engine = Engine([both], both, limits=QueueLimits(queue_ttl_s=5.0))
     now = 0.0
-    engine.clock = lambda: now
+    engine.scheduler.clock = lambda: now
     first, second = engine.submit(prompts[0], params()), engine.submit(prompts[1], params())
     engine.step()
     now = 6.0
@@ -154,7 +154,7 @@ def test_who_waits_too_long_fails(base, prompts) -> None:
 )
 def test_limits_that_let_nothing_in_are_refused(split, given, message) -> None:
     with pytest.raises(CmxError, match=message):
-        Engine(split.prefill, split.decoders, **given)
+        Engine(split.prefill, split.decoders, limits=QueueLimits(**given))
 
 
 @pytest.mark.parametrize("which", ["split", "tight"])

@@ -118,7 +118,7 @@ def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
         one = start(YARN, 1, drafts=1, max_num_batched_tokens=budget)
         engine = Engine([one], one)
         request = engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
-        engine._admit()
+        engine.scheduler.admit()
         while one.prefilling:
             one.prefill()
         [pages] = one.take_pages([request], [0], 1)
@@ -136,7 +136,7 @@ def test_pages_that_move_keep_every_bit() -> None:
     source, target = start(YARN, 2, "devices"), start(YARN, 4, "devices", 2)
     engine = Engine([source], target)
     requests = [engine.submit(prompt, SamplingParams(max_tokens=8, ignore_eos=True)) for prompt in prompts()]
-    engine._admit()
+    engine.scheduler.admit()
     while source.prefilling:
         source.prefill()
     for request in requests:

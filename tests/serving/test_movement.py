@@ -72,9 +72,9 @@ def served(engine: Engine, prompts: list[list[int]], **given: object) -> list[Re
         requests.append(engine.submit(prompt, params(**given)))
         engine.run()
         engine.step()  # what waits for a step is done
-        if engine.context is not None:
-            engine.context.settle()
-            assert engine.context.pool.flush()
+        if engine.mover.context is not None:
+            engine.mover.context.settle()
+            assert engine.mover.context.pool.flush()
     return requests
 
 
@@ -183,7 +183,7 @@ def test_pages_that_are_damaged_on_their_way_are_computed_again_or_fail(
     monkeypatch.setattr(engine.outbox.transport, "pull", damaging)
     requests = [engine.submit(prompt, params()) for prompt in long]
     engine.run()
-    assert engine.lost == 2
+    assert engine.mover.lost == 2
     ended = [r for r in requests if r.finish_reason == "error"]
     assert len(ended) == (0 if recompute else 2)
     assert all("came damaged" in r.error for r in ended)

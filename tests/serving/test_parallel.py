@@ -110,7 +110,7 @@ def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
         one = start("yarn", 1, drafts=1, max_num_batched_tokens=budget)
         engine = Engine([one], one)
         request = engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
-        engine._admit()
+        engine.scheduler.admit()
         while one.prefilling:
             one.prefill()
         [pages] = one.take_pages([request], [0], 1)

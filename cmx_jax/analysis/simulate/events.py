@@ -94,7 +94,7 @@ class Host:
             return False
         steps = min(instance.ends[0][0] - instance.steps, JUMP)
         others = any(i.running or i.ready for i in self.decoders if i is not instance)
-        waiting = self.node.lockstep and self.node.waiting
+        waiting = self.node.lockstep and self.node.scheduler.waiting
         if others or waiting or any(i.prefilling for i in self.prefill):
             steps = 1  # then it is another's turn
         self.began, self.instance = self.node.events.now, instance

@@ -1,7 +1,7 @@
 """Where `cmx serve` puts a model: on one instance that does everything, on the supernode's pools, or, as one
 role of several processes, on an instance that only prefills or only decodes."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from cmx_jax.errors import CmxError
@@ -16,28 +16,6 @@ from cmx_jax.serving.executor.stats import Traffic
 from cmx_jax.serving.kv import JaxTransport, Outbox
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import SamplingParams
-from cmx_jax.serving.scheduling.waiting import check_limits
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueueLimits:
-    """What may wait; see `Engine`.
-
-    Raises:
-      CmxError: one of them is not above zero.
-    """
-
-    max_num_queued_reqs: int | None = None
-    max_num_queued_tokens: int | None = None
-    queue_ttl_s: float | None = None
-
-    def __post_init__(self) -> None:
-        check_limits(**asdict(self))
-
-    def apply(self, engine: Engine) -> None:
-        """Holds an engine to them."""
-        for name, limit in asdict(self).items():
-            setattr(engine, name, limit)
 
 
 @dataclass(kw_only=True)
@@ -81,7 +59,7 @@ class Deployment(ModelInfo):
           CmxError: a block is not whole pages.
         """
         one = self.engine.instances[0]
-        self.engine.context = ContextCache(pool, self.fingerprint.of(block), one.cache.pages, generated)
+        self.engine.mover.context = ContextCache(pool, self.fingerprint.of(block), one.cache.pages, generated)
 
     def recarve(self, prefill: int, decode: int, grace_s: float) -> None:
         """Serves with so many instances of each kind from now on; see `Engine.recarve`.

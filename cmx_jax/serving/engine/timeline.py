@@ -31,8 +31,24 @@ class Timeline:
         self._pids: dict[str, int] = {}
         self._arrows = itertools.count(1)
 
+    def on_change(self, request: Request, state: State, instance: Any) -> None:
+        """Notes that a request has entered a state, on an instance or None; see `Scheduler.subscribe`."""
+        if state is State.FINISHED:
+            self.ends(request)
+            return
+        about: dict[str, Any] = {} if instance is None else {"instance": instance.name}
+        if state is State.WAITING and request.preemptions:
+            about["preempted"] = request.preemptions
+        self.enters(request, state.value, **about)
+
     def enters(self, request: Request, state: str, **about: Any) -> None:
-        """A request is in a state from now on; the one before is over."""
+        """Begins a stretch of a request's track, and ends the one before.
+
+        Args:
+          request: The request.
+          state: Name of the stretch: a state of the request, or what it waits for.
+          about: Further values to show with it.
+        """
         now = _now()
         self._leaves(request, now)
         if request.state is not State.FINISHED:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cmx_jax.serving.scheduling.packing import Piece, schedule
 from cmx_jax.serving.scheduling.pages import PagePool, pages_for
-from cmx_jax.serving.scheduling.request import Request
+from cmx_jax.serving.scheduling.request import Request, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,11 @@ class RankAllocator:
     def _hold(self, rank: int, pages: int) -> None:
         self._held[rank] += pages
         self.load += pages
+
+    @property
+    def decodes(self) -> bool:
+        """Whether any sequence decodes here."""
+        return any(r is not None and r.state is State.DECODE for r in self.rows)
 
     def next_pieces(self) -> list[list[Piece]]:
         """The chunks of placed prompts that the next prefill step runs, by row."""

@@ -130,7 +130,7 @@ class Service:
     def counts(self) -> dict[str, Any]:
         """Numbers of the whole engine. They are read while it runs: each is right, but they may be a step
         apart."""
-        engine, instances, context = self.engine, self.engine.instances, self.engine.context
+        engine, instances, context = self.engine, self.engine.instances, self.engine.mover.context
         drafts = [i.traffic for i in engine.decoders]
         pages = sum(i.capacity.pages * i.ranks for i in instances)
         return {
@@ -145,15 +145,15 @@ class Service:
             "busy_s": self.busy_s,
             "step_s": engine.step_s,
             "steps": engine.steps,
-            "preemptions": engine.preempted,
+            "preemptions": engine.scheduler.preempted,
             "kv_moved": engine.outbox.counts["acknowledged"],
-            "kv_lost": engine.lost + engine.outbox.counts["expired"],
+            "kv_lost": engine.mover.lost + engine.outbox.counts["expired"],
             "eplb_moves": len(engine.moves),
         }
 
     def cache(self) -> dict[str, Any]:
         """Counters of the caching pool, if there is one; asks its servers."""
-        context = self.engine.context
+        context = self.engine.mover.context
         return context.stats() if context else {}
 
     def instances(self, npus: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ class Running:
     def left(self) -> tuple[int, ...]:
         """What it has to do, or keeps: all zeros when it is idle."""
         engine, service = self.engine, self.worker.service
-        held = (engine.waiting, engine.transfers, engine.fetching, engine.tickets, service.live)
+        held = (engine.waiting, engine.transfers, engine.mover.fetching, engine.tickets, service.live)
         loads = [len(i.places) + i.load for i in engine.instances]
         published = getattr(engine.outbox.transport, "_published", ())
         return (*map(len, held), *loads, engine.outbox.waiting, len(published))
