@@ -70,7 +70,7 @@ def spanning(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]
     def lead(deployment: Any) -> None:
         [instance] = deployment.engine.instances
         leader = Leader(span, args.cluster_secret)
-        instance.tell = leader.tell
+        instance.programs.tell = leader.tell
 
     def follows(deployment: Any) -> None:
         [instance] = deployment.engine.instances

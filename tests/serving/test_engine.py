@@ -26,7 +26,7 @@ def split(base: Model) -> Engine:
 
 
 def held(engine: Engine) -> int:
-    return sum(len(i.places) + i.load for i in (*engine.prefill, engine.decode))
+    return sum(len(i.allocator.places) + i.allocator.load for i in (*engine.prefill, engine.decode))
 
 
 def test_disaggregated_serving_equals_the_dense_reference(split, prompts, expected) -> None:
@@ -68,7 +68,7 @@ def test_nan_in_the_pages_of_those_who_left_reaches_nobody(base, prompts, expect
     prefill = instance(base, "prefill", 2, sequences=1, pages=8)
     decode = instance(base, "decode", 4, sequences=2, pages=16)
     for i in (prefill, decode):
-        i.cache = i.cache.replace(pages=i.cache.pages * np.float32("nan"))
+        i.programs.cache = i.programs.cache.replace(pages=i.programs.cache.pages * np.float32("nan"))
     assert serve(Engine([prefill], decode), prompts, TOKENS) == expected
 
 

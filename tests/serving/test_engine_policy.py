@@ -47,7 +47,9 @@ def params(**given: object) -> SamplingParams:
 
 
 def nothing_held(engine: Engine) -> bool:
-    return not engine.busy and not any(i.load or i.prefilling or any(i.rows) for i in engine.instances)
+    return not engine.busy and not any(
+        i.allocator.load or i.allocator.prefilling or any(i.allocator.rows) for i in engine.instances
+    )
 
 
 def test_preempted_requests_lose_no_token(tight, prompts, expected) -> None:

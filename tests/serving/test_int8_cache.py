@@ -44,9 +44,9 @@ def start(
     runner, capacity = make_runner(kind, layout.axes, first), Capacity(page_width=8, **room)
     one = model.instance("instance", layout, runner, capacity, drafts, kv)
     if kv == "int8":
-        held = one.cache.pages
+        held = one.programs.cache.pages
         junk = Int8Rows(held.q + np.int8(77), held.scale * np.float32("nan"))
-        one.cache = one.cache.replace(pages=junk)
+        one.programs.cache = one.programs.cache.replace(pages=junk)
     return one
 
 
@@ -119,7 +119,7 @@ def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
         engine = Engine([one], one)
         request = engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
         engine.scheduler.admit()
-        while one.prefilling:
+        while one.allocator.prefilling:
             one.prefill()
         [pages] = one.take_pages([request], [0], 1)
         kept.append(
@@ -137,11 +137,11 @@ def test_pages_that_move_keep_every_bit() -> None:
     engine = Engine([source], target)
     requests = [engine.submit(prompt, SamplingParams(max_tokens=8, ignore_eos=True)) for prompt in prompts()]
     engine.scheduler.admit()
-    while source.prefilling:
+    while source.allocator.prefilling:
         source.prefill()
     for request in requests:
-        assert target.place(request, len(request.prompt), decode=True)
-    ranks = [target.places[request].rank for request in requests]
+        assert target.allocator.place(request, len(request.prompt), decode=True)
+    ranks = [target.allocator.places[request].rank for request in requests]
     sent = source.take_pages(requests, ranks, 4)
     target.put_pages(requests, sent)
     arrived = target.take_pages(requests, ranks, 4)
@@ -160,7 +160,7 @@ def test_instances_that_keep_other_types_are_refused() -> None:
 
 def test_tokens_are_the_likeliest_by_the_logits_of_the_same_cache() -> None:
     llm = cmx_jax.from_pretrained("tiny", ranks=2, kv_cache_dtype="int8", max_num_batched_tokens=16)
-    assert llm.instance.cache.dtype == "int8"
+    assert llm.instance.programs.cache.dtype == "int8"
     [done] = llm.generate(["The with statement is used to wrap the execution of a block"], max_new_tokens=8)
     tokens = done.prompt_tokens + done.tokens
     assert len(done.prompt_tokens) > 8

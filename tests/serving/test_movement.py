@@ -61,8 +61,8 @@ def pool(tmp_path: Path) -> Pool:
 
 
 def caching(pool: Pool, one: Instance) -> ContextCache:
-    fingerprint = one.fingerprint("base")
-    return ContextCache(pool, replace(fingerprint, block=BLOCK), one.cache.pages)
+    fingerprint = one.programs.fingerprint("base")
+    return ContextCache(pool, replace(fingerprint, block=BLOCK), one.programs.cache.pages)
 
 
 def served(engine: Engine, prompts: list[list[int]], **given: object) -> list[Request]:
@@ -124,7 +124,7 @@ def test_a_conversation_goes_on_behind_what_was_generated(which, made, pool, lon
     [second] = served(engine, [turn])
     assert second.cached_tokens == (50 + 15) // BLOCK * BLOCK
     assert second.tokens == list(greedy(BASE, turn, TOKENS))
-    assert not any(i.load for i in engine.instances)
+    assert not any(i.allocator.load for i in engine.instances)
 
 
 def test_a_damaged_block_is_run_again(made, tmp_path, long, expected) -> None:
@@ -145,7 +145,11 @@ def test_with_drafts_reused_blocks_give_the_same_text(tmp_path) -> None:
     model = Model.read(MTP_GOLDENS / "base")
     layout_of = instance(model, "plain", 2, sequences=2, pages=40)
     both = model.instance(
-        "drafts", layout_of.layout, layout_of.runner, Capacity(sequences=2, pages=40, page_width=8), 1
+        "drafts",
+        layout_of.layout,
+        layout_of.programs.runner,
+        Capacity(sequences=2, pages=40, page_width=8),
+        1,
     )
     rng = np.random.default_rng(3)
     shared = rng.integers(0, model.config.vocab_size, 32).tolist()
@@ -160,9 +164,9 @@ def test_with_drafts_reused_blocks_give_the_same_text(tmp_path) -> None:
 
 def test_blocks_are_whole_pages(made, pool) -> None:
     one = made["one"][0]
-    fingerprint = one.fingerprint("base")
+    fingerprint = one.programs.fingerprint("base")
     with pytest.raises(CmxError, match="a block of the caching pool has 12 tokens, expected a multiple of 8"):
-        ContextCache(pool, replace(fingerprint, block=12), one.cache.pages)
+        ContextCache(pool, replace(fingerprint, block=12), one.programs.cache.pages)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -192,7 +196,7 @@ def test_pages_that_are_damaged_on_their_way_are_computed_again_or_fail(
             assert (r.tokens, r.error) == (tokens, None)
     assert not engine.busy
     assert not engine.outbox.waiting
-    assert not any(i.load for i in engine.instances)
+    assert not any(i.allocator.load for i in engine.instances)
 
 
 def test_two_engines_serve_together(made, long, expected) -> None:
@@ -207,7 +211,10 @@ def test_two_engines_serve_together(made, long, expected) -> None:
     for r in requests:
         ticket = sender.tickets.pop(r)
         came = fetch(
-            ticket, sender.outbox.transport, decode.fingerprint(), jax.tree.structure(decode.cache.pages)
+            ticket,
+            sender.outbox.transport,
+            decode.programs.fingerprint(),
+            jax.tree.structure(decode.programs.cache.pages),
         )
         sender.outbox.acknowledge(ticket.transfer_id)
         continued.append(

@@ -32,7 +32,7 @@ def start(
     layout = expert_parallel(ranks, model.config.n_routed_experts, **fields)
     runner_ = make_runner(runner, layout.axes, first_device)
     one = model.instance("instance", layout, runner_, Capacity(page_width=8, **room), drafts)
-    one.cache = one.cache.replace(pages=one.cache.pages * np.float32("nan"))
+    one.programs.cache = one.programs.cache.replace(pages=one.programs.cache.pages * np.float32("nan"))
     return one
 
 
@@ -55,7 +55,10 @@ def check(engine: Engine, case: str, alone: dict[tuple[str, int], list[int]]) ->
     assert found[0] == found[2] == expected
     for prompt, tokens in zip(given, found, strict=True):
         assert alone.setdefault((case, len(prompt)), tokens) == tokens
-    assert not any(i.places or i.load or i.prefilling for i in (*engine.prefill, engine.decode))
+    assert not any(
+        i.allocator.places or i.allocator.load or i.allocator.prefilling
+        for i in (*engine.prefill, engine.decode)
+    )
 
 
 REPLICAS = {"redundant_slots": 4, "shared_slots": 4}
@@ -111,7 +114,7 @@ def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
         engine = Engine([one], one)
         request = engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
         engine.scheduler.admit()
-        while one.prefilling:
+        while one.allocator.prefilling:
             one.prefill()
         [pages] = one.take_pages([request], [0], 1)
         rows.append((pages.swapaxes(1, 2).reshape(-1, *pages.shape[1::2])[: len(prompt)], request.drafts))
@@ -132,14 +135,14 @@ def test_experts_move_between_steps_without_a_wrong_token_or_a_new_program(alone
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
-    shapes = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.weights)
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.programs.weights)
     engine = Engine([one], one, eplb_interval=5)
     try:
         check(engine, "yarn", alone)
     finally:
         jax.monitoring.clear_event_listeners()
     assert not compiled
-    assert jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.weights) == shapes
+    assert jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.programs.weights) == shapes
     assert len(engine.moves) >= 2
     assert engine.moves[0].moved > 0
     for move in engine.moves:

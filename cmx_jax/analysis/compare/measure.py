@@ -90,7 +90,7 @@ class Measure:
         requests = [llm.engine.submit(prompt, params) for prompt in self.prompts(sequences)]
         turns: dict[str, list[float]] = {"prefill": [], "decode": []}
         while llm.engine.busy:
-            kind = "prefill" if llm.engine.waiting or llm.instance.prefilling else "decode"
+            kind = "prefill" if llm.engine.waiting or llm.instance.allocator.prefilling else "decode"
             began = time.perf_counter()
             llm.engine.step()
             turns[kind].append(time.perf_counter() - began)

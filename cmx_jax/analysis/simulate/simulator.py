@@ -57,7 +57,7 @@ class Supernode:
 
     def prefill_ended(self, at: Virtual, pieces: Any) -> None:
         job: Any
-        for job, _, _ in at.prefilled(pieces):
+        for job, _, _ in at.allocator.mark_prefilled(pieces):
             if job.blocks:
                 self.prefix.use(job.blocks)
             self.scheduler.finish_prefill(at, job, last=job.params.max_tokens == 1)
@@ -97,17 +97,21 @@ class Supernode:
         placed = self.scheduler.admit()
         for at, job in placed:
             if job.blocks:
-                width = at.capacity.page_width
+                width = at.allocator.capacity.page_width
                 found = min(self.prefix.match(job.blocks), len(job.prompt) - 1)  # one token is left to run
                 job.cached = job.prefilled = found // width * width
         return [at for at, _ in placed]
 
     def _sent(self, source: Virtual, target: Virtual, job: Request) -> float:
         """When a request's pages have come over. Each rank has one link, which one request uses at a time."""
-        receiver = target.places[job].rank
-        sender = source.places[job].rank * source.sharing
+        receiver = target.allocator.places[job].rank
+        sender = source.allocator.places[job].rank * source.sharing
         if source.sharing > 1:
-            sizes = {"prefill_tp_size": source.sharing, "decode_tp_size": 1, "decode_dp_size": target.ranks}
+            sizes = {
+                "prefill_tp_size": source.sharing,
+                "decode_tp_size": 1,
+                "decode_dp_size": target.allocator.ranks,
+            }
             sender += prefill_tp_rank(receiver, 0, **sizes)
         free, links = self._link_free, ((source, sender), (target, receiver))
         ends = max(self.events.now, free[links[0]], free[links[1]]) + self.times.transfer(len(job.prompt))

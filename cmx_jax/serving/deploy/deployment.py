@@ -50,7 +50,7 @@ class Deployment(ModelInfo):
     @property
     def fingerprint(self) -> Fingerprint:
         """Of its pages."""
-        return self.engine.instances[0].fingerprint(self.model.id)
+        return self.engine.instances[0].programs.fingerprint(self.model.id)
 
     def cache(self, pool: Pool, block: int, generated: bool = False) -> None:
         """Lets prompts begin behind what is found in a caching pool; `generated`: see `ContextCache`.
@@ -59,7 +59,9 @@ class Deployment(ModelInfo):
           CmxError: a block is not whole pages.
         """
         one = self.engine.instances[0]
-        self.engine.mover.context = ContextCache(pool, self.fingerprint.of(block), one.cache.pages, generated)
+        self.engine.mover.context = ContextCache(
+            pool, self.fingerprint.of(block), one.programs.cache.pages, generated
+        )
 
     def recarve(self, prefill: int, decode: int, grace_s: float) -> None:
         """Serves with so many instances of each kind from now on; see `Engine.recarve`.

@@ -24,6 +24,7 @@ from cmx_jax.model.decode import MAX_DRAFTS
 from cmx_jax.model.families import preset, presets, read_config
 from cmx_jax.model.weights import int8_fields
 from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.executor.programs import Programs
 from cmx_jax.serving.scheduling.allocator import Capacity
 
 SHIPPED = ("tiny",)
@@ -165,7 +166,8 @@ class Model:
             raise CmxError(f"num_speculative_tokens is {drafts}, expected {expected}")
         dtype = jnp.dtype(self.dtype)
         weights = load_weights(self.checkpoint, layout, runner, dtype, drafts > 0, self.config)
-        return Instance(name, self.config, layout, runner, weights, capacity, self.dtype, drafts, kept)
+        programs = Programs(name, self.config, layout, runner, weights, capacity, self.dtype, drafts, kept)
+        return Instance(programs)
 
 
 QUANTS = ("auto", "none", "int8")

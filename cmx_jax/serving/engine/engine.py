@@ -105,10 +105,10 @@ class Engine:
         self._pending_recarve: Recarve | None = None
         self._check_slots(decoders)
         _check_pages(instances)
-        lookahead = 1 + max(instance.num_speculative_tokens for instance in instances)
+        lookahead = 1 + max(instance.programs.num_speculative_tokens for instance in instances)
         self.scheduler = Scheduler(list(prefill), decoders, time.perf_counter, lookahead)
         self.timeline = Timeline()
-        self.outbox = outbox or Outbox(Local(), instances[0].fingerprint())
+        self.outbox = outbox or Outbox(Local(), instances[0].programs.fingerprint())
         self.mover = PageMover(self.scheduler, self.timeline, self.outbox, context, recompute)
         self.scheduler.subscribe(self.timeline.on_change)
 
@@ -245,7 +245,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished, or a change of instances is pending."""
-        placed = any(instance.places for instance in self.instances)
+        placed = any(instance.allocator.places for instance in self.instances)
         return bool(self.waiting or self.transfers or placed or self._pending_recarve)
 
     def run(self) -> None:
@@ -262,7 +262,7 @@ class Engine:
             self.mover.fetch_blocks(instance, request)
         self.mover.put_blocks()
         for instance in self.prefill:
-            finished += self._prefill(instance) if instance.prefilling else []
+            finished += self._prefill(instance) if instance.allocator.prefilling else []
         finished += self.mover.move() if self.decoders else self.mover.hand_over()
         finished += self._decode()
         if self.step_s > before:
@@ -283,7 +283,7 @@ class Engine:
     def _prefill(self, instance: Instance) -> list[Request]:
         """Runs one prefill step; returns the requests whose first token was their last."""
         began, finished = time.perf_counter(), []
-        with self.timeline.step(instance.name, "prefill", requests=len(instance.prefilling)):
+        with self.timeline.step(instance.name, "prefill", requests=len(instance.allocator.prefilling)):
             completed = instance.prefill()
         self.step_s += time.perf_counter() - began
         ends = {r: r.add(r.next_token, instance.config.eos_token_ids) for r in completed}
@@ -299,11 +299,11 @@ class Engine:
         finished: list[Request] = []
         for instance in self.decoders:
             finished += self.scheduler.grow(instance)
-        running = [instance for instance in self.decoders if instance.decodes]
+        running = [instance for instance in self.decoders if instance.allocator.decodes]
         began = time.perf_counter()
         with ExitStack() as steps:
             for instance in running:
-                sequences = sum(row is not None for row in instance.rows)
+                sequences = sum(row is not None for row in instance.allocator.rows)
                 steps.enter_context(self.timeline.step(instance.name, "decode", sequences=sequences))
                 instance.start_decode()
             self.mover.run_deferred()
@@ -346,7 +346,12 @@ class Engine:
         pending = self._pending_recarve
         if pending is None:
             return
-        running = [(i, r) for i in self.scheduler.leaving for r in i.places if r.state is not State.TRANSFER]
+        running = [
+            (i, r)
+            for i in self.scheduler.leaving
+            for r in i.allocator.places
+            if r.state is not State.TRANSFER
+        ]
         if running and self.clock() < pending.deadline:
             return
         for instance, request in running:
@@ -362,10 +367,11 @@ def _check_pages(instances: Sequence[Instance]) -> None:
     Raises:
       CmxError: two instances have different pages.
     """
-    one = instances[-1]
+    expected = instances[-1]
     for instance in instances:
-        if instance.page != one.page:
+        page, expected_page = instance.programs.page, expected.programs.page
+        if page != expected_page:
             raise CmxError(
-                f"{instance.name} has pages of {instance.page}, expected {one.name}'s {one.page}: give both "
+                f"{instance.name} has pages of {page}, expected {expected.name}'s {expected_page}: give both "
                 "the same page width, dtype, kv_cache_dtype and num_speculative_tokens"
             )

@@ -67,7 +67,7 @@ class PageMover:
     def fetch_blocks(self, instance: Instance, request: Request) -> None:
         """Starts to fetch the cached blocks of a placed request, which waits for them."""
         if self.context is not None and len(request.prefill_tokens) > self.context.block:
-            instance.prefilling.remove(request)
+            instance.allocator.prefilling.remove(request)
             self._timeline.enters(request, "fetch blocks", instance=instance.name)
             self.fetching[request] = (
                 instance,
@@ -77,8 +77,8 @@ class PageMover:
     def put_blocks(self) -> None:
         """Puts blocks that have arrived into pages; prefill runs the tokens after them."""
         scheduler = self._scheduler
-        idle = not any(i.prefilling for i in scheduler.prefill)
-        if self.fetching and idle and not any(i.decodes for i in scheduler.decoders):
+        idle = not any(i.allocator.prefilling for i in scheduler.prefill)
+        if self.fetching and idle and not any(i.allocator.decodes for i in scheduler.decoders):
             wait([future for _, future in self.fetching.values()], PATIENCE_S, "FIRST_COMPLETED")
         for request, (instance, future) in list(self.fetching.items()):
             if not future.done():
@@ -92,15 +92,17 @@ class PageMover:
                 request.stored_tokens = max(request.stored_tokens, request.prefilled)
                 if not request.preemptions:
                     request.cached_tokens = request.prefilled
-            instance.prefilling.append(request)
+            instance.allocator.prefilling.append(request)
             self._timeline.enters(request, "prefill", instance=instance.name, reused=request.prefilled)
 
     def store(self, instance: Instance, requests: list[Request]) -> None:
         """Stores the new blocks of prompts whose pages stay on their instance, while a step runs."""
         new = [r for r in requests if self._has_new_blocks(r)]
         if new:
-            ranks = [instance.places[request].rank for request in new]
-            for request, pages in zip(new, instance.take_pages(new, ranks, instance.ranks), strict=True):
+            ranks = [instance.allocator.places[request].rank for request in new]
+            for request, pages in zip(
+                new, instance.take_pages(new, ranks, instance.allocator.ranks), strict=True
+            ):
                 self._store_pages(request, pages)
 
     def store_generated(self, instance: Instance, request: Request) -> None:
@@ -138,7 +140,7 @@ class PageMover:
             moves.setdefault((source, target), []).append(request)
         failed = []
         for (source, target), requests in moves.items():
-            receivers = [target.places[request].rank for request in requests]
+            receivers = [target.allocator.places[request].rank for request in requests]
             sent = source.take_pages(requests, receivers, target.layout.data_ranks)
             received = {}
             for request, pages in zip(requests, sent, strict=True):
@@ -179,8 +181,8 @@ class PageMover:
             leaving.setdefault(source, []).append(request)
         transfers.clear()
         for source, requests in leaving.items():
-            ranks = [source.places[request].rank for request in requests]
-            taken = source.take_pages(requests, ranks, source.ranks)
+            ranks = [source.allocator.places[request].rank for request in requests]
+            taken = source.take_pages(requests, ranks, source.allocator.ranks)
             for request, pages in zip(requests, taken, strict=True):
                 self.tickets[request] = self.outbox.offer(pages, request.transfer_id)
                 self._store_pages(request, pages)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Integer
 from cmx_jax.errors import CmxError
 from cmx_jax.model.sampling import Logprobs, logprobs_of
 from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.executor.programs import Op
 from cmx_jax.serving.scheduling.packing import bucket
 from cmx_jax.serving.scheduling.request import TokenLogprob
 
@@ -68,7 +69,7 @@ def device_logits(
     shape = bucket(batch, instance.layout.data_ranks), bucket(length, SCORE_LENGTH)
     padded, counts = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
     padded[:batch, :length], counts[:batch] = tokens, lengths
-    logits: jax.Array = instance.run("score", (padded, counts))
+    logits: jax.Array = instance.programs.run(Op.SCORE, (padded, counts))
     return logits
 
 

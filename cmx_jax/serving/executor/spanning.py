@@ -22,6 +22,7 @@ import numpy as np
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.ems import frames
 from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.executor.programs import Op
 
 JOIN_S = 120.0  # that processes wait for each other
 SEND_S = 30.0
@@ -104,10 +105,10 @@ class Leader:
                 f"{span.control[0]}:{span.control[1]}: the other processes did not join ({error})"
             ) from None
 
-    def tell(self, op: str, leaves: list[Any], flags: dict[str, bool]) -> None:
+    def tell(self, op: Op, leaves: list[Any], flags: dict[str, bool]) -> None:
         """Tells all of them what runs now (`Programs.tell`)."""
         arrays = [np.ascontiguousarray(leaf) for leaf in leaves]
-        meta = {"op": op, "flags": flags, "arrays": [[str(a.dtype), a.shape] for a in arrays]}
+        meta = {"op": op.value, "flags": flags, "arrays": [[str(a.dtype), a.shape] for a in arrays]}
         body = b"".join(a.tobytes() for a in arrays)
         for peer in self._peers:
             frames.send(peer, meta, body, SEND_S)
@@ -138,7 +139,7 @@ def follow(span: Span, secret: str, instance: Instance) -> None:
             raise CmxError("process 0 has another secret: give all the same --cluster-secret")
         while True:
             meta, body = _next(peer)
-            instance.follow(meta["op"], _arrays(meta["arrays"], body), meta["flags"])
+            instance.programs.follow(Op(meta["op"]), _arrays(meta["arrays"], body), meta["flags"])
 
 
 def _next(peer: socket.socket) -> tuple[dict[str, Any], bytes]:

@@ -218,7 +218,7 @@ async def decode(body: DecodeRequest, request: Request) -> Response:
 async def _fetched(worker: Worker, control: str, ticket: Ticket) -> Any:
     """Pages, and the news to their sender that it may free them."""
     engine, sender = worker.service.engine, worker.sender(control)
-    tree = jax.tree.structure(engine.decode.cache.pages)
+    tree = jax.tree.structure(engine.decode.programs.cache.pages)
     try:
         there = await sender.kv(ticket.transfer_id, "renew")
     except PeerError as error:

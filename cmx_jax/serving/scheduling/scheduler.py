@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.scheduling.allocator import Capacity, RankAllocator
@@ -17,10 +17,28 @@ from cmx_jax.serving.scheduling.pages import pages_for
 from cmx_jax.serving.scheduling.request import Request, State
 from cmx_jax.serving.scheduling.waiting import Waiting
 
-R = TypeVar("R", bound=RankAllocator)
+
+@runtime_checkable
+class Schedulable(Protocol):
+    """An instance as the scheduler sees it.
+
+    Attributes:
+      name: Name of the instance.
+      allocator: Rows and pages of its ranks.
+    """
+
+    name: str
+    allocator: RankAllocator
+
+    def release(self, request: Request) -> None:
+        """Frees the pages and the row of a request."""
+        ...
+
+
+R = TypeVar("R", bound=Schedulable)
 OnChange = Callable[[Request, State, Any], None]
 """Gets a request, the state that it has entered, and the instance that has its pages, or None."""
-_load = attrgetter("load")
+_load = attrgetter("allocator.load")
 
 
 @dataclass(frozen=True)
@@ -86,10 +104,13 @@ class Scheduler(Generic[R]):
         """Schedules onto these instances from now on."""
         self.prefill, self.decoders = prefill, decoders
         self.both = frozenset(prefill) & frozenset(decoders)
-        limits = [CapacityLimit(i.capacity, with_answer=True) for i in decoders]
-        limits += [CapacityLimit(i.capacity, with_answer=False) for i in prefill if i not in self.both]
+        limits = [CapacityLimit(i.allocator.capacity, with_answer=True) for i in decoders]
+        limits += [
+            CapacityLimit(i.allocator.capacity, with_answer=False) for i in prefill if i not in self.both
+        ]
         self._capacities = tuple(dict.fromkeys(limits))
-        self._longest = max((i.capacity.pages * i.capacity.page_width for i in prefill), default=None)
+        capacities = [i.allocator.capacity for i in prefill]
+        self._longest = max((c.pages * c.page_width for c in capacities), default=None)
 
     @property
     def instances(self) -> list[R]:
@@ -152,10 +173,11 @@ class Scheduler(Generic[R]):
             for instance in sorted(self.prefill, key=_load):
                 stays = instance in self.both
                 tokens = max(self._tokens_to_reserve(request) if stays else 0, len(request.prefill_tokens))
-                if instance not in self.leaving and instance.place(
+                allocator = instance.allocator
+                if instance not in self.leaving and allocator.place(
                     request, tokens, stays, self._reserve_pages
                 ):
-                    instance.prefilling.append(self.waiting.pop())
+                    allocator.prefilling.append(self.waiting.pop())
                     request.to(State.PREFILL)
                     self._changed(request, instance)
                     placed.append((instance, request))
@@ -189,7 +211,9 @@ class Scheduler(Generic[R]):
             source, request = self.transfers[0]
             tokens = self._tokens_to_reserve(request)
             for target in sorted(self.decoders, key=_load):
-                if target not in self.leaving and target.place(request, tokens, True, self._reserve_pages):
+                if target not in self.leaving and target.allocator.place(
+                    request, tokens, True, self._reserve_pages
+                ):
                     self.transfers.popleft()
                     moves.append((source, target, request))
                     break
@@ -212,20 +236,22 @@ class Scheduler(Generic[R]):
         Returns:
           The preempted requests that were finished.
         """
-        requests, finished = sorted((r for r in instance.rows if r is not None), key=_urgency), []
+        allocator, finished = instance.allocator, []
+        requests = sorted((r for r in allocator.rows if r is not None), key=_urgency)
         for request in requests:
             if request.state is not State.DECODE:
                 continue
-            while request in instance.places and not instance.grow(request, self._tokens_to_reserve(request)):
-                rank = instance.places[request].rank
-                victims = (
+            while request in allocator.places and not allocator.grow(
+                request, self._tokens_to_reserve(request)
+            ):
+                rank = allocator.places[request].rank
+                victim = next(
                     r
                     for r in reversed(requests)
-                    if r in instance.places
-                    and instance.places[r].rank == rank
+                    if r in allocator.places
+                    and allocator.places[r].rank == rank
                     and self._resumable(r.max_kv_tokens)
                 )
-                victim = next(victims)
                 self.preempt(instance, victim)
                 finished += [victim] * (victim.state is State.FINISHED)
         return finished
@@ -253,7 +279,7 @@ class Scheduler(Generic[R]):
         if request.state is State.FINISHED:
             return
         request.finish_reason, request.error = reason, error
-        source = next((i for i in self.instances if request in i.places), None)
+        source = next((i for i in self.instances if request in i.allocator.places), None)
         if request.state is State.WAITING:
             self.waiting.remove(request)
         elif request.state is State.TRANSFER:

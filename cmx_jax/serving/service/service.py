@@ -132,12 +132,12 @@ class Service:
         apart."""
         engine, instances, context = self.engine, self.engine.instances, self.engine.mover.context
         drafts = [i.traffic for i in engine.decoders]
-        pages = sum(i.capacity.pages * i.ranks for i in instances)
+        pages = sum(i.capacity.pages * i.allocator.ranks for i in instances)
         return {
             "waiting": len(engine.waiting),
             "transfers": len(engine.transfers),
-            "running": sum(len(i.places) for i in instances),
-            "kv_cache_usage": sum(i.load for i in instances) / pages,
+            "running": sum(len(i.allocator.places) for i in instances),
+            "kv_cache_usage": sum(i.allocator.load for i in instances) / pages,
             "prefix_queries": context.queries if context else 0,
             "prefix_hits": context.hits if context else 0,
             "drafts": sum(int(t.proposed.sum()) for t in drafts),
@@ -168,10 +168,10 @@ class Service:
                     "roles": [role for role, of in roles.items() if i in of],
                     "first_npu": first,
                     "npus": count,
-                    "requests": len(i.places),
-                    "prefilling": len(i.prefilling),
-                    "pages_used": i.load,
-                    "pages": i.capacity.pages * i.ranks,
+                    "requests": len(i.allocator.places),
+                    "prefilling": len(i.allocator.prefilling),
+                    "pages_used": i.allocator.load,
+                    "pages": i.capacity.pages * i.allocator.ranks,
                 }
             )
         return found

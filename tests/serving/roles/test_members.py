@@ -37,7 +37,7 @@ def workers(base: Model) -> Iterator[dict[str, Running]]:
     plain = [instance(base, name, 1, sequences=2, pages=32) for name in ("prefill", "decode", "stranger")]
     of = plain[1]
     capacity = Capacity(page_width=8, sequences=2, pages=32)
-    int8 = base.instance("int8", of.layout, of.runner, capacity, kv_cache_dtype="int8")
+    int8 = base.instance("int8", of.layout, of.programs.runner, capacity, kv_cache_dtype="int8")
     with contextlib.ExitStack() as stack:
         yield {
             "prefill": stack.enter_context(running("prefill", plain[0], base)),

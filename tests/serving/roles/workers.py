@@ -43,7 +43,7 @@ class Running:
         """What it has to do, or keeps: all zeros when it is idle."""
         engine, service = self.engine, self.worker.service
         held = (engine.waiting, engine.transfers, engine.mover.fetching, engine.tickets, service.live)
-        loads = [len(i.places) + i.load for i in engine.instances]
+        loads = [len(i.allocator.places) + i.allocator.load for i in engine.instances]
         published = getattr(engine.outbox.transport, "_published", ())
         return (*map(len, held), *loads, engine.outbox.waiting, len(published))
 
@@ -60,7 +60,7 @@ def running(
         name=role,
         model=model,
         max_model_len=CONTEXT,
-        npus={one.name: (0, one.ranks)},
+        npus={one.name: (0, one.allocator.ranks)},
         engine=Engine([one], []),
     )
     deployment.engine = Engine(
