@@ -11,6 +11,7 @@ from typing import Any
 
 from cmx_jax.cli import caching, hosting
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.deploy.engine_args import EngineArgs
 
 
 def router(args: argparse.Namespace) -> None:
@@ -64,8 +65,7 @@ def spanning(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]
     if args.runner not in (None, "devices"):
         raise CmxError(f"runner is {args.runner!r}, expected devices: lanes are on one device")
     args.runner = "devices"
-    ranks: Any = hosting.ALONE["ranks"] if args.ranks is None else args.ranks
-    span.start(ranks)
+    span.start(EngineArgs().ranks if args.ranks is None else args.ranks)
 
     def lead(deployment: Any) -> None:
         [instance] = deployment.engine.instances

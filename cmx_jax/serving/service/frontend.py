@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.deploy.site import NpuRange
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
 from cmx_jax.serving.service.generation import Chunk, Generation
 
@@ -100,10 +101,10 @@ class Frontend(Protocol):
         """Returns the counters of the caching pool, or {} if there is none."""
         ...
 
-    def instances(self, npus: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    def instances(self, npus: Mapping[str, NpuRange]) -> list[dict[str, Any]]:
         """Returns the load of each instance.
 
         Args:
-          npus: First NPU and number of NPUs of each instance, by its name.
+          npus: NPUs of each instance, by its name.
         """
         ...

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from cmx_jax.serving.deploy.site import NpuRange
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.scoring import batches, prompt_logprobs
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
@@ -156,18 +157,17 @@ class Service:
         context = self.engine.mover.context
         return context.stats() if context else {}
 
-    def instances(self, npus: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    def instances(self, npus: Mapping[str, NpuRange]) -> list[dict[str, Any]]:
         """What each instance has to do; `npus`: first NPU and number of them, by name."""
         engine, found = self.engine, []
         for i in engine.instances:
-            first, count = npus[i.name]
             roles = {"prefill": engine.prefill, "decode": engine.decoders}
             found.append(
                 {
                     "name": i.name,
                     "roles": [role for role, of in roles.items() if i in of],
-                    "first_npu": first,
-                    "npus": count,
+                    "first_npu": npus[i.name].first,
+                    "npus": npus[i.name].size,
                     "requests": len(i.allocator.places),
                     "prefilling": len(i.allocator.prefilling),
                     "pages_used": i.allocator.load,

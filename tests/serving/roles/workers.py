@@ -12,6 +12,7 @@ from serving.ems.stores import eventually
 
 from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.deploy.site import NpuRange
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.http.server import Server, bind, url
@@ -60,7 +61,7 @@ def running(
         name=role,
         model=model,
         max_model_len=CONTEXT,
-        npus={one.name: (0, one.allocator.ranks)},
+        npus={one.name: NpuRange(0, one.allocator.ranks)},
         engine=Engine([one], []),
     )
     deployment.engine = Engine(
