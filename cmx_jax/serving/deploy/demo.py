@@ -47,7 +47,7 @@ def run(
       options: Fields of `EngineArgs`; the defaults are those of pools, with one MTP draft.
 
     Raises:
-      CmxError: the model is refused, an option does not fit it, or `prefill` exceeds the supernode.
+      CmxError: The model is refused, an option does not fit it, or `prefill` exceeds the supernode.
     """
     enable_compilation_cache()
     args = EngineArgs(**{**POOL_DEFAULTS, "num_speculative_tokens": 1, **options})

@@ -1,5 +1,5 @@
-"""Where `cmx serve` puts a model: on one instance that does everything, on the supernode's pools, or, as one
-role of several processes, on an instance that only prefills or only decodes."""
+"""The deployments of `cmx serve`: one instance that does everything, the supernode's pools, or, as one role of
+several processes, an instance that only prefills or only decodes."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +21,12 @@ from cmx_jax.serving.scheduling.request import SamplingParams
 
 @dataclass(kw_only=True)
 class ModelInfo:
-    """A model that is served, here or by others.
+    """A model that is served, by this process or by workers.
 
     Attributes:
       name: `colocated`, `pools`, `router`, or the role of a worker.
-      model: config and tokenizer.
-      max_model_len: tokens of the longest sequence that there is room for.
+      model: Config and tokenizer.
+      max_model_len: Longest sequence that there is room for, in tokens.
       npus: NPUs of each instance, by its name.
     """
 
@@ -41,8 +41,8 @@ class Deployment(ModelInfo):
     """A model on instances of this process.
 
     Attributes:
-      engine: over them.
-      site: of pools, whose instances can change.
+      engine: Engine over the instances.
+      site: Site of the pools, whose instances can change; None for a single instance.
     """
 
     engine: Engine
@@ -50,14 +50,19 @@ class Deployment(ModelInfo):
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Of its pages."""
+        """Fingerprint of its pages."""
         return self.engine.instances[0].programs.fingerprint(self.model.id)
 
     def cache(self, pool: Pool, block: int, generated: bool = False) -> None:
-        """Lets prompts begin behind what is found in a caching pool; `generated`: see `ContextCache`.
+        """Reuses the KV blocks of prompts from a caching pool, and stores new ones there.
+
+        Args:
+          pool: The caching pool.
+          block: Tokens per block.
+          generated: True to store generated text too; see `ContextCache`.
 
         Raises:
-          CmxError: a block is not whole pages.
+          CmxError: A block is not a whole number of pages.
         """
         one = self.engine.instances[0]
         self.engine.mover.context = ContextCache(
@@ -65,10 +70,10 @@ class Deployment(ModelInfo):
         )
 
     def recarve(self, prefill: int, decode: int, grace_s: float) -> None:
-        """Serves with so many instances of each kind from now on; see `Engine.recarve`.
+        """Changes the number of prefill and decode instances; see `Engine.recarve`.
 
         Raises:
-          CmxError: there are no pools, or they do not fit the supernode.
+          CmxError: The deployment has no pools, or the instances do not fit the supernode.
         """
         if self.site is None:
             raise CmxError(f"deployment {self.name!r} has one instance, expected --deployment pools")
@@ -86,7 +91,7 @@ def colocated(name_or_path: str, **options: Any) -> Deployment:
         layer.
 
     Raises:
-      CmxError: see `from_pretrained`.
+      CmxError: The reasons are those of `from_pretrained`.
     """
     return _single_instance("colocated", name_or_path, options)
 
@@ -101,7 +106,7 @@ def worker(role: str, name_or_path: str, *, host: str, **options: Any) -> Deploy
       options: Fields of `EngineArgs`, with the defaults of `colocated`.
 
     Raises:
-      CmxError: see `from_pretrained`.
+      CmxError: The reasons are those of `from_pretrained`.
     """
     deployment = _single_instance(role, name_or_path, options)
     [instance] = deployment.engine.instances
@@ -145,7 +150,7 @@ def pools(
         model's context, at most 256.
 
     Raises:
-      CmxError: the model is unknown or refused, or the instances do not fit it or the supernode.
+      CmxError: The model is unknown or refused, or the instances do not fit it or the supernode.
     """
     enable_compilation_cache()
     args = EngineArgs(**{**POOL_DEFAULTS, **options})
@@ -166,8 +171,10 @@ def pools(
 
 
 def warm_up(engine: Engine) -> None:
-    """Compiles the programs of short sequences, greedy and sampled, so that the first request need not. What
-    only decodes compiles with its first request: it has no pages to begin with."""
+    """Compiles the programs of short sequences, greedy and sampled, before the first request.
+
+    A decode-only engine compiles with its first request: it has no pages to begin with.
+    """
     for temperature in (0.0, 1.0) if engine.prefill else ():
         request = engine.submit([0], SamplingParams(max_tokens=2, temperature=temperature, ignore_eos=True))
         engine.run()

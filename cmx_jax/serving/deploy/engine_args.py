@@ -36,8 +36,8 @@ class EngineArgs:
       kv_cache_dtype: Type of the cached rows: `auto` takes `dtype`; `int8`, `bfloat16` or `float32`.
         Attention sees the rounded rows, in `logits` too.
       wire: Type of dispatched tokens, `float32`, `bfloat16` or `int8`; None takes `dtype`.
-      exchange: How tokens travel to experts: `flat`, `hierarchical` (by node, then NPU), `allgather`
-        (everywhere), or, on accelerators, `ragged` (messages only).
+      exchange: Method by which tokens travel to experts: `flat`, `hierarchical` (by node, then NPU),
+        `allgather` (everywhere), or, on accelerators, `ragged` (messages only).
       max_num_seqs: Number of sequences decoded at once, over all ranks; further ones wait.
       max_model_len: Longest sequence to make room for, in tokens; None takes the model's context, up to a
         limit of the deployment.

@@ -29,12 +29,21 @@ MAX_MODEL_LEN = 4096  # tokens to make room for at most, by default
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of one prompt; `str()` of it is its text."""
+    """Continuation of one prompt; `str()` of it is its text.
+
+    Attributes:
+      prompt_tokens: Token ids of the prompt.
+      tokens: Generated token ids.
+      text: Generated text.
+      finish_reason: `stop` at an end token, `length` at `max_new_tokens`.
+      ttft_s: Time to first token, in seconds.
+      tpot_s: Mean time per output token after the first, in seconds.
+    """
 
     prompt_tokens: list[int]
     tokens: list[int]
     text: str
-    finish_reason: str  # "stop" at an end token, "length" at max_new_tokens
+    finish_reason: str
     ttft_s: float
     tpot_s: float
 
@@ -46,10 +55,10 @@ class LLM:
     """A model on one instance that prefills and decodes.
 
     Attributes:
-      model: config, weights and tokenizer as read.
-      instance: the ranks it runs on; `instance.traffic` counts what the exchanges and drafts did.
-      engine: the serving loop over it.
-      max_model_len: tokens of the longest sequence that there is room for.
+      model: Config, weights and tokenizer as read.
+      instance: The instance; `instance.traffic` has counts of its exchanges and drafts.
+      engine: Serving loop over the instance.
+      max_model_len: Longest sequence that there is room for, in tokens.
     """
 
     def __init__(self, model: Model, layout: Layout, args: EngineArgs):
@@ -61,7 +70,7 @@ class LLM:
           args: Options of the engine.
 
         Raises:
-          CmxError: the layout does not fit the model or the machine, or an option does not fit the model.
+          CmxError: The layout does not fit the model or the machine, or an option does not fit the model.
         """
         width, parts = Capacity().page_width, layout.microbatches
         sequences = -(-args.max_num_seqs // (layout.data_ranks * parts)) * parts
@@ -85,17 +94,17 @@ class LLM:
 
     @property
     def moves(self) -> list[Move]:
-        """What each rebalancing of the experts did."""
+        """Results of the rebalancings of the experts."""
         return self.engine.moves
 
     def logits(self, tokens: ArrayLike) -> Float[np.ndarray, "B T O"]:
         """Float32 logits of every position: row `t` predicts token `t + 1`.
 
         Args:
-          tokens: integers [B, T].
+          tokens: Token ids, integers `[B, T]`.
 
         Raises:
-          CmxError: not [B, T] integers of the vocabulary, or longer than the context.
+          CmxError: The tokens are not `[B, T]` integers of the vocabulary, or exceed the context.
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
@@ -106,15 +115,19 @@ class LLM:
     def device_logits(
         self, tokens: Integer[np.ndarray, "B T"], lengths: Integer[np.ndarray, " B"]
     ) -> Float[jax.Array, "rows span O"]:
-        """As `logits`, but left on the devices, for sequences of unequal length.
+        """Returns the logits of sequences of unequal length, left on the devices.
 
-        Nothing is computed of the experts behind a sequence's length; logits there mean nothing.
+        Experts compute nothing after the end of a sequence, and the logits there are meaningless.
+
+        Args:
+          tokens: Token ids, padded to one length.
+          lengths: Number of tokens of each sequence.
 
         Returns:
-          More rows and positions than were given: few shapes, few programs.
+          Logits of at least the `B` rows and `T` positions, rounded up: few shapes, few programs.
 
         Raises:
-          CmxError: tokens that the vocabulary lacks, or more of them than the context holds.
+          CmxError: A token is outside the vocabulary, or the tokens exceed the context.
         """
         c = self.model.config
         if tokens.min() < 0 or tokens.max() >= c.vocab_size:
@@ -136,10 +149,19 @@ class LLM:
     ) -> list[Completion]:
         """Continues each prompt (text or token ids); greedy unless `temperature` is above 0.
 
-        The same seed gives the same continuation of a prompt in any company and on any runner.
+        The same seed gives the same continuation of a prompt in any batch and on any runner.
+
+        Args:
+          prompts: A text, or a sequence of texts and lists of token ids.
+          max_new_tokens: Largest number of tokens to generate for each prompt.
+          temperature: Temperature; 0 is greedy.
+          top_k: Number of most likely tokens to sample from; 0: all.
+          top_p: Probability mass of the most likely tokens to sample from.
+          seed: Seed of the draws.
+          ignore_eos: True to continue after the model's end tokens.
 
         Raises:
-          CmxError: a prompt or a parameter cannot be served; none is then.
+          CmxError: A prompt or a parameter cannot be served; no prompt is served then.
         """
         params = SamplingParams(
             max_tokens=max_new_tokens,
@@ -149,8 +171,8 @@ class LLM:
             seed=seed,
             ignore_eos=ignore_eos,
         )
-        given = [prompts] if isinstance(prompts, str) else prompts
-        requests = [self.engine.submit(self.model.encode(prompt), params) for prompt in given]
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        requests = [self.engine.submit(self.model.encode(prompt), params) for prompt in texts]
         try:
             self.engine.run()
         except BaseException:  # an interrupt, say: the next call must not find half-served requests
@@ -160,7 +182,7 @@ class LLM:
 
 
 def completion(request: Request, model: Model) -> Completion:
-    """The result of a finished request."""
+    """Returns the result of a finished request."""
     kept = request.tokens[:-1] if request.finish_reason == "stop" else request.tokens
     return Completion(
         prompt_tokens=list(request.prompt),
@@ -184,7 +206,7 @@ def from_pretrained(name_or_path: str | Path, *, layout: str | Layout | None = N
         context, at most 4,096.
 
     Raises:
-      CmxError: the model is unknown or refused, or the layout does not fit it or the machine.
+      CmxError: The model is unknown or refused, or the layout does not fit it or the machine.
     """
     enable_compilation_cache()
     args = EngineArgs(**options)
@@ -195,7 +217,7 @@ def from_pretrained(name_or_path: str | Path, *, layout: str | Layout | None = N
             args.ranks,
             experts,
             exchange=args.exchange,
-            wire=args.wire or args.dtype,
+            wire=args.dtype if args.wire is None else args.wire,
             microbatches=args.microbatches,
             redundant_slots=args.redundant_slots,
             shared_slots=args.shared_slots,

@@ -58,7 +58,7 @@ class Site:
         """Returns the slices of this many prefill and decode instances.
 
         Raises:
-          CmxError: they do not fit the supernode, or a number is below 1.
+          CmxError: The instances do not fit the supernode, or a number is below 1.
         """
         if prefill < 1 or decode < 1:
             raise CmxError(f"{prefill} prefill and {decode} decode instances, expected one of each at least")
@@ -84,7 +84,7 @@ class Site:
             s.npus,
             c.n_routed_experts,
             exchange=args.exchange,
-            wire=args.wire or self.model.dtype,
+            wire=self.model.dtype if args.wire is None else args.wire,
             **{name: getattr(args, name) for name in fields},
         )
         rows = max(self.sequences, args.microbatches) if decodes else 1

@@ -84,7 +84,7 @@ class Engine:
           eplb_interval: Decode steps between two rebalancings of the experts; 0: never.
           context: Cache of prompts' KV blocks.
           outbox: Lends pages from prefill to decode; None: within this process.
-          recompute: Whether a prompt whose pages are lost in transfer runs again, or its request fails.
+          recompute: True if a prompt whose pages are lost in transfer runs again; otherwise it fails.
           limits: Limits of the waiting queue; None: no limits.
 
         Raises:
@@ -169,8 +169,8 @@ class Engine:
           namespace: Namespace of the context cache; requests share blocks within their own only.
 
         Raises:
-          Overloaded: the waiting queue is full.
-          CmxError: the prompt is empty, holds an id outside the vocabulary, or cannot fit the context or the
+          Overloaded: The waiting queue is full.
+          CmxError: The prompt is empty, holds an id outside the vocabulary, or cannot fit the context or the
             cache.
         """
         if not self.prefill:
@@ -218,7 +218,7 @@ class Engine:
           logprob: Log-probability of the first token, where it was asked for.
 
         Raises:
-          CmxError: there is no decode instance, or its cache is too small.
+          CmxError: There is no decode instance, or its cache is too small.
         """
         if not self.decoders:
             raise CmxError("there is no decode instance here: send the request to a process that has one")
@@ -244,7 +244,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is unfinished, or a change of instances is pending."""
+        """True while a request is unfinished or a change of instances is pending."""
         placed = any(instance.allocator.places for instance in self.instances)
         return bool(self.waiting or self.transfers or placed or self._pending_recarve)
 
@@ -331,7 +331,7 @@ class Engine:
         what still runs there goes back to the queue with its tokens, and the new instances begin.
 
         Raises:
-          CmxError: instances do not have the same pages, slots cannot be rebalanced, or there is no instance
+          CmxError: Instances do not have the same pages, slots cannot be rebalanced, or there is no instance
             of a kind.
         """
         if not prefill or not decoders:
@@ -365,7 +365,7 @@ def _check_pages(instances: Sequence[Instance]) -> None:
     """Checks that the pages of all instances are interchangeable.
 
     Raises:
-      CmxError: two instances have different pages.
+      CmxError: Two instances have different pages.
     """
     expected = instances[-1]
     for instance in instances:

@@ -24,7 +24,7 @@ class PageMover:
       context: Cache of prompts' KV blocks, or None.
       fetching: Placed requests that wait for their blocks, with their instance and the pending look-up.
       outbox: Lends pages from prefill to decode.
-      recompute: Whether a prompt whose pages are lost in transfer runs again; otherwise the request fails.
+      recompute: True if a prompt whose pages are lost in transfer runs again; otherwise it fails.
       lost: Number of prompts whose pages were lost.
       tickets: Tickets of prompts that another process continues; the reader of a ticket removes it.
       deferred: Functions to run while the next decode step is in flight.

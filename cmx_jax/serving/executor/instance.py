@@ -125,7 +125,7 @@ class Instance:
         """Places the experts again (EPLB) by the load measured since the last time, between two steps.
 
         Raises:
-          CmxError: the experts do not fill the layout's slots.
+          CmxError: The experts do not fill the layout's slots.
         """
         c, programs = self.config, self.programs
         load = self.traffic.load_of(programs.placement, c.n_routed_experts)

@@ -116,7 +116,7 @@ class Programs:
 
     @property
     def is_local(self) -> bool:
-        """Whether all its ranks are in this process."""
+        """True if all its ranks are in this process."""
         return bool(self.cache.rows.is_fully_addressable)
 
     def run(self, op: Op, arguments: Any, **flags: bool) -> Any:
@@ -124,7 +124,7 @@ class Programs:
 
         Args:
           op: The operation.
-          arguments: Its arguments on the host, as its method takes them.
+          arguments: Arguments of its method, on the host.
           flags: Flags of a step; see `cmx_jax.model.steps.Steps`.
 
         Returns:

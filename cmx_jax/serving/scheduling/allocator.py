@@ -74,7 +74,7 @@ class RankAllocator:
         Args:
           request: A request without a place on this instance.
           tokens: Number of tokens that it needs pages for.
-          decode: Whether it will decode.
+          decode: True if it will decode.
           reserve_pages: Pages to keep free for each sequence that decodes on the rank, as these will grow.
 
         Returns:
@@ -129,7 +129,7 @@ class RankAllocator:
 
     @property
     def decodes(self) -> bool:
-        """Whether any sequence decodes here."""
+        """True if any sequence decodes here."""
         return any(r is not None and r.state is State.DECODE for r in self.rows)
 
     def next_pieces(self) -> list[list[Piece]]:

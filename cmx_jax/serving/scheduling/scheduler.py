@@ -47,7 +47,7 @@ class CapacityLimit:
 
     Attributes:
       capacity: Capacity of one rank.
-      with_answer: Whether a request's generated tokens are cached there too, not its prompt alone.
+      with_answer: True if a request's generated tokens are cached there too; False for its prompt alone.
     """
 
     capacity: Capacity
@@ -123,7 +123,7 @@ class Scheduler(Generic[R]):
         """Appends a request to the waiting queue.
 
         Raises:
-          CmxError: the request exceeds the cache of a rank.
+          CmxError: The request exceeds the cache of a rank.
         """
         self._check_capacities(request)
         self.waiting.push(request)
@@ -133,7 +133,7 @@ class Scheduler(Generic[R]):
         """Appends a request that was prefilled elsewhere; its pages come from `source`.
 
         Raises:
-          CmxError: the request exceeds the cache of a rank.
+          CmxError: The request exceeds the cache of a rank.
         """
         self._check_capacities(request)
         self.transfers.append((source, request))

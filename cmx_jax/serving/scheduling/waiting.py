@@ -12,7 +12,7 @@ def check_limits(**limits: float | None) -> None:
     """Checks that limits let something in; None is no limit.
 
     Raises:
-      CmxError: a limit is not above zero.
+      CmxError: A limit is not above zero.
     """
     for name, limit in limits.items():
         if limit is not None and not limit > 0:
@@ -30,7 +30,7 @@ def check_queue(counts: Mapping[str, tuple[int | None, int]], waited_s: Callable
       waited_s: Returns the seconds that the oldest request has waited.
 
     Raises:
-      Overloaded: a count is above its limit.
+      Overloaded: A count is above its limit.
     """
     for name, (limit, count) in counts.items():
         if limit is not None and count > limit:
@@ -47,7 +47,7 @@ class QueueLimits:
       queue_ttl_s: Seconds that a request waits for its first place before it fails.
 
     Raises:
-      CmxError: a limit is not above zero.
+      CmxError: A limit is not above zero.
     """
 
     max_num_queued_reqs: int | None = None
@@ -61,7 +61,7 @@ class QueueLimits:
         """Checks that a queue of `requests` requests with `tokens` prompt tokens is within the limits.
 
         Raises:
-          Overloaded: it is not; see `check_queue`.
+          Overloaded: A limit is exceeded; see `check_queue`.
         """
         counts = {
             "max_num_queued_reqs": (self.max_num_queued_reqs, requests),

@@ -23,8 +23,8 @@ class Frontend(Protocol):
 
     Attributes:
       live: Requests that are not finished.
-      draining: Whether new requests are refused.
-      broken: Why no request can be served at the moment, or None.
+      draining: True while new requests are refused.
+      broken: Reason why no request can be served at the moment, or None.
       watchers: Functions that get each chunk of an answer, on the event loop.
     """
 
@@ -54,9 +54,9 @@ class Frontend(Protocol):
           namespace: Namespace of the caching pool.
 
         Raises:
-          Unavailable: no request is taken now.
-          Overloaded: a queue is full.
-          CmxError: one of them cannot be served.
+          Unavailable: No request is taken now.
+          Overloaded: A queue is full.
+          CmxError: One of them cannot be served.
         """
         ...
 
@@ -64,8 +64,8 @@ class Frontend(Protocol):
         """Returns the log-probability of each token of prompts, with the `top` most likely tokens beside it.
 
         Raises:
-          Unavailable: nothing is served any more.
-          CmxError: a prompt exceeds the model's context.
+          Unavailable: Nothing is served any more.
+          CmxError: A prompt exceeds the model's context.
         """
         ...
 
@@ -77,7 +77,7 @@ class Frontend(Protocol):
         """Returns the result of a function that is called between two steps.
 
         Raises:
-          Unavailable: nothing is served any more.
+          Unavailable: Nothing is served any more.
         """
         ...
 
