@@ -1,5 +1,5 @@
-"""The deployments of `cmx serve`: one instance that does everything, the supernode's pools, or, as one role of
-several processes, an instance that only prefills or only decodes."""
+"""The deployments of `cmx serve`: one instance that does everything, the supernode's pools, or, as one role
+of several processes, an instance that only prefills or only decodes."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.placement import check_slots
 from cmx_jax.model.rebalance import Move
-from cmx_jax.model.sharding import shared_in_slots
+from cmx_jax.serving.engine.checks import check_context, check_pages, check_prompt, check_rebalanced
 from cmx_jax.serving.engine.page_mover import PageMover
 from cmx_jax.serving.engine.timeline import Timeline
 from cmx_jax.serving.executor.instance import Instance
@@ -103,19 +102,14 @@ class Engine:
         self.steps = 0
         self.step_s = self.busy_s = 0.0
         self._pending_recarve: Recarve | None = None
-        self._check_slots(decoders)
-        _check_pages(instances)
+        check_rebalanced(decoders if eplb_interval else ())
+        check_pages(instances)
         lookahead = 1 + max(instance.programs.num_speculative_tokens for instance in instances)
         self.scheduler = Scheduler(list(prefill), decoders, time.perf_counter, lookahead)
         self.timeline = Timeline()
         self.outbox = outbox or Outbox(Local(), instances[0].programs.fingerprint())
         self.mover = PageMover(self.scheduler, self.timeline, self.outbox, context, recompute)
         self.scheduler.subscribe(self.timeline.on_change)
-
-    def _check_slots(self, decoders: Sequence[Instance]) -> None:
-        for instance in decoders if self.eplb_interval else ():
-            c, layout = instance.config, instance.layout
-            check_slots(layout, c.n_routed_experts, shared_in_slots(c, layout))
 
     @property
     def prefill(self) -> list[Instance]:
@@ -175,18 +169,10 @@ class Engine:
         """
         if not self.prefill:
             raise CmxError("there is no prefill instance here: send prompts to a process that has one")
-        c = self.prefill[0].config
-        if not prompt:
-            raise CmxError("the prompt is empty, expected at least one token")
-        for token in prompt:
-            if not 0 <= token < c.vocab_size:
-                raise CmxError(f"the prompt holds token id {token}, expected ids in [0, {c.vocab_size})")
+        config = self.prefill[0].config
+        check_prompt(prompt, config)
         request = Request(list(prompt), params, priority=priority, namespace=namespace, arrived=self.clock())
-        if request.total_tokens > c.max_position_embeddings:
-            raise CmxError(
-                f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed the context of "
-                f"{c.max_position_embeddings}: shorten the prompt or ask for fewer tokens"
-            )
+        check_context(request, config)
         waiting = self.waiting
         if waiting:
             oldest = waiting.first()
@@ -336,8 +322,8 @@ class Engine:
         """
         if not prefill or not decoders:
             raise CmxError("expected at least one prefill and one decode instance")
-        _check_pages([*prefill, *decoders, *self.instances])
-        self._check_slots(decoders)
+        check_pages([*prefill, *decoders, *self.instances])
+        check_rebalanced(decoders if self.eplb_interval else ())
         self._pending_recarve = Recarve(list(prefill), list(decoders), self.clock() + grace_s)
         self.scheduler.leaving = set(self.instances) - {*prefill, *decoders}
 
@@ -359,19 +345,3 @@ class Engine:
         self._pending_recarve = None
         self.scheduler.leaving = set()
         self.scheduler.set_instances(pending.prefill, pending.decoders)
-
-
-def _check_pages(instances: Sequence[Instance]) -> None:
-    """Checks that the pages of all instances are interchangeable.
-
-    Raises:
-      CmxError: Two instances have different pages.
-    """
-    expected = instances[-1]
-    for instance in instances:
-        page, expected_page = instance.programs.page, expected.programs.page
-        if page != expected_page:
-            raise CmxError(
-                f"{instance.name} has pages of {page}, expected {expected.name}'s {expected_page}: give both "
-                "the same page width, dtype, kv_cache_dtype and num_speculative_tokens"
-            )

@@ -34,7 +34,7 @@ def check_queue(counts: Mapping[str, tuple[int | None, int]], waited_s: Callable
     """
     for name, (limit, count) in counts.items():
         if limit is not None and count > limit:
-            raise Overloaded(f"the queue is full ({name} {limit}), come again later", max(waited_s(), 1.0))
+            raise Overloaded(f"the queue is full ({name} {limit}), retry later", max(waited_s(), 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
