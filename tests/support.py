@@ -28,11 +28,11 @@ def instance(
 
 
 def logits_of(llm: LLM, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """Logits of texts `[B, T]` of several lengths by one program: what stands behind changes nothing."""
+    """Returns logits of texts `[B, T]` of several lengths by one program: padding after them changes nothing."""
     longest = max(tokens.shape[1] for tokens in rows)
     padded = [np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1]))) for tokens in rows]
-    found = np.split(llm.logits(np.concatenate(padded)), np.cumsum([len(tokens) for tokens in rows])[:-1])
-    return [part[:, : tokens.shape[1]] for part, tokens in zip(found, rows, strict=True)]
+    parts = np.split(llm.logits(np.concatenate(padded)), np.cumsum([len(tokens) for tokens in rows])[:-1])
+    return [part[:, : tokens.shape[1]] for part, tokens in zip(parts, rows, strict=True)]
 
 
 def serve(engine: Engine, prompts: list[list[int]], max_tokens: int, **params: float) -> list[list[int]]:

@@ -51,7 +51,7 @@ def start(
 
 
 class Rounded(Dense):
-    """The dense model behind an INT8 cache."""
+    """The dense model with an INT8 cache."""
 
     def kept(self, latent: np.ndarray, rotated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return rounded(latent), rounded(rotated)
@@ -112,7 +112,7 @@ def test_grouped_queries_see_the_same_rows_in_chunks_and_elsewhere() -> None:
 
 
 def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
-    """Of all layers, the MTP layer's too, but for a number that float32 rounds to the next step."""
+    """Compares all layers, the MTP layer's too, except for a number that float32 rounds to the next step."""
     prompt, kept = prompts()[0], []
     for budget in (2048, 8):
         one = start(YARN, 1, drafts=1, max_num_batched_tokens=budget)
@@ -125,11 +125,11 @@ def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
         kept.append(
             jax.tree.map(lambda a: a.swapaxes(1, 2).reshape(-1, *a.shape[1::2])[: len(prompt)], pages)
         )
-    whole, chunked = kept
-    step = np.abs(whole.q.astype(np.int32) - chunked.q.astype(np.int32))
+    unchunked, chunked = kept
+    step = np.abs(unchunked.q.astype(np.int32) - chunked.q.astype(np.int32))
     assert step.max() <= 1
     assert step.mean() < 1e-3
-    np.testing.assert_allclose(chunked.scale, whole.scale, rtol=1e-4, atol=0)
+    np.testing.assert_allclose(chunked.scale, unchunked.scale, rtol=1e-4, atol=0)
 
 
 def test_pages_that_move_keep_every_bit() -> None:

@@ -37,7 +37,7 @@ def start(
 
 
 def prompts(case: str) -> tuple[list[list[int]], list[int]]:
-    """The golden's prompt among prefixes of it, and what transformers says behind the whole."""
+    """Returns the golden prompt among prefixes of it, and transformers' continuation of the golden prompt."""
     golden = np.load(MTP_GOLDENS / case / "golden.npz")
     prompt = golden["prompt"].tolist()
     return [prompt, prompt[:5], prompt, prompt[:17], prompt[:1]], golden["generated"][:TOKENS].tolist()
@@ -107,7 +107,7 @@ def test_chunks_of_any_length_on_ranks_of_their_own(budget: int, alone) -> None:
 
 
 def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
-    """Of all layers, the MTP layer's too, whose rows need the token behind each chunk."""
+    """Compares all layers; rows of the MTP layer need the token after each chunk."""
     prompt, rows = prompts("yarn")[0][0], []
     for budget in (2048, 8, 16):
         one = start("yarn", 1, drafts=1, max_num_batched_tokens=budget)
@@ -167,7 +167,7 @@ def test_a_seed_gives_the_same_text_with_drafts_and_without() -> None:
 
 
 def test_verified_tokens_have_the_model_s_distribution() -> None:
-    """Many seeds of one prompt: the token behind the first, for which there was a draft, has the model's
+    """Many seeds of one prompt: the token after the first, for which there was a draft, has the model's
     probabilities (chi-square)."""
     llm_prompt = prompts("yarn")[0][0]
     one = start("yarn", 1, drafts=1, sequences=512, pages=2048)
@@ -179,16 +179,16 @@ def test_verified_tokens_have_the_model_s_distribution() -> None:
     engine.run()
     first = [r.tokens[0] for r in requests]
     common = max(set(first), key=first.count)
-    of = [r for r in requests if r.tokens[0] == common]
+    matching = [r for r in requests if r.tokens[0] == common]
     llm = cmx_jax.from_pretrained(MTP_GOLDENS / "yarn", ranks=1)
     scores = llm.logits(np.array([[*llm_prompt, common]]))[0, -1] / 1.3
     p = np.exp(scores - scores.max())
     p /= p.sum()
-    seen = np.bincount([r.tokens[1] for r in of], minlength=len(p))
-    kept = p * len(of) >= 5
-    observed, wanted = (np.append(a[kept], a[~kept].sum()) for a in (seen, p * len(of)))
-    chi_square, freedom = float(((observed - wanted) ** 2 / wanted).sum()), len(wanted) - 1
-    assert len(of) > 60
+    seen = np.bincount([r.tokens[1] for r in matching], minlength=len(p))
+    kept = p * len(matching) >= 5
+    observed, expected = (np.append(a[kept], a[~kept].sum()) for a in (seen, p * len(matching)))
+    chi_square, freedom = float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
+    assert len(matching) > 60
     assert freedom >= 2
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
 
