@@ -28,7 +28,7 @@ def instance(
 
 
 def logits_of(llm: LLM, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """Returns logits of texts `[B, T]` of several lengths by one program: padding after them changes nothing."""
+    """Returns logits of texts `[B, T]` of several lengths by one program; padding changes nothing."""
     longest = max(tokens.shape[1] for tokens in rows)
     padded = [np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1]))) for tokens in rows]
     parts = np.split(llm.logits(np.concatenate(padded)), np.cumsum([len(tokens) for tokens in rows])[:-1])

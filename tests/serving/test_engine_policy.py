@@ -171,6 +171,7 @@ def test_logprobs_are_those_of_the_dense_reference(engine_fixture, request, prom
             assert not r.logprobs
             continue
         rows = logits(BASE, [*prompt, *tokens])[len(prompt) - 1 : -1].astype(np.float64)
+        chosen = [x.logprob for x in r.logprobs]
         logprobs = rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
         np.testing.assert_allclose(
             [x.logprob for x in r.logprobs], logprobs[range(TOKENS), tokens], atol=1e-4
