@@ -173,9 +173,7 @@ def test_logprobs_are_those_of_the_dense_reference(engine_fixture, request, prom
         rows = logits(BASE, [*prompt, *tokens])[len(prompt) - 1 : -1].astype(np.float64)
         chosen = [x.logprob for x in r.logprobs]
         logprobs = rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
-        np.testing.assert_allclose(
-            [x.logprob for x in r.logprobs], logprobs[range(TOKENS), tokens], atol=1e-4
-        )
+        np.testing.assert_allclose(chosen, logprobs[range(TOKENS), tokens], atol=1e-4)
         for x, row in zip(r.logprobs, logprobs, strict=True):
             assert [token for token, _ in x.top] == np.argsort(-row, kind="stable")[:4].tolist()
             np.testing.assert_allclose([p for _, p in x.top], np.sort(row)[::-1][:4], atol=1e-4)

@@ -30,7 +30,7 @@ class NpuRange(NamedTuple):
 
 @dataclass(kw_only=True)
 class Site:
-    """Makes instances of a model on a supernode, and keeps those that it made.
+    """Makes instances of a model on a supernode, and keeps those that it started.
 
     Attributes:
       model: The model to serve.
@@ -48,7 +48,7 @@ class Site:
     sequences: int = 1
     decode_npus: int = DECODE_NPUS
     prefill_npus: int = PREFILL_NPUS
-    _made: dict[Slice, Instance] = field(default_factory=dict, init=False)
+    _started: dict[Slice, Instance] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.args.runner == "devices":
@@ -68,13 +68,13 @@ class Site:
 
     def instances(self, pools: Pools) -> tuple[list[Instance], list[Instance]]:
         """Returns prefill and decode instances on these slices; existing ones stay."""
-        kept = {s: self._made.get(s) or self._start(s) for s in (*pools.prefill, *pools.decode)}
-        self._made = kept
+        kept = {s: self._started.get(s) or self._start(s) for s in (*pools.prefill, *pools.decode)}
+        self._started = kept
         return [kept[s] for s in pools.prefill], [kept[s] for s in pools.decode]
 
     def npus(self) -> dict[str, NpuRange]:
         """Returns the NPUs of each instance, by its name."""
-        return {s.name: NpuRange(s.start, s.npus) for s in self._made}
+        return {s.name: NpuRange(s.start, s.npus) for s in self._started}
 
     def _start(self, s: Slice) -> Instance:
         c, args, width = self.model.config, self.args, Capacity().page_width
