@@ -10,9 +10,30 @@ import pytest
 import cmx_jax
 
 ROOT = Path(cmx_jax.__file__).parent
-OPENERS = (
-    "as at by for from how in of on so that to what when where whether which who whose why with likewise"
-).split()
+OPENERS = [
+    "as",
+    "at",
+    "by",
+    "for",
+    "from",
+    "how",
+    "in",
+    "of",
+    "on",
+    "so",
+    "that",
+    "to",
+    "what",
+    "when",
+    "where",
+    "whether",
+    "which",
+    "who",
+    "whose",
+    "why",
+    "with",
+    "likewise",
+]
 FRAGMENTS = re.compile(
     r"(?:of|that|whose|what|who|which|whether|how|where|when|why|as|so|see|by|likewise|to|from|with|for|in|on|at|it"
     r"|its|they|those|these|this|all|if|behind|has|have|is|are)\b",

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from cmx_jax.cli.common import OPTIONS, add_exchange_options, add_json, add_model_options, progress, show
+from cmx_jax.cli.common import add_engine_options, add_json, engine_options, progress, show
 
 
 def add(verbs: Any) -> None:
@@ -20,8 +20,7 @@ def add(verbs: Any) -> None:
     verb.add_argument("--seed", type=int, default=0, help="of the skills' items (default 0)")
     verb.add_argument("--text", metavar="FILE", help="UTF-8 (default: documentation held out of tiny)")
     verb.add_argument("--window", type=int, help="tokens of a window of text (default 256)")
-    add_model_options(verb)
-    add_exchange_options(verb)
+    add_engine_options(verb, "model", "exchange")
     add_json(verb)
 
 
@@ -32,7 +31,7 @@ def _eval(args: argparse.Namespace) -> None:
     tell, chosen = progress(), {name: getattr(args, name) for name in ("suite", "items", "seed")}
     chosen |= {"text": args.text, "window": args.window}
     evaluate.check(**chosen)
-    options = {name: getattr(args, name) for name in OPTIONS}
+    options = engine_options(args)
     if not args.suite.startswith(evaluate.HARNESS):  # nothing is generated: no cache is needed
         options |= {"max_num_seqs": 1, "max_model_len": 1}
     tell("loading")

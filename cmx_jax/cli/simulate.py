@@ -109,7 +109,7 @@ def _destination(flag: str) -> str:
 def _given(args: argparse.Namespace) -> tuple[Any, Any]:
     """Times and sizes as flags have them."""
     from cmx_jax.analysis.simulate import Deployment, Linear, Pool
-    from cmx_jax.serving.scheduling.ranks import Capacity
+    from cmx_jax.serving.scheduling.allocator import Capacity
 
     for flag, *_ in PREDICT:
         if getattr(args, _destination(flag)) is not None:

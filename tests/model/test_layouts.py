@@ -29,7 +29,8 @@ from cmx_jax.model.sharding import laid_out, leaf_spec
 from cmx_jax.model.weights import Experts, MoE, Weights, int8_fields
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.executor.programs import Programs
+from cmx_jax.serving.scheduling.allocator import Capacity
 from model.small import config, random_weights
 
 R1 = preset("deepseek-r1")
@@ -57,10 +58,11 @@ def weights() -> Weights:
 def served(weights: Weights, layout: Layout, runner: str) -> tuple[list[list[int]], np.ndarray]:
     """Tokens of four prompts, with drafts and experts that move, and the logits of four rows."""
     room = Capacity(page_width=8, sequences=4 // layout.data_ranks, pages=16)
-    one = Instance("one", C, layout, make_runner(runner, layout.axes), weights, room, "float32", 1)
+    programs = Programs("one", C, layout, make_runner(runner, layout.axes), weights, room, "float32", 1)
+    one = Instance(programs)
     tokens = serve(Engine([one], one, eplb_interval=3), PROMPTS, 8)
-    given = one.runner.put((TOKENS, np.full(4, 6, np.int32)), (layout.data_spec,) * 2)
-    return tokens, np.asarray(one.steps.score(one.weights, *given))
+    given = programs.runner.put((TOKENS, np.full(4, 6, np.int32)), (layout.data_spec,) * 2)
+    return tokens, np.asarray(programs.steps.score(programs.weights, *given))
 
 
 @pytest.fixture(scope="module")

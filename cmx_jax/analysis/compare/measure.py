@@ -8,6 +8,7 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
+from cmx_jax.serving.deploy.engine_args import EngineArgs
 from cmx_jax.serving.deploy.llm import LLM
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.scheduling.request import SamplingParams
@@ -82,7 +83,13 @@ class Measure:
         return [rng.integers(0, vocabulary, self.length).tolist() for _ in range(sequences)]
 
     def _llm(self, layout: Layout, runner: str, sequences: int) -> LLM:
-        return LLM(self.model, layout, runner, sequences, self.length + self.tokens, 2048, self.drafts, 0)
+        args = EngineArgs(
+            runner=runner,
+            max_num_seqs=sequences,
+            max_model_len=self.length + self.tokens,
+            num_speculative_tokens=self.drafts,
+        )
+        return LLM(self.model, layout, args)
 
     def _run(self, llm: LLM, sequences: int) -> tuple[Tokens, float]:
         """Greedy tokens of each sequence, and seconds of a step: of turns in which nothing else is done."""
@@ -90,7 +97,7 @@ class Measure:
         requests = [llm.engine.submit(prompt, params) for prompt in self.prompts(sequences)]
         turns: dict[str, list[float]] = {"prefill": [], "decode": []}
         while llm.engine.busy:
-            kind = "prefill" if llm.engine.waiting or llm.instance.prefilling else "decode"
+            kind = "prefill" if llm.engine.waiting or llm.instance.allocator.prefilling else "decode"
             began = time.perf_counter()
             llm.engine.step()
             turns[kind].append(time.perf_counter() - began)

@@ -57,8 +57,8 @@ def summary(
         good = (ttft * 1e3 <= (slo_ttft_ms or math.inf)) & (tpot * 1e3 <= (slo_tpot_ms or math.inf))
         found |= {"slo_ttft_ms": slo_ttft_ms, "slo_tpot_ms": slo_tpot_ms}
         found |= {"request_goodput": float(good.sum()) / span, "slo_attainment": float(good.mean())}
-    prefill = [i for node in outcome.nodes for i in node.prefill]
-    decode = [i for node in outcome.nodes for i in node.decoders]
+    prefill = [i for node in outcome.nodes for i in node.scheduler.prefill]
+    decode = [i for node in outcome.nodes for i in node.scheduler.decoders]
     found["prefill_utilization"] = float(np.mean([i.busy for i in prefill])) / span
     found["decode_utilization"] = float(np.mean([i.busy for i in decode])) / span
     found["mean_decode_batch"] = float(np.mean([i.row_seconds for i in decode])) / span

@@ -15,6 +15,7 @@ from serving.api.running import Running, serving
 
 from cmx_jax.cli import main
 from cmx_jax.serving.ems import MPServer, Pool
+from cmx_jax.serving.scheduling.waiting import QueueLimits
 
 SHORT = [
     "--random-input-len",
@@ -170,7 +171,7 @@ def test_a_trace_is_replayed_at_its_times(capsys, server: Running, tmp_path: Pat
 
 def test_a_warm_cache_is_said(capsys, deployment, tmp_path: Path) -> None:
     engine = deployment.engine
-    block, before = engine.instances[0].capacity.page_width, engine.context
+    block, before = engine.instances[0].capacity.page_width, engine.mover.context
     pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 24, disk=1 << 26)})
     deployment.cache(pool, block)
     try:
@@ -192,12 +193,12 @@ def test_a_warm_cache_is_said(capsys, deployment, tmp_path: Path) -> None:
             text = bench(capsys, running.url, *options)
             assert "\nwarning: " in text
     finally:
-        engine.context = before
+        engine.mover.context = before
         pool.close()
 
 
 def test_overload_is_failures_and_in_no_mean(capsys, server: Running, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(server.served.deployment.engine, "max_num_queued_reqs", 2)
+    monkeypatch.setattr(server.served.deployment.engine, "limits", QueueLimits(max_num_queued_reqs=2))
     options = [*SHORT, "--num-prompts", "30", "--plot-timeline", str(tmp_path / "timeline.png")]
     d = measured(capsys, server.url, *options)
     check(d)
