@@ -1,4 +1,4 @@
-"""How often a loop of StableHLO runs, where it counts."""
+"""Trip counts of the loops of StableHLO that count from one number to another."""
 
 import re
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from typing import Any
 
 from jax.extend.mlir import ir
 
-ITERATES = {"LT": 0, "LE": 1, "GT": 0, "GE": 1}  # whether the last value is met, too
+INCLUSIVE = {"LT": 0, "LE": 1, "GT": 0, "GE": 1}  # 1 if the loop runs for the last value too
 
 
 def trips(loop: Any) -> int | None:
-    """How often a loop runs, if it counts from one number to another; None: data decide."""
+    """Returns how often a loop runs if it counts from one number to another; None if data decide."""
     condition, body = (region.blocks[0] for region in loop.regions)
     results = list(body.operations[len(body.operations) - 1].operation.operands)
     test = _made_by(_last(condition).operands[0])
@@ -18,7 +18,7 @@ def trips(loop: Any) -> int | None:
         return None
 
     def constant(value: Any, block: Any) -> int | None:
-        """Of a value in a block; of what the loop hands on unchanged, what it began with."""
+        """Returns a constant of a block; for a loop-invariant variable, its initial value."""
         op = _made_by(value)
         if op is not None:
             return _constant(op)
@@ -34,15 +34,15 @@ def trips(loop: Any) -> int | None:
     start = None if number is None else _made_by(loop.operands[number])
     begin = None if start is None else _constant(start)
     direction = re.search(r"comparison_direction (\w+)", str(test.attributes["comparison_direction"]))
-    if begin is None or end is None or not step or not direction or direction[1] not in ITERATES:
+    if begin is None or end is None or not step or not direction or direction[1] not in INCLUSIVE:
         return None
     if (step > 0) != (direction[1] in ("LT", "LE")):
         return None
-    return max(0, -(-(end - begin + ITERATES[direction[1]] * (1 if step > 0 else -1)) // step))
+    return max(0, -(-(end - begin + INCLUSIVE[direction[1]] * (1 if step > 0 else -1)) // step))
 
 
 def _step(result: Any, number: int, body: Any, constant: Callable[[Any, Any], int | None]) -> int | None:
-    """What is added to the counter in a round."""
+    """Returns what one iteration adds to the counter; None if that is not constant."""
     op = _made_by(result)
     if op is None or op.name not in ("stablehlo.add", "stablehlo.subtract"):
         return None
@@ -59,20 +59,20 @@ def _last(block: Any) -> Any:
 
 def _made_by(value: Any) -> Any:
     """Returns the operation that computes a value; None for a block's argument."""
-    owner = _placed(value).owner
+    owner = _unconstrained(value).owner
     return None if isinstance(owner, ir.Block) else owner.operation
 
 
-def _placed(value: Any) -> Any:
-    """Returns the value that sharding constraints only place."""
+def _unconstrained(value: Any) -> Any:
+    """Returns the value that sharding constraints were applied to."""
     while not isinstance(value.owner, ir.Block) and value.owner.name == "sdy.sharding_constraint":
         value = value.owner.operands[0]
     return value
 
 
 def _argument(value: Any, block: Any) -> int | None:
-    """Returns the number of a value among a block's arguments; None if it is none of them."""
-    value = _placed(value)
+    """Returns the index of a value among a block's arguments; None if it is not one of them."""
+    value = _unconstrained(value)
     return next((i for i, other in enumerate(block.arguments) if other == value), None)
 
 
