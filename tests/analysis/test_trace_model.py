@@ -29,7 +29,7 @@ def traced(name: str, **fields: int) -> Trace:
     return trace_model(R1, layout, named.step, **sizes)
 
 
-def test_decode_on_320_dies_moves_what_the_fields_say() -> None:
+def test_collectives_of_decode_on_320_dies() -> None:
     result = traced("ep320", drafts=1)
     tokens = 96 // 2 * 2  # of a die: half an NPU's sequences, the newest token and a draft of each
     box = 320 * tokens  # a die has one slot: a peer gets each token at most once
@@ -44,7 +44,7 @@ def test_decode_on_320_dies_moves_what_the_fields_say() -> None:
     assert {r["plane"] for r in result.collectives} == {"nodes"}
 
 
-def test_prefill_on_32_dies_gathers_latents_and_turns_heads_to_tokens() -> None:
+def test_collectives_of_prefill_on_32_dies() -> None:
     result = traced("ep32")
     batch, share = 2 * 32 // 2, 4096 // 32  # sequences of all dies, a die's tokens of each
     by_scope: dict[str, float] = {}
@@ -56,7 +56,7 @@ def test_prefill_on_32_dies_gathers_latents_and_turns_heads_to_tokens() -> None:
     assert by_scope["HeadsToTokens"] == LAYERS * batch * 4096 * HEADS // 32 * VALUE * 2 * 31 / 32
 
 
-def test_products_of_a_decode_step_are_those_of_the_parameters_and_the_cache() -> None:
+def test_products_of_a_decode_step() -> None:
     result = traced("ep320")
     tokens, context = 48, 4096
     attention = WIDTH * QUERY + QUERY * HEADS * 192 + WIDTH * ROW + HEADS * VALUE * WIDTH
@@ -71,7 +71,7 @@ def test_products_of_a_decode_step_are_those_of_the_parameters_and_the_cache() -
     assert result.flops["float32"] == 2 * tokens * MOE * (router + combine)
 
 
-def test_a_batch_that_does_not_divide_and_a_context_beyond_the_model_are_refused() -> None:
+def test_wrong_batches_contexts_and_layouts_are_refused() -> None:
     with pytest.raises(CmxError, match=r"batch is 3, expected a positive multiple of an NPU's 2 ranks"):
         traced("ep320", batch=3)
     with pytest.raises(CmxError, match=r"context is 200000, expected 1 to the model's 163840"):

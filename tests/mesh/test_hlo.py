@@ -106,7 +106,7 @@ def test_loops_in_loops_and_branches(target: str) -> None:
     assert [note.split(" ")[0] for note in program.notes] == ["branches", "loop"]
 
 
-def test_gathers_under_way_during_products_are_counted_once() -> None:
+def test_asynchronous_gathers_are_counted_once() -> None:
     text = text_of("layers", "tpu")
     assert text.count(" all-gather(") > 3
     assert "all-to-all-start(" in text
@@ -129,7 +129,7 @@ def test_gathers_under_way_during_products_are_counted_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["layers", "nested"])
-def test_what_nobody_combines_is_as_it_was_written(name: str) -> None:
+def test_programs_without_combined_collectives_equal_their_jaxpr(name: str) -> None:
     hlo, jaxpr = program_of(name, "tpu"), read_jaxpr(traced(name, mesh()).jaxpr)
     seen = [sorted((*facts(c), c.known) for c in source.collectives if c.count) for source in (hlo, jaxpr)]
     assert seen[0] == seen[1]
@@ -143,7 +143,7 @@ def test_a_sum_that_the_compiler_inserts(target: str) -> None:
     assert program.flops == {"float32": 2 * 2 * 128 * 512 * 256}
 
 
-def test_a_sum_of_which_each_keeps_its_part() -> None:
+def test_a_sum_whose_parts_are_kept_is_a_reduce_scatter() -> None:
     text = text_of("projection", "tpu")
     assert " all-reduce(" in text
     assert " reduce-scatter(" not in text
@@ -252,7 +252,7 @@ def test_arrays_of_several_types_and_shapes() -> None:
     assert shapes == [("bfloat16", (131,)), ("float32", (5, 2))]
 
 
-def test_what_is_called_from_several_places_is_counted_for_each() -> None:
+def test_a_computation_with_several_callers_is_counted_for_each() -> None:
     before = (
         f"%f {{\n{PARAMETER}ROOT %r = f32[16,8] all-reduce(%p), {GROUPS}, use_global_device_ids=true\n}}\n"
     )
@@ -264,7 +264,7 @@ def test_what_is_called_from_several_places_is_counted_for_each() -> None:
     assert only(module(body, before)).count == 3
 
 
-def test_products_that_data_decide_on() -> None:
+def test_data_dependent_products() -> None:
     product = "%r = f32[16,16] dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
     before = f"%f {{\n{PARAMETER}{product}\n}}\n%g {{\n{PARAMETER}ROOT %n = f32[16,16] rng()\n}}\n"
     body = (
@@ -334,13 +334,13 @@ def loop(start: int, step: int, end: str, direction: str, compared: str = "i, n"
         (loop(0, 1, "constant(5)", "LT", "n, n"), None),
     ],
 )
-def test_trip_counts_that_nobody_wrote_down(text: str, count: int | None) -> None:
+def test_trip_counts_by_counter_and_limit(text: str, count: int | None) -> None:
     program = read_hlo(text)
     assert [c.count for c in program.collectives] == [count]
     assert bool(program.notes) == (count is None)
 
 
-def test_a_trip_count_that_is_written_down_is_believed() -> None:
+def test_trip_count_in_the_backend_config() -> None:
     text = loop(0, 1, "parameter(1)", "LT")
     for config in ('{"known_trip_count":{"n":"58"}}', '"{\\"known_trip_count\\":{\\"n\\":\\"58\\"}}"'):
         assert only(text.replace("body=body", f"body=body, backend_config={config}")).count == 58
@@ -437,7 +437,7 @@ def test_forms_of_groups(groups: str, axes: tuple, size: int) -> None:
         ("control-predecessors={}", "{}", ("a",)),
     ],
 )
-def test_what_ids_are_of(attributes: str, groups: str, axes: tuple) -> None:
+def test_kinds_of_ids_in_groups(attributes: str, groups: str, axes: tuple) -> None:
     header = ", replica_count=2, num_partitions=4"
     assert only(reduced(f"replica_groups={groups}", header, attributes)).axes == axes
     line = "ROOT %t = f32[16,8] all-to-all(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
@@ -450,7 +450,7 @@ def test_a_mesh_of_another_size() -> None:
     assert program.notes == ["for 8 devices, but the mesh has 4: axes are unknown"]
 
 
-def test_without_a_mesh_and_without_a_number_of_devices() -> None:
+def test_groups_without_a_mesh_or_number_of_devices() -> None:
     ring = "ROOT %c = f32[16,8] collective-permute(%p), channel_id=1, source_target_pairs={{0,1},{1,0},{2,2}}"
     collective = only(module(PARAMETER + ring, header=""), ())
     assert (collective.axes, collective.group_size, collective.share) == ((), 2, 2 / 3)
@@ -520,7 +520,7 @@ def test_every_op_has_a_name() -> None:
         (module("%p = q7[2] parameter(0)\nROOT %r = q7[2] all-reduce(%p)"), "unknown type q7"),
     ],
 )
-def test_what_is_no_hlo_is_said_in_one_line(text: str, expected: str) -> None:
+def test_wrong_texts_are_refused_in_one_line(text: str, expected: str) -> None:
     with pytest.raises(CmxError, match=expected) as error:
         read_hlo(text)
     assert "\n" not in str(error.value)
@@ -528,7 +528,7 @@ def test_what_is_no_hlo_is_said_in_one_line(text: str, expected: str) -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_whatever_is_lost_nothing_worse_comes_of_it(data: st.DataObject) -> None:
+def test_a_damaged_text_raises_only_cmx_errors(data: st.DataObject) -> None:
     text = text_of(data.draw(st.sampled_from(["nested", "products", "layers"])), "tpu")
     start = data.draw(st.integers(0, len(text) - 1))
     lost, instead = data.draw(st.integers(0, 30)), data.draw(st.sampled_from(["", "(", "}", "%", "0", ","]))

@@ -65,7 +65,7 @@ def test_tensor_parallel_layer_in_hlo_is_the_same_and_has_the_sum(mesh: Mesh) ->
     assert rows(result) == [("all_reduce", ("y",), (4, 16), 1)]
 
 
-def test_tensor_parallel_layer_in_stablehlo_says_that_sizes_are_whole(mesh: Mesh) -> None:
+def test_tensor_parallel_layer_in_stablehlo_has_whole_sizes_and_a_note(mesh: Mesh) -> None:
     result = traced(mesh, feed_forward, *layer_arguments(mesh), source="stablehlo")
     assert result.flops == {"float32": 2 * (2 * 8 * 16 * 32)}
     assert any("2 x dot_general" in note and "all ranks together" in note for note in result.notes)
@@ -98,7 +98,7 @@ def test_reshard_in_hlo(mesh: Mesh) -> None:
     assert (moved["op"], moved["axes"], moved["wire_bytes"]) == ("all_to_all", ["x"], 4 * 16 * 4 / 2)
 
 
-def test_reshard_to_a_part_of_what_a_rank_holds_moves_nothing(mesh: Mesh) -> None:
+def test_reshard_to_a_part_of_a_rank_s_part_moves_nothing(mesh: Mesh) -> None:
     x = on(mesh, 8, 16, split=P(None, None))
     result = traced(mesh, lambda x: reshard(x, P("x", "y")), x, source="jaxpr")
     assert not any("reshard" in note for note in result.notes)
@@ -129,7 +129,7 @@ def test_product_before_a_shard_map_is_one_rank_s(mesh: Mesh, source: str) -> No
 
 
 @pytest.mark.parametrize("source", WRITTEN)
-def test_shard_map_over_one_axis_moves_what_lies_on_a_rank(mesh: Mesh, source: str) -> None:
+def test_shard_map_over_one_axis_moves_one_rank_s_part(mesh: Mesh, source: str) -> None:
     fn = jax.shard_map(
         lambda a: lax.psum(a * 2, "y"), in_specs=P(None, "y"), out_specs=P(None, None), axis_names={"y"}
     )

@@ -58,7 +58,7 @@ def test_a_function_with_a_mesh_of_its_own(mine: str, source: str) -> None:
     assert (only["op"], only["axes"], only["wire_bytes"]) == ("all_reduce", ["y"], 2 * 2 * 16 * 4 * 3 / 4)
 
 
-def test_what_the_compiler_inserts_into_a_library_s_function(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_library_s_function_has_the_compiler_s_collectives(capsys: pytest.CaptureFixture[str]) -> None:
     """A loss whose classes lie on eight ranks: a maximum and two sums over them, and the label's logit."""
     name = "optax.losses:softmax_cross_entropy_with_integer_labels"
     options = ["--mesh", "x=8", "--args", "float32[64,4096]@-,x", "int32[64]"]

@@ -22,7 +22,7 @@ class MachineInfo:
 
 @dataclass(frozen=True)
 class Moved:
-    """What one rank sends in one step over one set of mesh axes.
+    """The bytes that one rank sends in one step over one set of mesh axes.
 
     Attributes:
       axes: Mesh axes, separated by commas; empty if the groups are not those of mesh axes.
@@ -77,9 +77,9 @@ class LayoutRow:
       program: Bytes of memory of the traced program, as in `cmx_jax.mesh.trace.Trace.memory`.
       seconds: Seconds of tracing, lowering and compiling, as in `Trace.seconds`.
       node_traffic: Bytes between nodes, `[N, N]`; rows are senders.
-      measured: How the step ran on this machine; None if it did not.
+      measured: Time and tokens of the step on this machine; None if it did not run.
       predicted_ms: Predicted milliseconds of the step on its machine; None if the cost model has none.
-      notes: What is uncertain, in sentences.
+      notes: Sentences on what is uncertain.
     """
 
     name: str

@@ -66,23 +66,23 @@ def compare(
     batch = first.batch if batch is None else batch
     context = min(USUAL_CONTEXT, c.max_position_embeddings) if context is None else context
     job = _Job(c, step, batch, context, num_speculative_tokens, source, target)
-    made: dict[str, Layout] = {}
+    by_name: dict[str, Layout] = {}
     for name, known in named.items():
         with _errors_of_layout(name):
-            made[name] = known.make(c.n_routed_experts)
-    widest = max(layout.ranks for layout in made.values())
+            by_name[name] = known.make(c.n_routed_experts)
+    widest = max(layout.ranks for layout in by_name.values())
     if source == "hlo" and target == "cpu":  # all of them before JAX starts
         request_devices(widest)
     elif runner == "devices":
         request_devices(min(widest, MAX_COLLECTIVE_CPU_DEVICES))
     rows = []
-    for name, layout in made.items():
+    for name, layout in by_name.items():
         progress(f"tracing {name}")
         with _errors_of_layout(name):
             rows.append(_traced_row(name, job, layout, named[name]))
     if isinstance(directory := located(model), Path):
         run = Measure(directory, step, context, num_speculative_tokens, runner)
-        rows = [_measured_row(row, run, made[row.name], progress) for row in rows]
+        rows = [_measured_row(row, run, by_name[row.name], progress) for row in rows]
     return Comparison(model, step, batch, context, num_speculative_tokens, source, target, rows)
 
 

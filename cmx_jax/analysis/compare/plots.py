@@ -6,13 +6,16 @@ see red and green alike can tell apart; from the ninth on, bars are hatched too.
 
 import importlib.util
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cmx_jax.analysis.compare.comparison import Comparison, LayoutRow
 from cmx_jax.analysis.compare.report import UNITS, text, unit
 from cmx_jax.errors import CmxError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 HATCHES = ("", "///", "...")
@@ -37,7 +40,7 @@ def need_matplotlib() -> None:
         raise CmxError("plots need matplotlib: pip install 'cmx_jax[plots]'")
 
 
-def plots(comparison: Comparison, ink: str = "black") -> dict[str, Any]:
+def plots(comparison: Comparison, ink: str = "black") -> "dict[str, Figure]":
     """Draws the figures of a comparison.
 
     Args:
@@ -73,7 +76,7 @@ def plots(comparison: Comparison, ink: str = "black") -> dict[str, Any]:
     return figures
 
 
-def image(figure: Any, kind: str, paper: str = "white") -> bytes:
+def image(figure: "Figure", kind: str, paper: str = "white") -> bytes:
     """Returns a figure as `svg` or `png`; the same figure always gives the same bytes.
 
     Args:
@@ -96,7 +99,7 @@ def _bars(
     title: str,
     ink: str,
     limits: list[float] | None = None,
-) -> Any:
+) -> "Figure":
     """Draws a stacked bar of bytes for each layout.
 
     Args:
@@ -141,7 +144,7 @@ def _bars(
     return figure
 
 
-def _map(row: LayoutRow, smallest: float, largest: float, ink: str) -> Any:
+def _map(row: LayoutRow, smallest: float, largest: float, ink: str) -> "Figure":
     """Draws the bytes from each node (down) to each node (across), with all nodes of the machine.
 
     Args:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Rows = Sequence[dict[str, Any]]
+Row = dict[str, Any]
+"""A row of `Trace.collectives`."""
+Rows = Sequence[Row]
 PLACE = ("op", "axes", "group_size", "plane", "dtype", "shape")
 """Keys by which two rows are the same collective: neither its position nor its scope."""
 
@@ -62,7 +64,7 @@ def _summed(rows: Rows, by: Sequence[str]) -> dict[tuple, _Sums]:
     return sums
 
 
-def _title(kind: dict[str, Any]) -> str:
+def _title(kind: Row) -> str:
     axes = ",".join(kind["axes"]) or f"groups of {kind.get('group_size', 'no axis')}"
     operand = f" of {kind['dtype']}{list(kind['shape'])}" if "shape" in kind else ""
     return f"{kind['op']} over {axes}{operand}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
-from cmx_jax.mesh.trace.differences import unit_of
+from cmx_jax.mesh.trace.differences import Row, unit_of
 from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.ops.contents import Contents, Product
 from cmx_jax.mesh.trace.ops.place import groups_of, plane
@@ -54,7 +54,7 @@ class Trace:
     """
 
     source: str
-    collectives: list[dict[str, Any]]
+    collectives: list[Row]
     flops: dict[str, int]
     scopes: dict[str, dict[str, dict[str, int]]]
     memory: dict[str, int]
@@ -67,10 +67,10 @@ class Trace:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "contents"}
 
 
-def rows_of(contents: Contents, view: View) -> list[dict[str, Any]]:
+def rows_of(contents: Contents, view: View) -> list[Row]:
     """Returns the rows of `Trace.collectives`."""
 
-    def row(c: Collective) -> dict[str, Any]:
+    def row(c: Collective) -> Row:
         payload = view.payload(c)
         groups = c.groups or groups_of(c.axes, contents.axes)
         return {

@@ -200,7 +200,11 @@ class _Reader:
             add(content, condition, None if count is None else count + 1)
 
     def _add_branches(self, content: Content, choice: Instruction) -> None:
-        """Adds what all branches have in common as certain, and the rest as data-dependent."""
+        """Adds the branches of a condition; what they do not all have in the same way is data-dependent.
+
+        Collectives and products are compared separately: if all branches have the same ones, these are added
+        once with their counts, otherwise those of every branch are added with count None.
+        """
         called = choice.called()
         names = called.get("branch_computations") or [
             name for key in ("true_computation", "false_computation") for name in called.get(key, [])
