@@ -12,26 +12,26 @@ INCLUSIVE = {"LT": 0, "LE": 1, "GT": 0, "GE": 1}  # 1 if the loop runs for the l
 def trips(loop: Any) -> int | None:
     """Returns how often a loop runs if it counts from one number to another; None if data decide."""
     condition, body = (region.blocks[0] for region in loop.regions)
-    results = list(body.operations[len(body.operations) - 1].operation.operands)
-    test = _made_by(_last(condition).operands[0])
+    results = list(_terminator(body).operands)
+    test = _defining_op(_terminator(condition).operands[0])
     if test is None or test.name != "stablehlo.compare":
         return None
 
     def constant(value: Any, block: Any) -> int | None:
         """Returns a constant of a block; for a loop-invariant variable, its initial value."""
-        op = _made_by(value)
+        op = _defining_op(value)
         if op is not None:
             return _constant(op)
-        number = _argument(value, block)
-        if number is None or _argument(results[number], body) != number:
+        number = _argument_index(value, block)
+        if number is None or _argument_index(results[number], body) != number:
             return None
-        start = _made_by(loop.operands[number])
+        start = _defining_op(loop.operands[number])
         return None if start is None else _constant(start)
 
     counter, limit = (test.operands[i] for i in (0, 1))
-    number, end = _argument(counter, condition), constant(limit, condition)
+    number, end = _argument_index(counter, condition), constant(limit, condition)
     step = None if number is None else _step(results[number], number, body, constant)
-    start = None if number is None else _made_by(loop.operands[number])
+    start = None if number is None else _defining_op(loop.operands[number])
     begin = None if start is None else _constant(start)
     direction = re.search(r"comparison_direction (\w+)", str(test.attributes["comparison_direction"]))
     if begin is None or end is None or not step or not direction or direction[1] not in INCLUSIVE:
@@ -43,21 +43,22 @@ def trips(loop: Any) -> int | None:
 
 def _step(result: Any, number: int, body: Any, constant: Callable[[Any, Any], int | None]) -> int | None:
     """Returns what one iteration adds to the counter; None if that is not constant."""
-    op = _made_by(result)
+    op = _defining_op(result)
     if op is None or op.name not in ("stablehlo.add", "stablehlo.subtract"):
         return None
     left, right = op.operands
-    if op.name == "stablehlo.add" and _argument(left, body) != number:
+    if op.name == "stablehlo.add" and _argument_index(left, body) != number:
         left, right = right, left
-    step = constant(right, body) if _argument(left, body) == number else None
+    step = constant(right, body) if _argument_index(left, body) == number else None
     return -step if step is not None and op.name == "stablehlo.subtract" else step
 
 
-def _last(block: Any) -> Any:
+def _terminator(block: Any) -> Any:
+    """Returns the last operation of a block, which returns its results."""
     return block.operations[len(block.operations) - 1].operation
 
 
-def _made_by(value: Any) -> Any:
+def _defining_op(value: Any) -> Any:
     """Returns the operation that computes a value; None for a block's argument."""
     owner = _unconstrained(value).owner
     return None if isinstance(owner, ir.Block) else owner.operation
@@ -70,7 +71,7 @@ def _unconstrained(value: Any) -> Any:
     return value
 
 
-def _argument(value: Any, block: Any) -> int | None:
+def _argument_index(value: Any, block: Any) -> int | None:
     """Returns the index of a value among a block's arguments; None if it is not one of them."""
     value = _unconstrained(value)
     return next((i for i, other in enumerate(block.arguments) if other == value), None)
