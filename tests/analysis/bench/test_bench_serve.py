@@ -316,8 +316,8 @@ def test_what_does_not_fit_the_server_is_one_line(capsys, server, arguments, mes
         (("--percentile-metrics", "x"), "percentile_metrics is 'x', expected some of ttft,tpot,itl,e2el"),
         (("--metric-percentiles", "101"), "metric_percentiles is '101', expected numbers from 0 to 100"),
         (("--result-dir", "/"), "--result-dir is given without --save-result: give both"),
-        (("--save-result", "--result-dir", "/no"), "/no is no directory: make it first"),
-        (("--plot-timeline", "/no/x.png"), "/no is no directory: make it first"),
+        (("--save-result", "--result-dir", "/no"), "/no is not a directory: make it first"),
+        (("--plot-timeline", "/no/x.png"), "/no is not a directory: make it first"),
         (("--plot-timeline", "x.pdf"), "--plot-timeline x.pdf: expected a file that ends with .png or .svg"),
     ],
 )
