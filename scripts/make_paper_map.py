@@ -1,4 +1,4 @@
-"""Writes docs/paper-map.md: for each section, table and figure of the paper, the files that implement or use it.
+"""Writes docs/paper-map.md: the files that implement or use each section, table and figure of the paper.
 
 Files are found by their own words: "section 4.2.1", "table 7", "figure 24".
 
@@ -41,8 +41,8 @@ SUBJECTS = {
 }
 HEAD = """# Paper map
 
-Where each part of *Serving Large Language Models on Huawei CloudMatrix384* (arXiv 2506.12708) is in the code. Made by
-`scripts/make_paper_map.py` from the references in the files.
+Where each part of *Serving Large Language Models on Huawei CloudMatrix384* (arXiv 2506.12708) is in the code.
+Made by `scripts/make_paper_map.py` from the references in the files.
 
 | part | subject | files (below `cmx_jax/`) |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""README and docs: every command parses, every Python block runs, and outputs that are shown are those printed."""
+"""README and docs: commands parse, Python blocks run, and outputs that are shown are those printed."""
 
 import os
 import re
