@@ -144,8 +144,7 @@ def _grouped(tiling: _Tiles) -> Callable[..., Array]:
     """Returns `_grouped_swiglu` with a rule for `vmap` over lanes.
 
     Lanes are folded into groups: the experts of many ranks are just more experts. The loop then still runs
-      over
-    the tiles that exist; otherwise every lane would run as many turns as the longest.
+    over the tiles that exist; otherwise every lane would run as many turns as the longest.
     """
 
     @custom_vmap

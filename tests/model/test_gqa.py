@@ -44,7 +44,7 @@ def sees(query: int, key: int, chunk: int | None, window: int | None) -> bool:
     st.none() | st.integers(1, 9),
 )
 @settings(deadline=None, max_examples=100)
-def test_what_is_visible(positions: list[int], chunk: int | None, window: int | None) -> None:
+def test_visible_addresses(positions: list[int], chunk: int | None, window: int | None) -> None:
     span = 30
     mask = visible(jnp.array([positions], jnp.int32), span, chunk, window)
     expected = [[sees(q, k, chunk, window) for k in range(span)] for q in positions]
@@ -73,7 +73,7 @@ def oracle(q: np.ndarray, rows: np.ndarray, mask: np.ndarray, groups: int) -> np
 
 @given(st.integers(0, 2**32 - 1), st.none() | st.integers(2, 7))
 @settings(deadline=None, max_examples=20)
-def test_attention_equals_a_loop_and_ignores_what_nobody_sees(seed: int, chunk: int | None) -> None:
+def test_attention_equals_a_loop_and_ignores_unseen_rows(seed: int, chunk: int | None) -> None:
     rng = np.random.default_rng(seed)
     q, rows = normal(rng, B, T, H, N), normal(rng, B, S, 2 * Y * N)
     positions = rng.integers(0, S, (B, T)).astype(np.int32)
@@ -84,7 +84,7 @@ def test_attention_equals_a_loop_and_ignores_what_nobody_sees(seed: int, chunk: 
     np.testing.assert_allclose(np.asarray(attend(q, rows, mask, w)), expected, atol=2e-6, rtol=1e-5)
 
 
-def test_layer_norm_is_numpys() -> None:
+def test_layer_norm_equals_numpy() -> None:
     rng = np.random.default_rng(0)
     x, weight = normal(rng, 5, D) + 3, normal(rng, D)
     wide = x.astype(np.float64)
@@ -95,7 +95,7 @@ def test_layer_norm_is_numpys() -> None:
     )
 
 
-def test_a_parallel_block_gives_attention_and_ffn_the_same_input() -> None:
+def test_parallel_block_has_one_input_for_attention_and_ffn() -> None:
     """PaLM's `x + attention(norm(x)) + mlp(norm(x))` (arXiv 2204.02311, section 2), at position 0."""
     rng = np.random.default_rng(1)
     attn = GQA(

@@ -54,14 +54,14 @@ def test_draft_logits_equal_transformers(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_beside_a_stored_mtp_layer_equal_transformers(case: str) -> None:
+def test_logits_of_a_checkpoint_with_mtp_equal_transformers(case: str) -> None:
     golden, llm = np.load(GOLDENS / case / "golden.npz"), cmx_jax.from_pretrained(GOLDENS / case, ranks=4)
     assert llm.model.checkpoint.mtp
     np.testing.assert_allclose(llm.logits(golden["prompt"][None])[0], golden["logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_decode_steps_draft_and_say_what_transformers_does(case: str) -> None:
+def test_drafts_and_tokens_of_decode_equal_transformers(case: str) -> None:
     """Three drafts a step, whatever was accepted before: each is the draft of a program that knows all true
     tokens, and the text is that of a model without drafts."""
     golden = np.load(GOLDENS / case / "golden.npz")
