@@ -59,7 +59,8 @@ def deployed(args: argparse.Namespace) -> Any:
     tell("loading")
     if in_pools:
         counts = {name.split("_")[0]: getattr(args, name) or default for name, default in POOLS.items()}
-        deployment = pools(args.model, **counts, **_sequences(options), **options)
+        sequences = _sequences(options.pop("max_num_seqs", None))
+        deployment = pools(args.model, **counts, sequences=sequences, **options)
     elif args.role == "all":
         deployment = colocated(args.model, **options)
     else:
@@ -72,12 +73,11 @@ def deployed(args: argparse.Namespace) -> Any:
     return deployment
 
 
-def _sequences(options: dict[str, Any]) -> dict[str, int]:
+def _sequences(max_num_seqs: int | None) -> int:
     """Returns the sequences per decode rank with which the first decode instance has `max_num_seqs`."""
     from cmx_jax.mesh.pools import DECODE_NPUS
 
-    sequences = options.pop("max_num_seqs", None)
-    return {} if sequences is None else {"sequences": -(-sequences // DECODE_NPUS)}
+    return 1 if max_num_seqs is None else -(-max_num_seqs // DECODE_NPUS)
 
 
 def _check_unused(args: argparse.Namespace, names: Any, of: str) -> None:
