@@ -43,7 +43,7 @@ def weights(directory: Path, dtype: Any = np.float32) -> Any:
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_float32_conversions_lose_nothing(tmp_path: Path, source: Path, format: str) -> None:
     result = convert(source, tmp_path / "out", format=format, dtype="float32")
-    assert result["verified"]
+    assert result.verified
     assert read_config(tmp_path / "out") == read_config(source)
     equal(weights(tmp_path / "out"), weights(source))
 
@@ -182,9 +182,9 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path: Path, format: str) -
         open_checkpoint(out)
     (out / "model-00003-of-00005.safetensors.unfinished").write_bytes(b"half")
     result = convert(source, out, format=format, dtype="float32")
-    assert result["units_resumed"] == 2
+    assert result.units_resumed == 2
     equal(weights(out), weights(source))
-    assert convert(source, out, format=format, dtype="float32")["units_resumed"] == result["units"]
+    assert convert(source, out, format=format, dtype="float32").units_resumed == result.units
 
 
 def test_killed_at_any_moment_it_ends_well(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_what_reads_back_otherwise_is_said_and_written_again(tmp_path: Path, mon
         convert(GOLDENS / "base", out)
     assert not (out / "config.json").exists()
     monkeypatch.undo()
-    assert convert(GOLDENS / "base", out)["units_resumed"] == 3
+    assert convert(GOLDENS / "base", out).units_resumed == 3
     equal(weights(out), weights(GOLDENS / "base"))
 
 
@@ -243,9 +243,25 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch)
 
 def test_a_note_beside_the_weights_changes_nothing(tmp_path: Path) -> None:
     shutil.copytree(GOLDENS / "base", tmp_path / "source")
-    units = convert(tmp_path / "source", tmp_path / "out")["units"]
+    units = convert(tmp_path / "source", tmp_path / "out").units
     (tmp_path / "source" / "notes.txt").write_text("all is well")
-    assert convert(tmp_path / "source", tmp_path / "out")["units_resumed"] == units
+    assert convert(tmp_path / "source", tmp_path / "out").units_resumed == units
+
+
+@pytest.mark.parametrize(
+    ("free", "reason"), [(0, "the disk is full"), (1 << 50, "PERMISSION_DENIED: read-only file system")]
+)
+def test_orbax_error_says_whether_the_disk_is_full(tmp_path: Path, monkeypatch, free, reason) -> None:
+    """TensorStore raises ValueError for every refusal of the system; free space tells which one it is."""
+
+    def refuse(self: Any, *args: Any, **options: Any) -> None:
+        raise ValueError("PERMISSION_DENIED: read-only file system")
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(ocp.Checkpointer, "save", refuse)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with refused(f"cannot be written ({reason})"):
+        convert(GOLDENS / "base", tmp_path / "out", format="orbax")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
@@ -257,7 +273,7 @@ def test_nothing_that_is_stored_loses_a_digit(tmp_path: Path, format: str) -> No
     shutil.copytree(GOLDENS / "base", tmp_path / "source")
     save(tmp_path / "source", mixed)
     result = convert(tmp_path / "source", tmp_path / "out", format=format)
-    assert result["dtype"] == "bfloat16"
+    assert result.dtype == "bfloat16"
     equal(weights(tmp_path / "out"), weights(tmp_path / "source"))
     convert(tmp_path / "out", tmp_path / "back")
     given = {n: t for file in (tmp_path / "back").glob("*.safetensors") for n, t in load_file(file).items()}
@@ -279,7 +295,7 @@ def test_two_at_once_do_not_write_over_each_other(tmp_path: Path, monkeypatch) -
         return write(self, unit)
 
     monkeypatch.setattr(safetensors.SafetensorsWriter, "write", nested)
-    assert convert(GOLDENS / "base", tmp_path / "out")["verified"]
+    assert convert(GOLDENS / "base", tmp_path / "out").verified
     assert seen
 
 
@@ -287,12 +303,12 @@ def test_two_at_once_do_not_write_over_each_other(tmp_path: Path, monkeypatch) -
 def test_what_a_kill_at_the_first_moment_leaves_is_no_hindrance(tmp_path: Path, left: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / left).write_text("")
-    assert convert(GOLDENS / "base", tmp_path / "out")["verified"]
+    assert convert(GOLDENS / "base", tmp_path / "out").verified
 
 
 def test_a_finished_orbax_directory_that_rots_is_written_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    units = convert(GOLDENS / "base", out, format="orbax")["units"]
+    units = convert(GOLDENS / "base", out, format="orbax").units
     for unit in ("layers.1.slots.0-1", "layers.2"):
         for path in (out / "units" / unit).rglob("*"):
             if path.is_file() and path.parent.name == "d":
@@ -300,7 +316,7 @@ def test_a_finished_orbax_directory_that_rots_is_written_again(tmp_path: Path) -
     with refused("and 1 more was written wrongly"):
         convert(GOLDENS / "base", out, format="orbax")
     assert not (out / "config.json").exists()
-    assert convert(GOLDENS / "base", out, format="orbax")["units_resumed"] == units - 2
+    assert convert(GOLDENS / "base", out, format="orbax").units_resumed == units - 2
     equal(weights(out), weights(GOLDENS / "base"))
 
 

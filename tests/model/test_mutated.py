@@ -519,7 +519,7 @@ def cases(rows: list[Row]) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Runs the verbs on a mutated copy of a fixture, and looks at what they say."""
+    """Runs verbs on a mutated copy of a fixture, and checks their output."""
 
     def run(fixture: str, mutate: Mutation, words: str | tuple[str, ...], *verbs: str) -> None:
         directory = tmp_path / "copy"

@@ -1,5 +1,6 @@
 """`cmx quantize`: what breaks it off costs nothing finished, what it cannot use is one line."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,10 @@ from support import BASE
 import cmx_jax
 from cmx_jax.analysis.eval.calibration import calibration
 from cmx_jax.cli import main
-from cmx_jax.model.quantize.command import PARTS, REPORT, quantize
+from cmx_jax.errors import CmxError
+from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
+from cmx_jax.model.quantize.command import PARTS, quantize
+from cmx_jax.model.quantize.report import REPORT
 from cmx_jax.serving.deploy.model import Model
 from model.quantized import FOLDED, ROUNDED, TEXT, files, run
 from model.small import refused
@@ -42,7 +46,7 @@ def test_what_is_broken_off_ends_with_the_same_bytes(unit: str, whole: Path, tmp
         run(BASE, tmp_path / "out", progress=broken)
     with refused("not complete"):
         cmx_jax.from_pretrained(tmp_path / "out")
-    assert run(BASE, tmp_path / "out")["units_resumed"] == 1 + int(unit[-1])
+    assert run(BASE, tmp_path / "out").units_resumed == 1 + int(unit[-1])
     assert files(tmp_path / "out") == files(whole)
 
 
@@ -71,21 +75,44 @@ def test_killed_in_the_middle_of_a_file_it_ends_with_the_same_bytes(whole: Path,
     child = subprocess.run(command_line, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
     assert child.returncode == -signal.SIGKILL
     assert list(out.glob("*.safetensors.unfinished"))
-    assert run(BASE, out)["units_resumed"] == 2
+    assert run(BASE, out).units_resumed == 2
     assert files(out) == files(whole)
 
 
 def test_the_report_is_of_this_run_not_of_the_source(whole: Path, tmp_path: Path) -> None:
     result = run(whole, tmp_path / "out", FOLDED)
-    assert result["layers"] != json.loads((whole / REPORT).read_text())
-    assert quantize(whole, tmp_path / "plain")["layers"] == {}
+    assert result.as_dict()["layers"] != json.loads((whole / REPORT).read_text())["layers"]
+    assert quantize(whole, tmp_path / "plain").layers == {}
     assert not (tmp_path / "plain" / REPORT).exists()
 
 
 def test_done_again_nothing_is_written_again(whole: Path) -> None:
     before = files(whole)
-    assert run(BASE, whole)["units_resumed"] == 4
+    assert run(BASE, whole).units_resumed == 4
     assert files(whole) == before
+
+
+def test_disk_full_names_the_destination_alone(tmp_path: Path, monkeypatch) -> None:
+    """The error of the disk is not taken for one of the algorithms, which would be put before the source."""
+
+    def full(self: Any, unit: str) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
+    out = tmp_path / "out"
+    with pytest.raises(CmxError) as caught:
+        run(BASE, out, FOLDED)
+    assert str(caught.value) == (
+        f"{out}: conversion broke off (the disk is full); run the same command to go on"
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"sensitivity": {}, "layers": {"layers.0": {"a": {}}}}'])
+def test_damaged_report_is_named(text: str, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / REPORT).write_text(text)
+    with refused(str(tmp_path / "out" / REPORT)):
+        run(BASE, tmp_path / "out")
 
 
 def planted(directory: Path, name: str, value: float) -> Path:
