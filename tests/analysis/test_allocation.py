@@ -30,12 +30,12 @@ def test_sizes_have_the_mean(power: int, part: float) -> None:
     ("supernode", "mean", "largest", "expected"),
     [(384, 1, 1, 1.0), (384, 128, 128, 1.0), (224, 128, 128, 128 / 224), (192, 64, 64, 1.0)],
 )
-def test_equal_blocks_leave_what_does_not_divide(supernode, mean, largest, expected, fit) -> None:
+def test_equal_blocks_leave_the_remainder_free(supernode, mean, largest, expected, fit) -> None:
     rate = allocation_rate(supernode, mean, largest=largest, fit=fit, supernodes=4, blocks=6000)
     assert rate == pytest.approx(expected)
 
 
-def test_one_supernode_of_two_is_the_markov_chain() -> None:
+def test_supernode_of_two_npus_matches_the_markov_chain() -> None:
     """Blocks of 1 and 2, as often. States: 1 and 1; 1 while a 2 waits; 2. With d the share of the last:
     d / 4, d / 2 and d, of which the second leaves one free."""
     d = 1 / (1 + 1 / 4 + 1 / 2)
