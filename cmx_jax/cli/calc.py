@@ -20,7 +20,7 @@ def add(verbs: Any) -> None:
 def _add_switching(calculations: Any) -> None:
     verb = calculations.add_parser("switching", help="cold and warm starts of a model by cache (table 2)")
     verb.set_defaults(run=_switching)
-    model = "a directory, tiny, or a preset such as deepseek-r1 (default)"
+    model = "a checkpoint directory, tiny, or a preset such as deepseek-r1 (default)"
     verb.add_argument("model", metavar="MODEL", nargs="?", default="deepseek-r1", help=model)
     verb.add_argument("--weights", default="int8", help="type of the weights: int8 (default) or bfloat16")
     verb.add_argument("--instances", type=int, default=8, help="instances that start at once (default 8)")

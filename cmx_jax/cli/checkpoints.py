@@ -25,7 +25,9 @@ def _add_inspect(verbs: Any) -> argparse.ArgumentParser:
         "inspect", help="list the tensors of a checkpoint and its problems"
     )
     verb.set_defaults(run=_inspect)
-    verb.add_argument("model", metavar="SRC", help="a directory, tiny, or a preset such as deepseek-r1")
+    verb.add_argument(
+        "model", metavar="SRC", help="a checkpoint directory, tiny, or a preset such as deepseek-r1"
+    )
     return verb
 
 
@@ -36,8 +38,10 @@ def _add_convert(verbs: Any) -> argparse.ArgumentParser:
     verb.set_defaults(run=_convert)
     verb.add_argument("source", metavar="SRC", help="a Hugging Face or Orbax directory, or tiny")
     verb.add_argument("destination", metavar="DST", help=_DESTINATION)
-    verb.add_argument("--format", default="safetensors", help="safetensors (default) or orbax")
-    verb.add_argument("--dtype", help="bfloat16, float32 or int8 (default: as stored)")
+    verb.add_argument(
+        "--format", default="safetensors", help="format to write: safetensors (default) or orbax"
+    )
+    verb.add_argument("--dtype", help="type to write: bfloat16, float32 or int8 (default: as stored)")
     layout = "expert layout of an Orbax directory, such as ep320 for 320 ranks (default ep1)"
     verb.add_argument("--layout", type=_layout, help=layout)
     return verb
@@ -48,13 +52,15 @@ def _add_quantize(verbs: Any) -> argparse.ArgumentParser:
         "quantize", help="quantize a checkpoint to INT8 (W8A8); run again to resume"
     )
     verb.set_defaults(run=_quantize)
-    verb.add_argument("source", metavar="SRC", help="a checkpoint, or tiny")
+    verb.add_argument("source", metavar="SRC", help="a Hugging Face or Orbax directory, or tiny")
     verb.add_argument("destination", metavar="DST", help=_DESTINATION)
     text = "UTF-8 calibration text (default: Python's documentation)"
     verb.add_argument("--calibration", metavar="FILE", help=text)
     tokens = "tokens of the calibration text to use (default 4096)"
     verb.add_argument("--calibration-tokens", type=int, default=4096, help=tokens)
-    schemes = "full (default), plain, or some of precision,scales,rotation,clipping,compensation"
+    schemes = (
+        "parts to apply: full (default), plain, or some of precision,scales,rotation,clipping,compensation"
+    )
     verb.add_argument("--scheme", default="full", help=schemes)
     share = "share of the INT8 bytes to spend on fields kept in floats (default 0.08)"
     verb.add_argument("--budget", type=float, default=0.08, help=share)
@@ -133,7 +139,7 @@ def _render_quantization(r: "Quantization") -> str:
     titles = f"{'':<12} {'error of products':<22} {'rounding':>9} {'written':>9} {'clipped':>9}"
     head = [titles] if rows else []
     parts = ", ".join(r.parts) or "rounding alone"
-    kept = ", ".join(r.kept) or "only what is never INT8"
+    kept = ", ".join(r.kept) or "only fields that are never INT8"
     last = (
         f"{r.destination}: INT8 by {parts}, {r.calibration_tokens:,} calibration tokens, "
         f"{_units(r.units, r.units_resumed)}, {r.bytes:,} bytes; in floats: {kept}"

@@ -162,12 +162,14 @@ class _Layer:
         self.names, self.unit = NAMES[c.family], f"layers.{number}"
 
     def source(self, name: str, shape: tuple[int, ...], path: str, view: View, **fields: Any) -> Source:
+        """Source of a tensor of this layer; `fields` are further ones of `Source`, and the `expert`."""
         piece = (self.stack, path, self.index, fields.pop("expert", 0))
         return Source(
             f"model.{self.unit}.{name}", shape, self.unit, piece, fields.pop("part", ()), view, **fields
         )
 
     def swiglu(self, name: str, path: str, hidden: int) -> Iterator[Source]:
+        """Sources of an FFN with `hidden` hidden units."""
         width, every = self.c.hidden_size, slice(None)
         for i, proj in enumerate(("gate_proj", "up_proj")):
             shape, part = (hidden, width), (every, i)
@@ -175,6 +177,7 @@ class _Layer:
         yield self.source(f"{name}.down_proj.weight", (width, hidden), f"{path}.down", _transposed)
 
     def expert(self, e: int) -> Iterator[Source]:
+        """Sources of a routed expert."""
         width, hidden, every = self.c.hidden_size, self.c.moe_intermediate_size, slice(None)
         experts = f"{self.names.ffn}.experts"
         for i, proj in enumerate(("gate_proj", "up_proj")):
@@ -212,6 +215,7 @@ class _Layer:
         return Stacked(full, (self.c.n_routed_experts, *(shape[::-1] if turned else shape)), index, turned)
 
     def moe(self) -> Iterator[Source]:
+        """Sources of router, routed experts and shared expert."""
         c, ffn = self.c, self.names.ffn
         router = f"{ffn}.{self.names.router}"
         yield self.source(f"{router}.weight", (c.n_routed_experts, c.hidden_size), "ffn.router", _same)
@@ -225,6 +229,7 @@ class _Layer:
             yield from self.swiglu(f"{ffn}.{self.names.shared}", "ffn.shared", hidden)
 
     def all(self) -> Iterator[Source]:
+        """Sources of all tensors of this layer."""
         c, width = self.c, self.c.hidden_size
         for path, name in NORMS[c.block].items():
             yield self.source(f"{name}.weight", (width,), path, _same)

@@ -205,7 +205,7 @@ def round_piece(
     if len(x) >= MIN_ROWS and parts & {"clipping", "compensation"}:
         best = search_clip(x, w).scale if "clipping" in parts else scale
         candidate = quantize(w, best[None])
-        if "compensation" in parts and len(x) >= len(w):  # fewer rows do not span most directions
+        if "compensation" in parts and len(x) >= len(w):  # fewer rows tell nothing about most directions
             candidate = compensate(gram(x[::2]), w, best, judge=gram(x[1::2]))
         error = _error(x, w, candidate, best)
         if error < plain:
