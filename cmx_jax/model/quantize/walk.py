@@ -168,8 +168,11 @@ class Walk:
 
 def _mean(errors: list[MatrixError]) -> MatrixError:
     """Mean over the experts' matrices of a path."""
-    plain, written, clipped = np.mean([(e.plain, e.written, e.clipped) for e in errors], axis=0)
-    return MatrixError(float(plain), float(written), float(clipped))
+    return MatrixError(
+        plain=float(np.mean([e.plain for e in errors])),
+        written=float(np.mean([e.written for e in errors])),
+        clipped=float(np.mean([e.clipped for e in errors])),
+    )
 
 
 def _file_tensor(parts: list[Source], pieces: Pieces) -> np.ndarray:
