@@ -9,12 +9,12 @@ from cmx_jax.cli import main
 
 def test_switching_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calc", "switching", "deepseek-r1", "--instances", "4", "--obs-gb-s", "5", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    tiers = found["tiers"]
-    assert found["model"] == "deepseek-r1"
-    assert tiers["EMS"]["cold_start_s"] == pytest.approx(found["bytes"] / 5e9)
+    document = json.loads(capsys.readouterr().out)
+    tiers = document["tiers"]
+    assert document["model"] == "deepseek-r1"
+    assert tiers["EMS"]["cold_start_s"] == pytest.approx(document["bytes"] / 5e9)
     assert tiers["no cache"]["cold_start_s"] == pytest.approx(4 * tiers["EMS"]["cold_start_s"])
-    assert found["published"]["EMS"]["cold_start_s"] == 320
+    assert document["published"]["EMS"]["cold_start_s"] == 320
     assert main(["calc", "switching"]) == 0
     assert "mean switch, s" in capsys.readouterr().out
 
@@ -22,9 +22,9 @@ def test_switching_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
 def test_allocation_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--supernodes", "384,192", "--mean-blocks", "8", "--blocks", "5000"]
     assert main(["calc", "allocation", *flags, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [(r["supernode"], r["mean_block"]) for r in found["rates"]] == [(384, 8), (192, 8)]
-    assert [r["switches"] for r in found["switches"]] == [56, 28]
+    document = json.loads(capsys.readouterr().out)
+    assert [(r["supernode"], r["mean_block"]) for r in document["rates"]] == [(384, 8), (192, 8)]
+    assert [r["switches"] for r in document["switches"]] == [56, 28]
     assert main(["calc", "allocation", *flags]) == 0
     assert "28 switches, 100%" in capsys.readouterr().out
 
@@ -47,6 +47,6 @@ def test_allocation_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_nonsense_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calc", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert message in said
+    message_shown = capsys.readouterr().err
+    assert message_shown.count("\n") == 1
+    assert message in message_shown

@@ -1,57 +1,88 @@
 """`cmx inspect`, `cmx convert` and `cmx quantize`: checkpoints as files."""
 
 import argparse
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from cmx_jax.cli.common import add_json, progress, show
 from cmx_jax.errors import CmxError
 
+if TYPE_CHECKING:  # these take seconds to import
+    from cmx_jax.model.checkpoint.convert import Conversion
+    from cmx_jax.model.quantize.command import Quantization
+
+_DESTINATION = "a new directory, or one in which the same command was interrupted"
+
 
 def add(verbs: Any) -> None:
-    """The verbs and their flags."""
-    inspect = verbs.add_parser("inspect", help="what a checkpoint holds, and what is wrong with it")
-    inspect.set_defaults(run=_inspect)
-    inspect.add_argument("model", metavar="SRC", help="a directory, tiny, or a preset such as deepseek-r1")
+    """Adds the verbs and their flags."""
+    for add_verb in (_add_inspect, _add_convert, _add_quantize):
+        add_json(add_verb(verbs))
 
-    convert = verbs.add_parser("convert", help="to safetensors or Orbax, resuming what stopped")
-    convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SRC", help="a Hugging Face or Orbax directory, or tiny")
-    convert.add_argument("destination", metavar="DST", help="a new directory, or one that was begun")
-    convert.add_argument("--format", default="safetensors", help="safetensors (default) or orbax")
-    convert.add_argument("--dtype", help="bfloat16, float32 or int8 (default: as stored)")
-    convert.add_argument("--layout", type=_layout, help="whose slots an Orbax directory has, such as ep320")
 
-    quantize = verbs.add_parser("quantize", help="to INT8 (W8A8), layer by layer, resuming what stopped")
-    quantize.set_defaults(run=_quantize)
-    quantize.add_argument("source", metavar="SRC", help="a checkpoint, or tiny")
-    quantize.add_argument("destination", metavar="DST", help="a new directory, or one that was begun")
-    text = "UTF-8 text (default: Python's documentation)"
-    quantize.add_argument("--calibration", metavar="FILE", help=text)
-    quantize.add_argument("--calibration-tokens", type=int, default=4096, help="how many (default 4096)")
-    schemes = "full (default), plain, or some of precision,scales,rotation,clipping,compensation"
-    quantize.add_argument("--scheme", default="full", help=schemes)
-    share = "of the bytes, for precision (default 0.08)"
-    quantize.add_argument("--budget", type=float, default=0.08, help=share)
-    for verb in (inspect, convert, quantize):
-        add_json(verb)
+def _add_inspect(verbs: Any) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        "inspect", help="list the tensors of a checkpoint and its problems"
+    )
+    verb.set_defaults(run=_inspect)
+    verb.add_argument(
+        "model", metavar="SRC", help="a checkpoint directory, tiny, or a preset such as deepseek-r1"
+    )
+    return verb
+
+
+def _add_convert(verbs: Any) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        "convert", help="convert a checkpoint to safetensors or Orbax; run again to resume"
+    )
+    verb.set_defaults(run=_convert)
+    verb.add_argument("source", metavar="SRC", help="a Hugging Face or Orbax directory, or tiny")
+    verb.add_argument("destination", metavar="DST", help=_DESTINATION)
+    verb.add_argument(
+        "--format", default="safetensors", help="format to write: safetensors (default) or orbax"
+    )
+    verb.add_argument("--dtype", help="type to write: bfloat16, float32 or int8 (default: as stored)")
+    layout = "expert layout of an Orbax directory, such as ep320 for 320 ranks (default ep1)"
+    verb.add_argument("--layout", type=_layout, help=layout)
+    return verb
+
+
+def _add_quantize(verbs: Any) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        "quantize", help="quantize a checkpoint to INT8 (W8A8); run again to resume"
+    )
+    verb.set_defaults(run=_quantize)
+    verb.add_argument("source", metavar="SRC", help="a Hugging Face or Orbax directory, or tiny")
+    verb.add_argument("destination", metavar="DST", help=_DESTINATION)
+    text = "UTF-8 calibration text (default: Python's documentation)"
+    verb.add_argument("--calibration", metavar="FILE", help=text)
+    tokens = "tokens of the calibration text to use (default 4096)"
+    verb.add_argument("--calibration-tokens", type=int, default=4096, help=tokens)
+    schemes = (
+        "parts to apply: full (default), plain, or some of precision,scales,rotation,clipping,compensation"
+    )
+    verb.add_argument("--scheme", default="full", help=schemes)
+    share = "share of the INT8 bytes to spend on fields kept in floats (default 0.08)"
+    verb.add_argument("--budget", type=float, default=0.08, help=share)
+    return verb
 
 
 def _layout(text: str) -> int:
-    """`ep320` to 320 ranks."""
+    """Parses `ep320` to 320 ranks."""
     if not (text.startswith("ep") and text[2:].isdecimal()):
         raise argparse.ArgumentTypeError(f"layout {text!r}, expected ep and a number of ranks, such as ep320")
     return int(text[2:])
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from cmx_jax.model.checkpoint import inspect
+    from cmx_jax.model.checkpoint.inspect import inspect, render
     from cmx_jax.serving.deploy.model import located
 
-    result = inspect.inspect(located(args.model))
-    show(result, args.json, inspect.render)
-    if result["problems"]:
-        more = f" (and {len(result['problems']) - 1} more)" if len(result["problems"]) > 1 else ""
-        raise CmxError(f"{args.model}: {result['problems'][0]}{more}")
+    result = inspect(located(args.model))
+    show(asdict(result), args.json, lambda _: render(result))
+    if result.problems:
+        count = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+        raise CmxError(f"{args.model}: {result.problems[0]}{count}")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -66,15 +97,19 @@ def _convert(args: argparse.Namespace) -> None:
         ranks=args.layout,
         progress=progress(),
     )
-    show(result, args.json, _render_conversion)
+    show(asdict(result), args.json, lambda _: _render_conversion(result))
 
 
-def _render_conversion(r: dict[str, Any]) -> str:
-    before = f" ({r['units_resumed']} were there already)" if r["units_resumed"] else ""
+def _render_conversion(r: "Conversion") -> str:
+    units = _units(r.units, r.units_resumed)
     return (
-        f"{r['destination']}: {r['format']}, {r['dtype']}: {r['tensors']:,} tensors in {r['units']} units"
-        f"{before}, {r['bytes']:,} bytes; every tensor was read again and its sha256 is right"
+        f"{r.destination}: {r.format}, {r.dtype}: {r.tensors:,} tensors in {units}, "
+        f"{r.bytes:,} bytes; every tensor was read again and its sha256 is right"
     )
+
+
+def _units(count: int, resumed: int) -> str:
+    return f"{count} units" + (f" ({resumed} were there already)" if resumed else "")
 
 
 def _quantize(args: argparse.Namespace) -> None:
@@ -92,22 +127,21 @@ def _quantize(args: argparse.Namespace) -> None:
         tokens = calibration(Model.read(args.source), args.calibration, args.calibration_tokens)
     source = locate(args.source)
     result = quantize(source, args.destination, tokens=tokens, parts=parts, budget=args.budget, progress=tell)
-    show(result, args.json, _render_quantization)
+    show(result.as_dict(), args.json, lambda _: _render_quantization(result))
 
 
-def _render_quantization(r: dict[str, Any]) -> str:
+def _render_quantization(r: "Quantization") -> str:
     rows = [
-        f"{unit:<12} {matrix:<22} {errors['plain']:9.3%} {errors['written']:9.3%} {errors['clipped']:9.1%}"
-        for unit, found in r["layers"].items()
-        for matrix, errors in found.items()
+        f"{unit:<12} {matrix:<22} {error.plain:9.3%} {error.written:9.3%} {error.clipped:9.1%}"
+        for unit, matrices in r.layers.items()
+        for matrix, error in matrices.items()
     ]
     titles = f"{'':<12} {'error of products':<22} {'rounding':>9} {'written':>9} {'clipped':>9}"
     head = [titles] if rows else []
-    parts = ", ".join(r["parts"]) or "rounding alone"
-    before = f" ({r['units_resumed']} were there already)" if r["units_resumed"] else ""
-    kept = ", ".join(r["kept"]) or "what always is"
+    parts = ", ".join(r.parts) or "rounding alone"
+    kept = ", ".join(r.kept) or "only fields that are never INT8"
     last = (
-        f"{r['destination']}: INT8 by {parts}, {r['calibration_tokens']:,} calibration tokens, {r['units']} "
-        f"units{before}, {r['bytes']:,} bytes; in floats: {kept}"
+        f"{r.destination}: INT8 by {parts}, {r.calibration_tokens:,} calibration tokens, "
+        f"{_units(r.units, r.units_resumed)}, {r.bytes:,} bytes; in floats: {kept}"
     )
     return "\n".join([*head, *rows, last])

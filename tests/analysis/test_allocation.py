@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmx_jax.analysis.calc.allocation import allocation, allocation_rate, block_sizes, render, switches
+from cmx_jax.analysis.calc.allocation import (
+    Assumptions,
+    allocation,
+    allocation_rate,
+    block_sizes,
+    render,
+    switches,
+)
 from cmx_jax.errors import CmxError
 
 
@@ -23,22 +30,22 @@ def test_sizes_have_the_mean(power: int, part: float) -> None:
     ("supernode", "mean", "largest", "expected"),
     [(384, 1, 1, 1.0), (384, 128, 128, 1.0), (224, 128, 128, 128 / 224), (192, 64, 64, 1.0)],
 )
-def test_equal_blocks_leave_what_does_not_divide(supernode, mean, largest, expected, fit) -> None:
-    found = allocation_rate(supernode, mean, largest=largest, fit=fit, supernodes=4, blocks=6000)
-    assert found == pytest.approx(expected)
+def test_equal_blocks_leave_the_remainder_free(supernode, mean, largest, expected, fit) -> None:
+    rate = allocation_rate(supernode, mean, largest=largest, fit=fit, supernodes=4, blocks=6000)
+    assert rate == pytest.approx(expected)
 
 
-def test_one_supernode_of_two_is_the_markov_chain() -> None:
+def test_supernode_of_two_npus_matches_the_markov_chain() -> None:
     """Blocks of 1 and 2, as often. States: 1 and 1; 1 while a 2 waits; 2. With d the share of the last:
     d / 4, d / 2 and d, of which the second leaves one free."""
     d = 1 / (1 + 1 / 4 + 1 / 2)
     expected = d / 4 + d + d / 2 / 2
-    found = [
+    rates = [
         allocation_rate(2, 1.5, largest=2, supernodes=1, blocks=30000, seed=seed, fit=fit)
         for seed in range(3)
         for fit in ("best", "first")
     ]
-    assert np.mean(found) == pytest.approx(expected, abs=0.003)
+    assert np.mean(rates) == pytest.approx(expected, abs=0.003)
 
 
 def test_larger_supernodes_are_fuller() -> None:
@@ -50,19 +57,19 @@ def test_larger_supernodes_are_fuller() -> None:
 def test_switches_are_those_of_table_11() -> None:
     published = {384: (56, 100), 352: (56, 92), 288: (42, 100), 256: (42, 89), 192: (28, 100)}
     for npus, (count, use) in published.items():
-        found = switches(npus)
-        assert (found[0], round(100 * found[1])) == (count, use)
+        switch_count, port_use = switches(npus)
+        assert (switch_count, round(100 * port_use)) == (count, use)
 
 
-def test_what_is_not_met_is_said() -> None:
-    found = allocation([384, 224], [10.08, 11.28], blocks=6000)
-    text = render(found)
-    assert text.count("not met") == sum(r["met"] is False for r in found["rates"])
+def test_render_marks_unmet_bounds() -> None:
+    result = allocation([384, 224], [10.08, 11.28], Assumptions(blocks=6000))
+    text = render(result)
+    assert text.count("not met") == sum(r.met is False for r in result.rates)
     assert "56 switches, 100%" in text
 
 
 @pytest.mark.parametrize(
-    ("supernode", "mean", "more", "said"),
+    ("supernode", "mean", "options", "message"),
     [
         (0, 10, {}, "supernodes of 0 NPUs, expected at least one that holds the largest block"),
         (64, 10, {}, "supernodes of 64 NPUs, expected"),
@@ -74,11 +81,11 @@ def test_what_is_not_met_is_said() -> None:
         (384, 10, {"blocks": 9}, "9 blocks do not fill 14 supernodes"),
     ],
 )
-def test_nonsense(supernode, mean, more, said) -> None:
-    with pytest.raises(CmxError, match=said):
-        allocation_rate(supernode, mean, **more)
+def test_allocation_rate_with_nonsense(supernode, mean, options, message) -> None:
+    with pytest.raises(CmxError, match=message):
+        allocation_rate(supernode, mean, **options)
 
 
-def test_no_whole_nodes() -> None:
+def test_switches_without_whole_nodes() -> None:
     with pytest.raises(CmxError, match="a supernode of 100 NPUs, expected whole nodes of 8"):
         switches(100)

@@ -1,19 +1,19 @@
-"""What the tests of quantising share: parts, a calibration text, a run."""
+"""Shared by the tests of quantising: parts, a calibration text, a run."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cmx_jax.model.quantize.command import quantize
+from cmx_jax.model.quantize.command import Quantization, quantize
 
 FOLDED = frozenset({"rotation", "scales"})
 ROUNDED = FOLDED | {"clipping", "compensation"}
 TEXT = np.random.default_rng(0).integers(0, 60, (6, 32))
 
 
-def run(source: Path, out: Path, parts: frozenset[str] = ROUNDED, **more: Any) -> dict[str, Any]:
-    return quantize(source, out, tokens=TEXT, parts=parts, **more)
+def run(source: Path, out: Path, parts: frozenset[str] = ROUNDED, **options: Any) -> Quantization:
+    return quantize(source, out, tokens=TEXT, parts=parts, **options)
 
 
 def files(directory: Path) -> dict[str, bytes]:

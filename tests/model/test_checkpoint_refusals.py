@@ -27,27 +27,27 @@ def edit_index(directory: Path, edit: Callable[[dict], None]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["eh_proj.weight", "shared_head.norm.weight", "mlp.gate.weight"])
-def test_a_partly_stored_mtp_layer_is_refused_by_tensor(tmp_path: Path, name: str) -> None:
+def test_partly_stored_mtp_layer_is_refused_by_tensor(tmp_path: Path, name: str) -> None:
     tensors = load_file(write_weights(tmp_path, C, random_weights(C), np.float32))
     del tensors[MTP + name]
     with refused(MTP + name, "missing"):
         read_weights(save(tmp_path, tensors), C, np.float32)
 
 
-def test_an_mtp_layer_that_the_config_does_not_name_is_refused(tmp_path: Path) -> None:
+def test_mtp_layer_that_the_config_does_not_name_is_refused(tmp_path: Path) -> None:
     write_weights(tmp_path, C, random_weights(C), np.float32)
     with refused(MTP):
         read_weights(tmp_path, config(num_nextn_predict_layers=0), np.float32)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in TENSORS if ".experts." not in n or n == EXPERT))
-def test_a_missing_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_missing_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None:
     save(tmp_path, {n: tensor for n, tensor in TENSORS.items() if n != name})
     with refused(name, "missing"):
         read_weights(tmp_path, C, np.float32)
 
 
-def test_of_many_missing_tensors_one_is_named_and_the_rest_counted(tmp_path: Path) -> None:
+def test_many_missing_tensors_are_one_name_and_a_count(tmp_path: Path) -> None:
     save(tmp_path, {n: tensor for n, tensor in TENSORS.items() if ".layers.2." not in n})
     missing = sorted(n for n in TENSORS if ".layers.2." in n)
     with refused(missing[0], f"{len(missing) - 1} more"):
@@ -65,7 +65,7 @@ def test_of_many_missing_tensors_one_is_named_and_the_rest_counted(tmp_path: Pat
         "adapter",
     ],
 )
-def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_unknown_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None:
     save(tmp_path, TENSORS | {name: np.ones(3, np.float32)})
     with refused(name, "not part"):
         read_weights(tmp_path, C, np.float32)
@@ -82,14 +82,14 @@ def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None
     ],
     ids=["double", "short", "rank", "empty"],
 )
-def test_a_wrong_shape_is_refused_by_name(tmp_path: Path, name: str, change: Callable) -> None:
-    given = change(TENSORS[name])
-    save(tmp_path, TENSORS | {name: given})
-    with refused(name, str(list(given.shape)), str(list(TENSORS[name].shape))):
+def test_wrong_shape_is_refused_by_name(tmp_path: Path, name: str, change: Callable) -> None:
+    changed = change(TENSORS[name])
+    save(tmp_path, TENSORS | {name: changed})
+    with refused(name, str(list(changed.shape)), str(list(TENSORS[name].shape))):
         read_weights(tmp_path, C, np.float32)
 
 
-def test_a_transposed_tensor_is_refused_by_name(tmp_path: Path) -> None:
+def test_transposed_tensor_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path, TENSORS | {EXPERT: np.ascontiguousarray(TENSORS[EXPERT].T)})
     with refused(EXPERT, "[32, 8]", "[8, 32]"):
         read_weights(tmp_path, C, np.float32)
@@ -99,7 +99,7 @@ def test_a_transposed_tensor_is_refused_by_name(tmp_path: Path) -> None:
     ("dtype", "name"),
     [(np.int32, "I32"), (np.float64, "F64"), (np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")],
 )
-def test_a_type_that_is_not_read_is_refused_by_name(tmp_path: Path, dtype: type, name: str) -> None:
+def test_type_that_is_not_read_is_refused_by_name(tmp_path: Path, dtype: type, name: str) -> None:
     save(tmp_path, TENSORS | {GATE: TENSORS[GATE].astype(dtype)})
     with refused(GATE, name):
         read_weights(tmp_path, C, np.float32)
@@ -107,7 +107,7 @@ def test_a_type_that_is_not_read_is_refused_by_name(tmp_path: Path, dtype: type,
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_number_that_is_not_finite_is_refused_by_tensor(tmp_path: Path, dtype: type, value: float) -> None:
+def test_number_that_is_not_finite_is_refused_by_tensor(tmp_path: Path, dtype: type, value: float) -> None:
     broken = TENSORS[EXPERT].astype(dtype)
     broken[3, 5] = value
     save(tmp_path, TENSORS | {EXPERT: broken})
@@ -115,7 +115,7 @@ def test_a_number_that_is_not_finite_is_refused_by_tensor(tmp_path: Path, dtype:
         read_weights(tmp_path, C, np.float32)
 
 
-def test_a_number_too_large_for_the_models_type_is_refused_by_tensor(tmp_path: Path) -> None:
+def test_number_too_large_for_the_models_type_is_refused_by_tensor(tmp_path: Path) -> None:
     broken = TENSORS[EXPERT].copy()
     broken[3, 5] = np.finfo(np.float32).max  # finite, but infinity in bfloat16
     save(tmp_path, TENSORS | {EXPERT: broken})
@@ -124,9 +124,9 @@ def test_a_number_too_large_for_the_models_type_is_refused_by_tensor(tmp_path: P
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_a_truncated_file_is_refused_by_name(tmp_path: Path, kept: int) -> None:
-    whole = (BASE / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:kept])
+def test_truncated_file_is_refused_by_name(tmp_path: Path, kept: int) -> None:
+    content = (BASE / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:kept])
     with refused("model.safetensors"):
         read_weights(tmp_path, C, np.float32)
 
@@ -140,20 +140,20 @@ def test_garbage_is_refused_by_file(tmp_path: Path, junk: bytes) -> None:
         read_weights(tmp_path, C, np.float32)
 
 
-def test_a_directory_without_weights_is_refused_by_name(tmp_path: Path) -> None:
+def test_directory_without_weights_is_refused_by_name(tmp_path: Path) -> None:
     shutil.copy(BASE / "config.json", tmp_path)
     for directory in (tmp_path, tmp_path / "absent"):
         with refused(str(directory), "safetensors"):
             read_weights(directory, C, np.float32)
 
 
-def test_an_index_that_names_an_absent_file_is_refused_by_file(tmp_path: Path) -> None:
+def test_index_that_names_an_absent_file_is_refused_by_file(tmp_path: Path) -> None:
     edit_index(tmp_path, lambda files: files.update({GATE: "model-00003-of-00003.safetensors"}))
     with refused("model.safetensors.index.json", "model-00003-of-00003.safetensors"):
         read_weights(tmp_path, C, np.float32)
 
 
-def test_an_index_that_names_the_wrong_file_is_refused_by_tensor(tmp_path: Path) -> None:
+def test_index_that_names_the_wrong_file_is_refused_by_tensor(tmp_path: Path) -> None:
     def swap(files: dict[str, str]) -> None:
         files[GATE] = next(file for file in files.values() if file != files[GATE])
 
@@ -161,7 +161,7 @@ def test_an_index_that_names_the_wrong_file_is_refused_by_tensor(tmp_path: Path)
         read_weights(edit_index(tmp_path, swap), C, np.float32)
 
 
-def test_an_index_that_leaves_out_a_tensor_is_refused_by_tensor(tmp_path: Path) -> None:
+def test_index_that_leaves_out_a_tensor_is_refused_by_tensor(tmp_path: Path) -> None:
     with refused(GATE, "missing"):
         read_weights(edit_index(tmp_path, lambda files: files.pop(GATE)), C, np.float32)
 
@@ -169,7 +169,7 @@ def test_an_index_that_leaves_out_a_tensor_is_refused_by_tensor(tmp_path: Path) 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"a": 1}}']
 )
-def test_a_broken_index_is_refused_by_name(tmp_path: Path, text: str) -> None:
+def test_broken_index_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (save(tmp_path, TENSORS) / "model.safetensors.index.json").write_text(text)
     with refused("model.safetensors.index.json"):
         read_weights(tmp_path, C, np.float32)

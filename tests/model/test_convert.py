@@ -44,28 +44,28 @@ def weights(directory: Path, dtype: Any = np.float32) -> Any:
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_float32_conversions_lose_nothing(tmp_path: Path, source: Path, format: str) -> None:
     result = convert(source, tmp_path / "out", format=format, dtype="float32")
-    assert result["verified"]
+    assert result.verified
     assert read_config(tmp_path / "out") == read_config(source)
     equal(weights(tmp_path / "out"), weights(source))
 
 
 @pytest.mark.parametrize("case", ["base", "qwen3_tied", "llama4_interleave"])
-def test_there_and_back_again(tmp_path: Path, case: str) -> None:
+def test_orbax_round_trip_gives_the_original_tensors(tmp_path: Path, case: str) -> None:
     """Safetensors to Orbax for one layout, for another, to safetensors: transformers' own tensors."""
     convert(GOLDENS / case, tmp_path / "a", format="orbax", ranks=3)
     convert(tmp_path / "a", tmp_path / "b", format="orbax", ranks=8)
     convert(tmp_path / "b", tmp_path / "c")
-    given = {
+    actual = {
         name: t for file in (tmp_path / "c").glob("*.safetensors") for name, t in load_file(file).items()
     }
     expected = load_file(GOLDENS / case / "model.safetensors")
-    assert given.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        np.testing.assert_array_equal(given[name], tensor, err_msg=name)
-        assert given[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(actual[name], tensor, err_msg=name)
+        assert actual[name].dtype == tensor.dtype
 
 
-def test_bfloat16_is_a_cast(tmp_path: Path) -> None:
+def test_bfloat16_conversion_is_a_cast(tmp_path: Path) -> None:
     convert(GOLDENS / "base", tmp_path / "out", dtype="bfloat16")
     for file in (tmp_path / "out").glob("*.safetensors"):
         for name, tensor in load_file(file).items():
@@ -74,72 +74,70 @@ def test_bfloat16_is_a_cast(tmp_path: Path) -> None:
             np.testing.assert_array_equal(tensor, source.astype(kept))
 
 
-def test_int8_is_compressed_tensors_with_a_scale_for_each_channel(tmp_path: Path) -> None:
+def test_int8_conversion_is_compressed_tensors_by_channel(tmp_path: Path) -> None:
     convert(GOLDENS / "base", tmp_path / "out", dtype="int8")
-    given = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    actual = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
     name = "model.layers.1.mlp.experts.7.up_proj.weight"
     source = load_file(GOLDENS / "base" / "model.safetensors")[name]
-    least, scale = np.abs(source).max(axis=1, keepdims=True) / np.float32(127), given[f"{name}_scale"]
+    least, scale = np.abs(source).max(axis=1, keepdims=True) / np.float32(127), actual[f"{name}_scale"]
     assert scale.dtype == ml_dtypes.bfloat16
     scale = scale.astype(np.float32)
     assert ((scale >= least) & (scale < least * (1 + 2**-7))).all()  # the next bfloat16
-    np.testing.assert_array_equal(given[name], np.rint(source / scale).astype(np.int8))
+    np.testing.assert_array_equal(actual[name], np.rint(source / scale).astype(np.int8))
     assert (
-        given["lm_head.weight"].dtype == given["model.layers.1.mlp.gate.weight"].dtype == ml_dtypes.bfloat16
+        actual["lm_head.weight"].dtype == actual["model.layers.1.mlp.gate.weight"].dtype == ml_dtypes.bfloat16
     )
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["format"]) == ("compressed-tensors", "int-quantized")
     got = weights(tmp_path / "out").moe.ffn.experts.down[7, 0]
     down = name.replace("up", "down")
-    s = given[f"{down}_scale"].astype(np.float32)
-    np.testing.assert_array_equal(got, (given[down].astype(np.float32) * s).T)
+    s = actual[f"{down}_scale"].astype(np.float32)
+    np.testing.assert_array_equal(got, (actual[down].astype(np.float32) * s).T)
 
 
 @pytest.mark.parametrize("saved", [1, 3, 16])
-def test_an_orbax_checkpoint_of_one_layout_gives_the_same_logits_under_another(
-    tmp_path: Path, saved: int
-) -> None:
+def test_orbax_logits_do_not_depend_on_the_layout(tmp_path: Path, saved: int) -> None:
     golden = np.load(GOLDENS / "base" / "golden.npz")
     convert(GOLDENS / "base", tmp_path / "out", format="orbax", ranks=saved)
     plain = cmx_jax.from_pretrained(GOLDENS / "base", ranks=4, max_num_seqs=4)
     for ranks, runner in ((4, "lanes"), (4, "devices"), (5, "lanes")):
         llm = cmx_jax.from_pretrained(tmp_path / "out", ranks=ranks, runner=runner, max_num_seqs=4)
-        for here, there in zip(
+        for array, reference in zip(
             *map(jax.tree.leaves, (one.instance.programs.weights for one in (llm, plain))), strict=True
         ):
             if ranks == 4:
-                np.testing.assert_array_equal(np.asarray(here), np.asarray(there))
-        given = llm.logits(golden["tokens_40"])
-        np.testing.assert_allclose(given, golden["logits_40"], atol=1e-4, rtol=0)
+                np.testing.assert_array_equal(np.asarray(array), np.asarray(reference))
+        actual = llm.logits(golden["tokens_40"])
+        np.testing.assert_allclose(actual, golden["logits_40"], atol=1e-4, rtol=0)
         if (ranks, runner) == (4, "lanes"):
-            np.testing.assert_array_equal(given, plain.logits(golden["tokens_40"]))
+            np.testing.assert_array_equal(actual, plain.logits(golden["tokens_40"]))
 
 
-def test_orbax_itself_reads_what_was_written(tmp_path: Path) -> None:
+def test_orbax_library_reads_a_written_unit(tmp_path: Path) -> None:
     convert(GOLDENS / "base", tmp_path / "out", format="orbax", ranks=8)
     runner = make_runner("devices", (("ep", 8),))
     path = (tmp_path / "out" / "units" / "layers.1.slots.2-3").absolute()
     handler = ocp.PyTreeCheckpointer()
     restored = handler.restore(path)
     c = read_config(GOLDENS / "base")
-    wanted = load_weights(open_checkpoint(GOLDENS / "base"), expert_parallel(8, 16), runner, np.float32)
+    expected = load_weights(open_checkpoint(GOLDENS / "base"), expert_parallel(8, 16), runner, np.float32)
     np.testing.assert_array_equal(
-        restored["ffn.experts.down"], np.asarray(wanted.moe.ffn.experts.down)[2:4, 0]
+        restored["ffn.experts.down"], np.asarray(expected.moe.ffn.experts.down)[2:4, 0]
     )
     assert restored["ffn.experts.down"].shape == (2, c.moe_intermediate_size, c.hidden_size)
 
 
-def test_a_rank_reads_only_its_own_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the first of 8 ranks holds is read from the files, and of the experts nothing else."""
+def test_rank_reads_only_its_own_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of 8 ranks reads its part from the files, and no other experts."""
     for format in ("safetensors", "orbax"):
         convert(GOLDENS / "base", tmp_path / format, format=format, ranks=8 if format == "orbax" else None)
         checkpoint = open_checkpoint(tmp_path / format)
-        asked: list[int] = []
+        experts_read: list[int] = []
         fill = checkpoint.fill
 
-        def spy(piece: Any, out: Any, fill: Any = fill, asked: list[int] = asked) -> None:
+        def spy(piece: Any, out: Any, fill: Any = fill, experts_read: list[int] = experts_read) -> None:
             if "experts" in piece[1]:
-                asked.append(piece[3])
+                experts_read.append(piece[3])
             fill(piece, out)
 
         monkeypatch.setattr(checkpoint, "fill", spy)
@@ -152,9 +150,9 @@ def test_a_rank_reads_only_its_own_experts(tmp_path: Path, monkeypatch: pytest.M
 
         layout = expert_parallel(8, 16)
         first = load_weights(checkpoint, layout, First(layout.axes), np.float32)
-        assert set(asked) == {0, 1}
-        whole = load_weights(checkpoint, layout, make_runner("lanes", layout.axes), np.float32)
-        np.testing.assert_array_equal(first.moe.ffn.experts.down, np.asarray(whole.moe.ffn.experts.down)[:2])
+        assert set(experts_read) == {0, 1}
+        full = load_weights(checkpoint, layout, make_runner("lanes", layout.axes), np.float32)
+        np.testing.assert_array_equal(first.moe.ffn.experts.down, np.asarray(full.moe.ffn.experts.down)[:2])
 
 
 KILLED = """
@@ -175,7 +173,7 @@ module.convert(sys.argv[1], sys.argv[2], format=sys.argv[3], dtype="float32")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
-def test_a_killed_conversion_goes_on_where_it_was(tmp_path: Path, format: str) -> None:
+def test_killed_conversion_resumes_after_the_last_unit(tmp_path: Path, format: str) -> None:
     source, out = GOLDENS / "base", tmp_path / "out"
     child = subprocess.run([sys.executable, "-c", KILLED, str(source), str(out), format, "2"], check=False)
     assert child.returncode == -signal.SIGKILL
@@ -183,12 +181,12 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path: Path, format: str) -
         open_checkpoint(out)
     (out / "model-00003-of-00005.safetensors.unfinished").write_bytes(b"half")
     result = convert(source, out, format=format, dtype="float32")
-    assert result["units_resumed"] == 2
+    assert result.units_resumed == 2
     equal(weights(out), weights(source))
-    assert convert(source, out, format=format, dtype="float32")["units_resumed"] == result["units"]
+    assert convert(source, out, format=format, dtype="float32").units_resumed == result.units
 
 
-def test_killed_at_any_moment_it_ends_well(tmp_path: Path) -> None:
+def test_conversion_killed_at_any_moment_can_be_resumed(tmp_path: Path) -> None:
     """SIGKILL from outside, later and later, until a run ends by itself."""
     source, out = GOLDENS / "two_dense", tmp_path / "out"
     command = [sys.executable, "-m", "cmx_jax.cli", "convert", str(source), str(out), "--dtype", "float32"]
@@ -204,7 +202,7 @@ def test_killed_at_any_moment_it_ends_well(tmp_path: Path) -> None:
     equal(weights(out), weights(source))
 
 
-def test_what_reads_back_otherwise_is_said_and_written_again(tmp_path: Path, monkeypatch) -> None:
+def test_unit_that_reads_back_otherwise_is_named_and_written_again(tmp_path: Path, monkeypatch) -> None:
     from cmx_jax.model.checkpoint import safetensors
 
     out, write = tmp_path / "out", safetensors.SafetensorsWriter.write
@@ -222,11 +220,11 @@ def test_what_reads_back_otherwise_is_said_and_written_again(tmp_path: Path, mon
         convert(GOLDENS / "base", out)
     assert not (out / "config.json").exists()
     monkeypatch.undo()
-    assert convert(GOLDENS / "base", out)["units_resumed"] == 3
+    assert convert(GOLDENS / "base", out).units_resumed == 3
     equal(weights(out), weights(GOLDENS / "base"))
 
 
-def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch) -> None:
+def test_source_changed_during_conversion_is_refused(tmp_path: Path, monkeypatch) -> None:
     from cmx_jax.model.checkpoint import safetensors
 
     shutil.copytree(GOLDENS / "base", tmp_path / "source")
@@ -242,15 +240,31 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch)
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_note_beside_the_weights_changes_nothing(tmp_path: Path) -> None:
+def test_text_file_in_the_source_does_not_change_its_fingerprint(tmp_path: Path) -> None:
     shutil.copytree(GOLDENS / "base", tmp_path / "source")
-    units = convert(tmp_path / "source", tmp_path / "out")["units"]
+    units = convert(tmp_path / "source", tmp_path / "out").units
     (tmp_path / "source" / "notes.txt").write_text("all is well")
-    assert convert(tmp_path / "source", tmp_path / "out")["units_resumed"] == units
+    assert convert(tmp_path / "source", tmp_path / "out").units_resumed == units
+
+
+@pytest.mark.parametrize(
+    ("free", "reason"), [(0, "the disk is full"), (1 << 50, "PERMISSION_DENIED: read-only file system")]
+)
+def test_orbax_error_says_whether_the_disk_is_full(tmp_path: Path, monkeypatch, free, reason) -> None:
+    """TensorStore raises ValueError for every refusal of the system; free space tells which one it is."""
+
+    def refuse(self: Any, *args: Any, **options: Any) -> None:
+        raise ValueError("PERMISSION_DENIED: read-only file system")
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(ocp.Checkpointer, "save", refuse)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with refused(f"cannot be written ({reason})"):
+        convert(GOLDENS / "base", tmp_path / "out", format="orbax")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
-def test_nothing_that_is_stored_loses_a_digit(tmp_path: Path, format: str) -> None:
+def test_default_dtype_keeps_every_digit(tmp_path: Path, format: str) -> None:
     """A BF16 model whose router, norms and head have more digits keeps those."""
     tensors = load_file(GOLDENS / "base" / "model.safetensors")
     kept = ("gate.weight", "norm.weight", "lm_head.weight", "e_score_correction_bias")
@@ -258,16 +272,16 @@ def test_nothing_that_is_stored_loses_a_digit(tmp_path: Path, format: str) -> No
     shutil.copytree(GOLDENS / "base", tmp_path / "source")
     save(tmp_path / "source", mixed)
     result = convert(tmp_path / "source", tmp_path / "out", format=format)
-    assert result["dtype"] == "bfloat16"
+    assert result.dtype == "bfloat16"
     equal(weights(tmp_path / "out"), weights(tmp_path / "source"))
     convert(tmp_path / "out", tmp_path / "back")
-    given = {n: t for file in (tmp_path / "back").glob("*.safetensors") for n, t in load_file(file).items()}
+    actual = {n: t for file in (tmp_path / "back").glob("*.safetensors") for n, t in load_file(file).items()}
     for name, tensor in mixed.items():
-        np.testing.assert_array_equal(given[name], tensor, err_msg=name)
-        assert given[name].dtype == tensor.dtype, name
+        np.testing.assert_array_equal(actual[name], tensor, err_msg=name)
+        assert actual[name].dtype == tensor.dtype, name
 
 
-def test_two_at_once_do_not_write_over_each_other(tmp_path: Path, monkeypatch) -> None:
+def test_second_conversion_at_once_is_refused(tmp_path: Path, monkeypatch) -> None:
     from cmx_jax.model.checkpoint import safetensors
 
     write, seen = safetensors.SafetensorsWriter.write, []
@@ -280,20 +294,20 @@ def test_two_at_once_do_not_write_over_each_other(tmp_path: Path, monkeypatch) -
         return write(self, unit)
 
     monkeypatch.setattr(safetensors.SafetensorsWriter, "write", nested)
-    assert convert(GOLDENS / "base", tmp_path / "out")["verified"]
+    assert convert(GOLDENS / "base", tmp_path / "out").verified
     assert seen
 
 
 @pytest.mark.parametrize("left", ["conversion.json.unfinished", "conversion.lock"])
-def test_what_a_kill_at_the_first_moment_leaves_is_no_hindrance(tmp_path: Path, left: str) -> None:
+def test_leftovers_of_an_early_kill_are_ignored(tmp_path: Path, left: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / left).write_text("")
-    assert convert(GOLDENS / "base", tmp_path / "out")["verified"]
+    assert convert(GOLDENS / "base", tmp_path / "out").verified
 
 
-def test_a_finished_orbax_directory_that_rots_is_written_again(tmp_path: Path) -> None:
+def test_damaged_units_of_a_finished_orbax_directory_are_written_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    units = convert(GOLDENS / "base", out, format="orbax")["units"]
+    units = convert(GOLDENS / "base", out, format="orbax").units
     for unit in ("layers.1.slots.0-1", "layers.2"):
         for path in (out / "units" / unit).rglob("*"):
             if path.is_file() and path.parent.name == "d":
@@ -301,7 +315,7 @@ def test_a_finished_orbax_directory_that_rots_is_written_again(tmp_path: Path) -
     with refused("and 1 more was written wrongly"):
         convert(GOLDENS / "base", out, format="orbax")
     assert not (out / "config.json").exists()
-    assert convert(GOLDENS / "base", out, format="orbax")["units_resumed"] == units - 2
+    assert convert(GOLDENS / "base", out, format="orbax").units_resumed == units - 2
     equal(weights(out), weights(GOLDENS / "base"))
 
 
@@ -313,7 +327,7 @@ def test_impossible_destinations_are_one_line(tmp_path: Path) -> None:
             convert(GOLDENS / "base", tmp_path / name)
 
 
-def test_what_lies_there_is_not_written_over(tmp_path: Path) -> None:
+def test_destination_with_other_contents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with refused("not empty"):
@@ -351,7 +365,7 @@ def test_arguments_are_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("damage", ["array", "unit", "manifest", "slots", "incomplete"])
-def test_a_damaged_orbax_directory_is_refused(tmp_path: Path, capsys, damage: str) -> None:
+def test_damaged_orbax_directory_is_refused(tmp_path: Path, capsys, damage: str) -> None:
     out = tmp_path / "out"
     convert(GOLDENS / "base", out, format="orbax", ranks=4)
     manifest = json.loads((out / "conversion.json").read_text())
@@ -376,7 +390,7 @@ def test_a_damaged_orbax_directory_is_refused(tmp_path: Path, capsys, damage: st
     assert time.monotonic() - start < 10
 
 
-def test_the_verb_says_what_it_did(tmp_path: Path, capsys) -> None:
+def test_convert_verb_reports_its_result(tmp_path: Path, capsys) -> None:
     assert (
         main(["convert", "tiny", str(tmp_path / "out"), "--format", "orbax", "--layout", "ep16", "--json"])
         == 0

@@ -1,4 +1,4 @@
-"""What `cmx quantize` folds from one matrix into another changes nothing that a layer computes."""
+"""Folding of `cmx quantize` from one matrix into another does not change the output of a layer."""
 
 import json
 from functools import partial
@@ -28,15 +28,15 @@ def any_scales(x: np.ndarray, weights: Any) -> Scales:
     return Scales(s, 0.0, 0.0)
 
 
-def behind(walk: Walk, number: int, parts: frozenset[str]) -> np.ndarray:
-    """The hidden states behind a layer that was transformed by these parts."""
-    of, expert = walk.calibrated(number, parts)
-    routed = None if of.seen.tokens is None else np.zeros_like(of.seen.tokens)
-    for e in range(walk.c.n_routed_experts if of.kind.moe else 0):
-        rows, answers = of.expert(e, expert(e))[2]
+def output(walk: Walk, number: int, parts: frozenset[str]) -> np.ndarray:
+    """Hidden states after a layer that was transformed by these parts."""
+    calibrated, expert = walk.calibrated(number, parts)
+    routed = None if calibrated.seen.tokens is None else np.zeros_like(calibrated.seen.tokens)
+    for e in range(walk.c.n_routed_experts if calibrated.kind.moe else 0):
+        rows, answers = calibrated.expert(e, expert(e))[2]
         routed[rows] += answers
-    x = walk._draft(of.pieces)[0] if of.stack == "mtp" else walk.x
-    return of.hidden(x, routed)
+    x = walk._draft(calibrated.pieces)[0] if calibrated.stack == "mtp" else walk.x
+    return calibrated.hidden(x, routed)
 
 
 def write_palm(directory: Path) -> Path:
@@ -54,26 +54,26 @@ GIVEN = ("base", "attention_bias", "no_q_lora", "no_shared", "qwen3_bias", "llam
 
 
 @pytest.mark.parametrize("case", [*GIVEN, "mtp", *WRITTEN])
-def test_a_layer_transformed_computes_what_it_did(case: str, tmp_path: Path, monkeypatch) -> None:
+def test_transformed_layer_has_the_same_output(case: str, tmp_path: Path, monkeypatch) -> None:
     """Every layer, in floats; MLA's once more in latent space, as it decodes."""
     path = MTP_GOLDENS / "base" if case == "mtp" else GOLDENS / case
     checkpoint = open_checkpoint(WRITTEN[case](tmp_path) if case in WRITTEN else path)
     walk = Walk(PieceReader(checkpoint), TEXT, FOLDED, int8_fields(checkpoint.config, checkpoint.mtp))
     monkeypatch.setattr(layer, "search_scales", any_scales)
-    monkeypatch.setattr(layer, "FEWEST_ROWS", 4)  # of so little text
+    monkeypatch.setattr(layer, "MIN_ROWS", 4)  # for so little text
     layers = checkpoint.config.num_hidden_layers
     for number in range(layers + checkpoint.mtp):
-        exact = behind(walk, number, frozenset())
-        close(behind(walk, number, FOLDED), exact)
+        exact = output(walk, number, frozenset())
+        close(output(walk, number, FOLDED), exact)
         if case == "no_q_lora":
             with monkeypatch.context() as latent:
                 absorbed = partial(data_parallel_attention, absorbed=True)
                 latent.setattr(observe, "data_parallel_attention", absorbed)
                 observe._run.clear_cache()
-                close(behind(walk, number, FOLDED), exact)
+                close(output(walk, number, FOLDED), exact)
             observe._run.clear_cache()
         walk.x = exact if number < layers else walk.x
 
 
-def close(given: np.ndarray, exact: np.ndarray) -> None:
-    assert np.abs(given - exact).max() <= 1e-4 * np.abs(exact).max()
+def close(actual: np.ndarray, exact: np.ndarray) -> None:
+    assert np.abs(actual - exact).max() <= 1e-4 * np.abs(exact).max()

@@ -48,9 +48,7 @@ def assert_equal(one: Weights, other: Weights) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_format_reads_as_the_plain_checkpoint_of_its_numbers(
-    tmp_path: Path, name: str, dtype: type
-) -> None:
+def test_format_reads_as_the_plain_checkpoint_of_its_numbers(tmp_path: Path, name: str, dtype: type) -> None:
     shutil.copy(BASE / "config.json", tmp_path)
     save_file(dequantised(FORMATS / name), tmp_path / "model.safetensors")
     plain = read_weights(tmp_path, read_config(tmp_path), dtype)
@@ -58,7 +56,7 @@ def test_a_format_reads_as_the_plain_checkpoint_of_its_numbers(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_oracle_is_near_what_was_quantised(name: str) -> None:
+def test_oracle_is_near_the_original_weights(name: str) -> None:
     numbers = dequantised(FORMATS / name)
     assert numbers.keys() == TENSORS.keys()
     for tensor, array in TENSORS.items():  # half a step of E4M3 is 1/16, and scales may be rounded, too
@@ -67,11 +65,11 @@ def test_the_oracle_is_near_what_was_quantised(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_fixture_has_the_types_of_its_format(name: str) -> None:
+def test_fixture_has_the_types_of_its_format(name: str) -> None:
     assert {array.dtype.name for array in stored(FORMATS / name).values()} == KINDS[name]
 
 
-def test_the_fixtures_are_what_the_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixtures_are_what_the_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("make_formats", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -104,16 +104,16 @@ def test_int8_fields_take_little_more_than_half_of_bfloat16(case: str, tmp_path:
         assert field.q.nbytes + field.scale.nbytes == field.q.size + 2 * field.q.size // np.prod(summed)
 
 
-def test_the_shipped_model_takes_53_percent_of_its_bytes() -> None:
+def test_shipped_model_in_int8_takes_53_percent_of_its_bytes() -> None:
     model, weights = loaded("tiny", dtype="bfloat16", quant="int8")
     fields = [of(weights, *field) for field in model.config.int8]
-    given = sum(field.q.nbytes + field.scale.nbytes for field in fields)
-    assert given <= 0.53 * sum(2 * field.q.size for field in fields)
+    size = sum(field.q.nbytes + field.scale.nbytes for field in fields)
+    assert size <= 0.53 * sum(2 * field.q.size for field in fields)
 
 
 @pytest.fixture(scope="module")
 def alone() -> list[int]:
-    """What a rank by itself says behind a prompt."""
+    """Tokens that one rank by itself generates."""
     return greedy(ranks=1)
 
 
@@ -134,7 +134,7 @@ def greedy(**fields: Any) -> list[int]:
     ],
     ids=["lanes", "devices", "replicas"],
 )
-def test_every_layout_says_the_same(fields: dict[str, Any], alone: list[int]) -> None:
+def test_int8_tokens_do_not_depend_on_the_layout(fields: dict[str, Any], alone: list[int]) -> None:
     assert greedy(**fields) == alone
 
 
@@ -161,10 +161,10 @@ def test_several_shared_experts_lie_in_slots_with_their_scales() -> None:
 
 
 def stored_as_int8(path: Path, **quant: str) -> int:
-    """How many tensors of a directory lie on the device as the file has them, scales too."""
+    """Number of tensors of a directory that are on the device as the file has them, scales too."""
     model, weights = loaded(path, **quant)
     tensors = {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
-    found = 0
+    count = 0
     for s in sources(model.config, model.checkpoint.mtp):
         stack, name, layer, expert = s.piece
         if f"{s.name}_scale" not in tensors:
@@ -172,17 +172,19 @@ def stored_as_int8(path: Path, **quant: str) -> int:
         field = of(weights, stack, name)
         if not isinstance(field, QTensor):
             continue
-        at = (expert, layer) if name.startswith("ffn.experts.") else (layer,)
+        index = (expert, layer) if name.startswith("ffn.experts.") else (layer,)
         scale = np.broadcast_to(tensors[f"{s.name}_scale"].reshape(-1, 1), tensors[s.name].shape)
-        here = np.broadcast_to(np.asarray(field.scale[at]), field.q[at].shape)
-        np.testing.assert_array_equal(np.asarray(field.q[at])[s.part], s.view(tensors[s.name]))
-        np.testing.assert_array_equal(here[s.part].astype(np.float32), s.view(scale.astype(np.float32)))
-        found += 1
-    return found
+        loaded_scale = np.broadcast_to(np.asarray(field.scale[index]), field.q[index].shape)
+        np.testing.assert_array_equal(np.asarray(field.q[index])[s.part], s.view(tensors[s.name]))
+        np.testing.assert_array_equal(
+            loaded_scale[s.part].astype(np.float32), s.view(scale.astype(np.float32))
+        )
+        count += 1
+    return count
 
 
 @pytest.mark.parametrize("case", ["base", "qwen3_base", "llama4_interleave"])
-def test_what_was_converted_to_int8_is_not_decoded(case: str, tmp_path: Path, monkeypatch) -> None:
+def test_converted_int8_is_not_decoded(case: str, tmp_path: Path, monkeypatch) -> None:
     convert(GOLDENS / case, tmp_path / "out", dtype="int8")
     tensors = sum(
         len([n for n in load_file(f) if n.endswith("_scale")])
@@ -194,17 +196,17 @@ def test_what_was_converted_to_int8_is_not_decoded(case: str, tmp_path: Path, mo
 
 
 def test_published_w8a8_is_not_decoded() -> None:
-    found = Model.read(FORMATS / "int8_compressed").config
-    assert found.int8 == {field for field in int8_fields(found) if field[0] != "mtp"}
+    c = Model.read(FORMATS / "int8_compressed").config
+    assert c.int8 == {field for field in int8_fields(c) if field[0] != "mtp"}
     assert stored_as_int8(FORMATS / "int8_compressed") > 100
 
 
 @pytest.mark.parametrize("name", ["int8_block", "int8_compressed_tensor", "ascend_w8a8", "fp8_block", "f16"])
-def test_other_forms_are_decoded(name: str) -> None:
+def test_other_schemes_are_decoded(name: str) -> None:
     assert not Model.read(FORMATS / name).config.int8
 
 
-def test_weights_alone_in_int8_are_decoded(tmp_path: Path) -> None:
+def test_int8_weights_with_float_activations_are_decoded(tmp_path: Path) -> None:
     shutil.copytree(FORMATS / "int8_compressed", tmp_path / "out")
     path = tmp_path / "out" / "config.json"
     raw = json.loads(path.read_text())
@@ -216,6 +218,6 @@ def test_weights_alone_in_int8_are_decoded(tmp_path: Path) -> None:
     assert of(weights, "moe", "attn.o").q.dtype == np.int8
 
 
-def test_an_unknown_quant_is_one_line() -> None:
+def test_unknown_quant_is_one_line() -> None:
     with refused("quant 'int4' is unknown", "int8"):
         cmx_jax.from_pretrained(BASE, quant="int4")

@@ -48,23 +48,23 @@ def tensors(edit: Callable[[Tensors], Any], file: str = WEIGHTS) -> Mutation:
     """The tensors of one file, edited as a dictionary."""
 
     def mutate(directory: Path) -> None:
-        held = read_file(directory / file)
-        edit(held)
-        save_file({name: np.ascontiguousarray(array) for name, array in held.items()}, directory / file)
+        contents = read_file(directory / file)
+        edit(contents)
+        save_file({name: np.ascontiguousarray(array) for name, array in contents.items()}, directory / file)
 
     return mutate
 
 
 def put(name: str, value: np.ndarray, file: str = WEIGHTS) -> Mutation:
-    return tensors(lambda held: held.update({name: value}), file)
+    return tensors(lambda contents: contents.update({name: value}), file)
 
 
 def drop(name: str, file: str = WEIGHTS) -> Mutation:
-    return tensors(lambda held: held.pop(name), file)
+    return tensors(lambda contents: contents.pop(name), file)
 
 
-def change(name: str, how: Callable[[np.ndarray], np.ndarray], file: str = WEIGHTS) -> Mutation:
-    return tensors(lambda held: held.update({name: how(held[name])}), file)
+def change(name: str, convert: Callable[[np.ndarray], np.ndarray], file: str = WEIGHTS) -> Mutation:
+    return tensors(lambda contents: contents.update({name: convert(contents[name])}), file)
 
 
 def cast(name: str, dtype: Any, file: str = WEIGHTS) -> Mutation:
@@ -74,45 +74,48 @@ def cast(name: str, dtype: Any, file: str = WEIGHTS) -> Mutation:
 def first(name: str, value: float, file: str = WEIGHTS) -> Mutation:
     """One number of a tensor, overwritten."""
 
-    def how(array: np.ndarray) -> np.ndarray:
+    def convert(array: np.ndarray) -> np.ndarray:
         array = array.copy()
         array.reshape(-1)[0] = value
         return array
 
-    return change(name, how, file)
+    return change(name, convert, file)
 
 
 def document(file: str, edit: Callable[[dict[str, Any]], Any]) -> Mutation:
     """A JSON object, changed in place."""
 
     def mutate(directory: Path) -> None:
-        held = json.loads((directory / file).read_text())
-        edit(held)
-        (directory / file).write_text(json.dumps(held))
+        contents = json.loads((directory / file).read_text())
+        edit(contents)
+        (directory / file).write_text(json.dumps(contents))
 
     return mutate
 
 
 def config(**fields: Any) -> Mutation:
-    return document(CONFIG, lambda held: held.update(fields))
+    return document(CONFIG, lambda contents: contents.update(fields))
 
 
 def quantization(**fields: Any) -> Mutation:
-    return document(CONFIG, lambda held: held["quantization_config"].update(fields))
+    return document(CONFIG, lambda contents: contents["quantization_config"].update(fields))
 
 
 def scheme(**fields: Any) -> Mutation:
     """compressed-tensors' arguments of the weights."""
     return document(
-        CONFIG, lambda held: held["quantization_config"]["config_groups"]["group_0"]["weights"].update(fields)
+        CONFIG,
+        lambda contents: contents["quantization_config"]["config_groups"]["group_0"]["weights"].update(
+            fields
+        ),
     )
 
 
 def without(field: str, *path: str) -> Mutation:
-    def edit(held: dict[str, Any]) -> None:
+    def edit(contents: dict[str, Any]) -> None:
         for part in path:
-            held = held[part]
-        del held[field]
+            contents = contents[part]
+        del contents[field]
 
     return document(CONFIG, edit)
 
@@ -130,8 +133,8 @@ def truncated(kept: float, file: str = WEIGHTS) -> Mutation:
     """The file up to a part of its length."""
 
     def mutate(directory: Path) -> None:
-        whole = (directory / file).read_bytes()
-        (directory / file).write_bytes(whole[: int(kept * len(whole))])
+        content = (directory / file).read_bytes()
+        (directory / file).write_bytes(content[: int(kept * len(content))])
 
     return mutate
 
@@ -147,7 +150,7 @@ def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[st
 
 
 def zipped() -> bytes:
-    """What torch.save writes is a zip, too."""
+    """A zip archive, which torch.save writes too."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
@@ -176,23 +179,23 @@ def loop(file: str) -> Mutation:
 
 def twice(directory: Path) -> None:
     """One tensor in a second file as well, without an index."""
-    held = read_file(directory / WEIGHTS)
-    save_file({GATE: held[GATE]}, directory / "other.safetensors")
+    contents = read_file(directory / WEIGHTS)
+    save_file({GATE: contents[GATE]}, directory / "other.safetensors")
 
 
 def one_by_one(directory: Path) -> None:
     """The experts of a stacked checkpoint beside their stacks."""
-    held = read_file(directory / WEIGHTS)
-    down = {f"{STACK}.{e}.down_proj.weight": a for e, a in enumerate(held[f"{STACK}.down_proj"])}
+    contents = read_file(directory / WEIGHTS)
+    down = {f"{STACK}.{e}.down_proj.weight": a for e, a in enumerate(contents[f"{STACK}.down_proj"])}
     halves = {"gate": slice(0, 8), "up": slice(8, 16)}
-    for which, half in halves.items():
-        for e, array in enumerate(held[f"{STACK}.gate_up_proj"]):
-            down[f"{STACK}.{e}.{which}_proj.weight"] = np.ascontiguousarray(array[half])
-    save_file(held | down, directory / WEIGHTS)
+    for proj, half in halves.items():
+        for e, array in enumerate(contents[f"{STACK}.gate_up_proj"]):
+            down[f"{STACK}.{e}.{proj}_proj.weight"] = np.ascontiguousarray(array[half])
+    save_file(contents | down, directory / WEIGHTS)
 
 
 def moved(name: str, file: str) -> Mutation:
-    return document(INDEX, lambda held: held["weight_map"].update({name: file}))
+    return document(INDEX, lambda contents: contents["weight_map"].update({name: file}))
 
 
 def swapped(array: np.ndarray) -> np.ndarray:
@@ -236,7 +239,7 @@ FILES: list[Row] = [
     (
         "index lacks a tensor",
         "sharded",
-        document(INDEX, lambda held: held["weight_map"].pop(GATE)),
+        document(INDEX, lambda contents: contents["weight_map"].pop(GATE)),
         GATE,
     ),
     (
@@ -247,8 +250,18 @@ FILES: list[Row] = [
     ),
     ("index not JSON", "sharded", text(INDEX, "{"), INDEX),
     ("index a list", "sharded", text(INDEX, "[]"), INDEX),
-    ("index of numbers", "sharded", document(INDEX, lambda held: held.update(weight_map={GATE: 1})), INDEX),
-    ("index empty", "sharded", document(INDEX, lambda held: held.update(weight_map={})), (INDEX, "model.")),
+    (
+        "index of numbers",
+        "sharded",
+        document(INDEX, lambda contents: contents.update(weight_map={GATE: 1})),
+        INDEX,
+    ),
+    (
+        "index empty",
+        "sharded",
+        document(INDEX, lambda contents: contents.update(weight_map={})),
+        (INDEX, "model."),
+    ),
     ("index deeply nested", "sharded", text(INDEX, "[" * 100_000), INDEX),
     ("index not Unicode", "sharded", text(INDEX, b"\xff\xfe{}"), INDEX),
     ("index a folder", "sharded", folder(INDEX), (INDEX, "safetensors")),
@@ -294,7 +307,7 @@ PLAIN: list[Row] = [
 
 
 def scales(fixture: str, scale: str) -> list[Row]:
-    """What can be wrong with a matrix and its scale without looking at the numbers."""
+    """Faults of a matrix and its scale that show without reading the numbers."""
     return [
         ("no scale", fixture, drop(scale), EXPERT),
         ("no weight", fixture, drop(WEIGHT), EXPERT),
@@ -490,8 +503,8 @@ SAID: list[Row] = [
 
 SCALES: list[Row] = [
     *(
-        (f"{what} scale", fixture, first(scale, value), EXPERT)
-        for what, value in (("NaN", np.nan), ("infinite", np.inf), ("endless", -np.inf), ("negative", -1.0))
+        (f"{kind} scale", fixture, first(scale, value), EXPERT)
+        for kind, value in (("NaN", np.nan), ("infinite", np.inf), ("endless", -np.inf), ("negative", -1.0))
         for fixture, scale in (
             ("fp8_block", SCALE_INV),
             ("int8_block", SCALE_INV),
@@ -519,7 +532,7 @@ def cases(rows: list[Row]) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Runs the verbs on a mutated copy of a fixture, and looks at what they say."""
+    """Runs verbs on a mutated copy of a fixture, and checks their output."""
 
     def run(fixture: str, mutate: Mutation, words: str | tuple[str, ...], *verbs: str) -> None:
         directory = tmp_path / "copy"
@@ -529,11 +542,11 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
             prompt = ["--prompt", "x"] if verb == "generate" else []
             start = time.monotonic()
             code = main([verb, str(directory), *prompt])
-            seconds, said = time.monotonic() - start, capsys.readouterr()
-            assert code == 2, (verb, said.out)
-            assert verb == "inspect" or said.out == ""  # it lists what it found
-            lines = said.err.splitlines()
-            assert len(lines) == 1, said.err
+            seconds, output = time.monotonic() - start, capsys.readouterr()
+            assert code == 2, (verb, output.out)
+            assert verb == "inspect" or output.out == ""  # it lists what it found
+            lines = output.err.splitlines()
+            assert len(lines) == 1, output.err
             named = lines[0].replace(str(tmp_path), "")
             assert any(word in named for word in ([words] if isinstance(words, str) else words)), named
             assert "tokenizer" not in named
@@ -543,37 +556,37 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 
 @cases(FILES)
-def test_a_damaged_file_is_refused(refused, fixture, mutate, words) -> None:
+def test_damaged_file_is_refused(refused, fixture, mutate, words) -> None:
     refused(fixture, mutate, words, "inspect", "generate")
 
 
 @cases(PLAIN)
-def test_a_wrong_tensor_is_refused(refused, fixture, mutate, words) -> None:
+def test_wrong_tensor_is_refused(refused, fixture, mutate, words) -> None:
     refused(fixture, mutate, words, "inspect", "generate")
 
 
 @cases(QUANTISED)
-def test_a_wrong_quantised_tensor_is_refused(refused, fixture, mutate, words) -> None:
+def test_wrong_quantised_tensor_is_refused(refused, fixture, mutate, words) -> None:
     refused(fixture, mutate, words, "inspect", "generate")
 
 
 @cases(ASCENDS)
-def test_a_wrong_ascend_checkpoint_is_refused(refused, fixture, mutate, words) -> None:
+def test_wrong_ascend_checkpoint_is_refused(refused, fixture, mutate, words) -> None:
     refused(fixture, mutate, words, "inspect", "generate")
 
 
 @cases(CONFIGS)
-def test_an_absurd_config_is_refused(refused, fixture, mutate, words) -> None:
+def test_absurd_config_is_refused(refused, fixture, mutate, words) -> None:
     refused(fixture, mutate, words, "inspect", "generate")
 
 
 @cases(SAID)
-def test_an_absurd_quantization_config_is_refused(refused, fixture, mutate, words) -> None:
+def test_absurd_quantization_config_is_refused(refused, fixture, mutate, words) -> None:
     refused(fixture, mutate, words, "inspect", "generate")
 
 
 @cases(SCALES)
-def test_a_wrong_scale_is_refused(refused, fixture, mutate, words) -> None:
+def test_wrong_scale_is_refused(refused, fixture, mutate, words) -> None:
     refused(fixture, mutate, words, "inspect", "generate")
 
 
@@ -584,12 +597,12 @@ def test_wrong_numbers_are_refused(refused, fixture, mutate, words) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
-def test_an_unreadable_file_is_refused(refused, file: str) -> None:
+def test_unreadable_file_is_refused(refused, file: str) -> None:
     refused("f16", lambda directory: (directory / file).chmod(0), file, "inspect", "generate")
 
 
 @pytest.mark.parametrize("fixture", sorted(path.name for path in FORMATS.iterdir()))
-def test_an_unchanged_copy_gets_as_far_as_the_tokenizer(
+def test_unchanged_copy_gets_as_far_as_the_tokenizer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fixture: str
 ) -> None:
     shutil.copytree(FORMATS / fixture, tmp_path / "copy")

@@ -1,5 +1,6 @@
 """`cmx quantize`: what breaks it off costs nothing finished, what it cannot use is one line."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,14 +19,17 @@ from support import BASE
 import cmx_jax
 from cmx_jax.analysis.eval.calibration import calibration
 from cmx_jax.cli import main
-from cmx_jax.model.quantize.command import PARTS, REPORT, quantize
+from cmx_jax.errors import CmxError
+from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
+from cmx_jax.model.quantize.command import PARTS, quantize
+from cmx_jax.model.quantize.report import REPORT
 from cmx_jax.serving.deploy.model import Model
 from model.quantized import FOLDED, ROUNDED, TEXT, files, run
 from model.small import refused
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model quantised without a break."""
     out = tmp_path_factory.mktemp("whole") / "out"
     run(BASE, out)
@@ -33,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("unit", ["layers.0", "layers.1", "layers.2"])
-def test_what_is_broken_off_ends_with_the_same_bytes(unit: str, whole: Path, tmp_path: Path) -> None:
+def test_interrupted_quantization_ends_with_the_same_bytes(unit: str, finished: Path, tmp_path: Path) -> None:
     def broken(line: str) -> None:
         if line.startswith(f"writing {unit}"):
             raise KeyboardInterrupt
@@ -42,8 +46,8 @@ def test_what_is_broken_off_ends_with_the_same_bytes(unit: str, whole: Path, tmp
         run(BASE, tmp_path / "out", progress=broken)
     with refused("not complete"):
         cmx_jax.from_pretrained(tmp_path / "out")
-    assert run(BASE, tmp_path / "out")["units_resumed"] == 1 + int(unit[-1])
-    assert files(tmp_path / "out") == files(whole)
+    assert run(BASE, tmp_path / "out").units_resumed == 1 + int(unit[-1])
+    assert files(tmp_path / "out") == files(finished)
 
 
 KILLED = """
@@ -64,28 +68,51 @@ quantize(sys.argv[1], sys.argv[2], tokens=np.load(sys.argv[3]), parts=parts)
 """
 
 
-def test_killed_in_the_middle_of_a_file_it_ends_with_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+def test_quantization_killed_within_a_file_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     out, tokens = tmp_path / "out", tmp_path / "tokens.npy"
     np.save(tokens, TEXT)
     command_line = [sys.executable, "-c", KILLED, str(BASE), str(out), str(tokens), " ".join(ROUNDED)]
     child = subprocess.run(command_line, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
     assert child.returncode == -signal.SIGKILL
     assert list(out.glob("*.safetensors.unfinished"))
-    assert run(BASE, out)["units_resumed"] == 2
-    assert files(out) == files(whole)
+    assert run(BASE, out).units_resumed == 2
+    assert files(out) == files(finished)
 
 
-def test_the_report_is_of_this_run_not_of_the_source(whole: Path, tmp_path: Path) -> None:
-    result = run(whole, tmp_path / "out", FOLDED)
-    assert result["layers"] != json.loads((whole / REPORT).read_text())
-    assert quantize(whole, tmp_path / "plain")["layers"] == {}
+def test_report_of_the_source_is_not_copied(finished: Path, tmp_path: Path) -> None:
+    result = run(finished, tmp_path / "out", FOLDED)
+    assert result.as_dict()["layers"] != json.loads((finished / REPORT).read_text())["layers"]
+    assert quantize(finished, tmp_path / "plain").layers == {}
     assert not (tmp_path / "plain" / REPORT).exists()
 
 
-def test_done_again_nothing_is_written_again(whole: Path) -> None:
-    before = files(whole)
-    assert run(BASE, whole)["units_resumed"] == 4
-    assert files(whole) == before
+def test_finished_quantization_writes_nothing_again(finished: Path) -> None:
+    before = files(finished)
+    assert run(BASE, finished).units_resumed == 4
+    assert files(finished) == before
+
+
+def test_disk_full_names_the_destination_alone(tmp_path: Path, monkeypatch) -> None:
+    """The error of the disk is not taken for one of the algorithms, which would be put before the source."""
+
+    def full(self: Any, unit: str) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
+    out = tmp_path / "out"
+    with pytest.raises(CmxError) as caught:
+        run(BASE, out, FOLDED)
+    assert str(caught.value) == (
+        f"{out}: conversion broke off (the disk is full); run the same command to go on"
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"sensitivity": {}, "layers": {"layers.0": {"a": {}}}}'])
+def test_damaged_report_is_named(text: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / REPORT).write_text(text)
+    with refused(str(tmp_path / "out" / REPORT)):
+        run(BASE, tmp_path / "out")
 
 
 def planted(directory: Path, name: str, value: float) -> Path:
@@ -108,7 +135,7 @@ def test_numbers_that_overflow_are_named(parts: frozenset[str], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_are_named(value: float, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
     name = "model.layers.2.mlp.experts.7.up_proj.weight"
     with refused(name):
         run(planted(tmp_path / "in", name, value), tmp_path / "out", FOLDED)
@@ -125,7 +152,7 @@ def test_arguments_are_refused_before_anything_is_read(fields: Any, words: str, 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_lies_there_is_not_written_over_and_nothing_measured(tmp_path: Path, whole: Path) -> None:
+def test_destination_with_other_contents_is_refused_before_measuring(tmp_path: Path, finished: Path) -> None:
     def measured(line: str) -> None:
         raise AssertionError(line)
 
@@ -135,7 +162,7 @@ def test_what_lies_there_is_not_written_over_and_nothing_measured(tmp_path: Path
     with refused("not empty"):
         full(BASE, tmp_path / "mine")
     with refused("another conversion"):
-        full(BASE, whole)
+        full(BASE, finished)
     shutil.copytree(BASE, tmp_path / "source")
     with refused("lies in the source"):
         full(tmp_path / "source", tmp_path / "source" / "out")
@@ -151,7 +178,7 @@ def test_what_lies_there_is_not_written_over_and_nothing_measured(tmp_path: Path
     ],
     ids=["empty", "short", "latin", "missing"],
 )
-def test_a_calibration_text_that_cannot_be_used_is_one_line(
+def test_calibration_text_that_cannot_be_used_is_one_line(
     text: bytes | None, words: str, tmp_path: Path, tiny: Model
 ) -> None:
     file = tmp_path / "text.txt"
@@ -166,7 +193,7 @@ def tiny() -> Model:
     return Model.read("tiny")
 
 
-def test_a_calibration_is_windows_from_all_over_a_text(tiny: Model, tmp_path: Path) -> None:
+def test_calibration_windows_are_spread_over_the_text(tiny: Model, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(" ".join(map(str, range(2000))))
     every = calibration(tiny, file, 10**6)

@@ -1,1 +1,1 @@
-"""Calculators behind `cmx calc`: model switching (the paper's table 2) and elastic allocation (table 11)."""
+"""Calculators of `cmx calc`: model switching (the paper's table 2) and elastic allocation (table 11)."""

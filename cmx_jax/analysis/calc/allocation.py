@@ -1,25 +1,25 @@
-"""How much of many supernodes can be given away, and their switches (section 6: figure 24, table 11).
+"""Allocation rate of supernodes by size, and switches of each size (section 6: figure 24, table 11).
 
 A job's NPUs come in tightly coupled blocks, and a block lies in one supernode. The paper's trace is not
-public, so sizes are assumed: powers of two up to `LARGEST`, those of size `s` as often as `s^-a`, where `a`
+public, so sizes are assumed: powers of two up to `LARGEST`, where a size `s` is as likely as `s^-a` and `a`
 gives the mean. Blocks wait in one queue, first come first served, that is never empty, and stay for
-exponential times. So larger supernodes are fuller, as the figure has it. What it has of larger blocks does
-not follow: their mean says less than how many of them are large.
+exponential times. So larger supernodes are fuller, as the figure shows. What the figure shows for larger
+blocks does not follow: their mean matters less than how many of them are large.
 """
 
 import heapq
 import math
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from cmx_jax.errors import CmxError
 
-LARGEST = 128  # NPUs of a block: below that the supernodes compared all hold one
+LARGEST = 128  # NPUs of a block; every supernode compared holds at least one such block
 TOTAL = 5376  # NPUs, or as many as make whole supernodes
 PLANES, LINKS, PORTS, PER_NODE = 7, 16, 96, 8
-"""Of the UB switches: sub-planes; a node's links to each; ports of a logical switch, which is two chips; NPUs
-of a node."""
+"""UB switches: number of sub-planes; a node's links to each sub-plane; ports of a logical switch, which is
+two chips; NPUs per node."""
 PUBLISHED_RATES = {
     (384, 10.08): ("above", 0.94),
     (224, 10.08): ("below", 0.91),
@@ -29,10 +29,10 @@ PUBLISHED_SWITCHES = {384: (56, 1.0), 352: (56, 0.92), 288: (42, 1.0), 256: (42,
 
 
 def block_sizes(mean: float, largest: int = LARGEST) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes of blocks and how likely each is.
+    """Sizes of blocks in NPUs, and the probability of each.
 
     Raises:
-      CmxError: the mean is not among the sizes, or the largest is no power of two.
+      CmxError: The mean lies outside the sizes, or the largest size is not a power of two.
     """
     if largest < 1 or largest & (largest - 1):
         raise CmxError(f"the largest block is {largest} NPUs, expected a power of two")
@@ -42,8 +42,8 @@ def block_sizes(mean: float, largest: int = LARGEST) -> tuple[np.ndarray, np.nda
 
     def likely(power: float) -> np.ndarray:
         weights = np.exp2(-power * np.arange(len(sizes)) - max(-power * (len(sizes) - 1), 0.0))
-        found: np.ndarray = weights / weights.sum()
-        return found
+        probabilities: np.ndarray = weights / weights.sum()
+        return probabilities
 
     low, high = -64.0, 64.0
     for _ in range(100):
@@ -62,19 +62,19 @@ def allocation_rate(
     blocks: int = 40000,
     seed: int = 0,
 ) -> float:
-    """The share of NPUs that are given to blocks, over time, by simulation.
+    """Share of NPUs that are allocated to blocks, averaged over time, by simulation.
 
     Args:
-      supernode: NPUs of each.
-      mean: NPUs of a block.
-      largest: the most of one.
-      supernodes: how many; None: `TOTAL` NPUs.
-      fit: `best`: where least is left; `first`: the first that has room.
-      blocks: that are placed, of which the first third is not looked at.
-      seed: of sizes and times.
+      supernode: NPUs per supernode.
+      mean: Mean size of a block, in NPUs.
+      largest: Largest size of a block, in NPUs.
+      supernodes: Number of supernodes; None means as many as `TOTAL` NPUs make.
+      fit: `best` places a block where it leaves the least space; `first` in the first supernode with space.
+      blocks: Number of blocks placed, of which the first third is not measured.
+      seed: Seed of sizes and durations.
 
     Raises:
-      CmxError: a size, a count or `fit` that cannot be.
+      CmxError: A size, a count or `fit` is impossible.
     """
     count = TOTAL // max(supernode, 1) if supernodes is None else supernodes
     if supernode < largest or count < 1:
@@ -93,75 +93,130 @@ def allocation_rate(
     now, used, area, began = 0.0, 0, 0.0, 0.0
     for n, size in enumerate(rng.choice(sizes, size=blocks, p=likely).tolist()):
         while not (room := free >= size).any():
-            time, at, gone = heapq.heappop(ends)
-            area, now, used = area + used * (time - now), time, used - gone
-            free[at] += gone
+            time, index, size_freed = heapq.heappop(ends)
+            area, now, used = area + used * (time - now), time, used - size_freed
+            free[index] += size_freed
         if n == blocks // 3:
             area, began = 0.0, now
-        at = int(room.argmax() if fit == "first" else np.where(room, free, supernode + 1).argmin())
-        free[at] -= size
+        index = int(room.argmax() if fit == "first" else np.where(room, free, supernode + 1).argmin())
+        free[index] -= size
         used += size
-        heapq.heappush(ends, (now + stays[n], at, size))
+        heapq.heappush(ends, (now + stays[n], index, size))
     if now == began:
         raise CmxError(f"{blocks} blocks do not fill {count} supernodes of {supernode} NPUs, expected more")
     return area / (now - began) / (count * supernode)
 
 
 def switches(npus: int) -> tuple[int, float]:
-    """Logical switches of a supernode's second tier, and the share of their ports that is used (table 11).
+    """Logical switches in a supernode's second tier, and the share of their ports in use (table 11).
 
-    A node's `LINKS` links to a sub-plane spread over its switches, of `PORTS` ports each.
+    A node's `LINKS` links to a sub-plane spread over its switches, each of which has `PORTS` ports.
 
     Raises:
-      CmxError: no whole nodes.
+      CmxError: `npus` is not a number of whole nodes.
     """
     nodes, rest = divmod(npus, PER_NODE)
     if nodes < 1 or rest:
         raise CmxError(f"a supernode of {npus} NPUs, expected whole nodes of {PER_NODE}")
-    each = math.ceil(nodes * LINKS / PORTS)
-    return PLANES * each, nodes * LINKS / (each * PORTS)
+    per_plane = math.ceil(nodes * LINKS / PORTS)
+    return PLANES * per_plane, nodes * LINKS / (per_plane * PORTS)
 
 
-def allocation(supernodes: list[int], means: list[float], **given: Any) -> dict[str, Any]:
-    """Every size of supernode with every mean block; then its switches.
+@dataclass(frozen=True)
+class Assumptions:
+    """Assumptions of the simulation; see `allocation_rate`."""
+
+    largest: int = LARGEST
+    fit: str = "best"
+    blocks: int = 40000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Allocation rate of one size of supernode with one mean block.
+
+    Attributes:
+      supernode: NPUs per supernode.
+      mean_block: Mean size of a block, in NPUs.
+      rate: Share of NPUs that are allocated.
+      published: Published bound, such as `above 94%`; None if there is none.
+      met: True if the rate is within the bound; None without a bound.
+    """
+
+    supernode: int
+    mean_block: float
+    rate: float
+    published: str | None
+    met: bool | None
+
+
+@dataclass(frozen=True)
+class SwitchCount:
+    """Switches of one size of supernode.
+
+    Attributes:
+      npus: NPUs per supernode.
+      switches: Number of logical switches in the second tier.
+      port_use: Share of the switches' ports in use.
+      npus_per_switch: NPUs per logical switch.
+      published: Table 11's number of switches and port use; None for sizes that are not listed there.
+    """
+
+    npus: int
+    switches: int
+    port_use: float
+    npus_per_switch: float
+    published: tuple[int, float] | None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Allocation rates and switches of several sizes of supernode."""
+
+    assumed: Assumptions
+    rates: list[Rate]
+    switches: list[SwitchCount]
+
+
+def allocation(supernodes: list[int], means: list[float], assumed: Assumptions = Assumptions()) -> Allocation:
+    """Simulates every size of supernode with every mean block, and counts the switches of each size.
 
     Args:
-      supernodes: NPUs of each.
-      means: NPUs of a block.
-      given: others of `allocation_rate`.
-
-    Returns:
-      `rates`: rows of `supernode`, `mean_block`, `rate`, and where there is one the `published` bound and
-      whether it is `met`; `switches`: rows of `npus`, `switches`, `port_use`, `npus_per_switch` and, where
-      table 11 has them, switches and port use as `published`.
+      supernodes: Sizes of supernodes, in NPUs.
+      means: Mean sizes of a block, in NPUs.
+      assumed: Assumptions of the simulation.
 
     Raises:
-      CmxError: nonsense.
+      CmxError: A size, a count or `fit` is impossible.
     """
-    rates, tier = [], []
+    rates, counts = [], []
     for supernode in supernodes:
         count, use = switches(supernode)
-        row = {"npus": supernode, "switches": count, "port_use": use, "npus_per_switch": supernode / count}
-        tier.append(row | {"published": PUBLISHED_SWITCHES.get(supernode)})
-        for mean in means:
-            rate = allocation_rate(supernode, mean, **given)
-            side, bound = PUBLISHED_RATES.get((supernode, mean), (None, 0.0))
-            published = f"{side} {bound:.0%}" if side else None
-            met = (rate > bound) == (side == "above") if side else None
-            one = {"supernode": supernode, "mean_block": mean, "rate": rate}
-            rates.append(one | {"published": published, "met": met})
-    return {"assumed": given, "rates": rates, "switches": tier}
+        counts.append(
+            SwitchCount(supernode, count, use, supernode / count, PUBLISHED_SWITCHES.get(supernode))
+        )
+        rates += [_rate(supernode, mean, assumed) for mean in means]
+    return Allocation(assumed, rates, counts)
 
 
-def render(found: dict[str, Any]) -> str:
-    """Both tables."""
+def _rate(supernode: int, mean: float, assumed: Assumptions) -> Rate:
+    rate = allocation_rate(supernode, mean, **asdict(assumed))
+    if (supernode, mean) not in PUBLISHED_RATES:
+        return Rate(supernode, mean, rate, None, None)
+    side, bound = PUBLISHED_RATES[supernode, mean]
+    return Rate(supernode, mean, rate, f"{side} {bound:.0%}", (rate > bound) == (side == "above"))
+
+
+def render(result: Allocation) -> str:
+    """Formats both tables for a terminal."""
     lines = [f"{'supernode':>9}{'mean block':>12}{'allocated':>11}  published"]
-    for r in found["rates"]:
-        said = f"{r['published']}{'' if r['met'] else ': not met'}" if r["published"] else ""
-        lines.append(f"{r['supernode']:>9}{r['mean_block']:>12g}{r['rate']:>11.1%}  {said}".rstrip())
+    for r in result.rates:
+        published = f"{r.published}{'' if r.met else ': not met'}" if r.published else ""
+        lines.append(f"{r.supernode:>9}{r.mean_block:>12g}{r.rate:>11.1%}  {published}".rstrip())
     lines += ["", f"{'NPUs':>9}{'switches':>12}{'ports used':>12}{'NPUs each':>11}  published"]
-    for r in found["switches"]:
-        said = "{} switches, {:.0%}".format(*r["published"]) if r["published"] else ""
-        numbers = f"{r['npus']:>9}{r['switches']:>12}{r['port_use']:>12.1%}{r['npus_per_switch']:>11.2f}"
-        lines.append(f"{numbers}  {said}".rstrip())
+    for row in result.switches:
+        published = "{} switches, {:.0%}".format(*row.published) if row.published else ""
+        numbers = f"{row.npus:>9}{row.switches:>12}{row.port_use:>12.1%}{row.npus_per_switch:>11.2f}"
+        lines.append(f"{numbers}  {published}".rstrip())
     return "\n".join(lines)

@@ -1,15 +1,15 @@
 """Starting and switching models from object storage, local DRAM and the pool (section 4.4.3, table 2).
 
 * *no cache*: every instance loads its model from a bucket of object storage (OBS) that all share.
-* *local DRAM*: so it does the first time; then each instance's node keeps some models.
+* *local DRAM*: an instance's first load is the same; then its node keeps some models in DRAM.
 * *EMS*: a model is loaded once, into the pool, from which every instance reads; the pool keeps all models.
 
-A switch draws one of the models, each as likely as any other. What it misses it loads alone.
+A switch draws one of the models, each as likely as any other. A model that is not cached is loaded by its
+instance alone.
 """
 
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import jax.numpy as jnp
 
@@ -19,6 +19,26 @@ from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.leaf import leaf_dtype
 from cmx_jax.model.weights import all_leaves, int8_fields
 
+
+@dataclass(frozen=True)
+class Tier:
+    """Metrics of one way to store models.
+
+    Attributes:
+      cold_start_s: Seconds until all instances have started when nothing is cached.
+      warm_start_s: Seconds to start an instance whose model is cached; None if models are never cached.
+      dram_models: DRAM for cached models, as a multiple of one model's size.
+      hit_rate: Share of switches that find their model cached.
+      switch_s: Mean seconds of a switch.
+    """
+
+    cold_start_s: float
+    warm_start_s: float | None
+    dram_models: int
+    hit_rate: float
+    switch_s: float
+
+
 METRICS = {
     "cold_start_s": "cold start, s",
     "warm_start_s": "warm start, s",
@@ -27,28 +47,60 @@ METRICS = {
     "switch_s": "mean switch, s",
 }
 PUBLISHED = {
-    "no cache": {"cold_start_s": 2560, "dram_models": 0, "hit_rate": 0.0, "switch_s": 320},
-    "local DRAM": {
-        "cold_start_s": 2560,
-        "warm_start_s": 5,
-        "dram_models": 8,
-        "hit_rate": 0.125,
-        "switch_s": 281,
-    },
-    "EMS": {"cold_start_s": 320, "warm_start_s": 5, "dram_models": 1, "hit_rate": 1.0, "switch_s": 5},
+    "no cache": Tier(2560, None, 0, 0.0, 320),
+    "local DRAM": Tier(2560, 5, 8, 0.125, 281),
+    "EMS": Tier(320, 5, 1, 1.0, 5),
 }
 """Table 2, called illustrative there: 671 GB, 8 instances, 8 models, a bucket of 2.5 GB/s."""
 NOTES = (
-    "one load takes ~320 s in table 2, and 671 GB at 2.5 GB/s are 268 s: what the rest is, is not published",
+    "one load takes ~320 s in table 2, and 671 GB at 2.5 GB/s are 268 s: the difference is not published",
     "warm starts of ~5 s are one die's path to the pool (147 GB/s); with --dies more read at once",
 )
 
 
+@dataclass(frozen=True)
+class Switching:
+    """Table 2 for a model; see `switching` for the parameters.
+
+    Attributes:
+      bytes: Bytes of the model's weights.
+      tiers: Metrics by name of the tier.
+      published: Table 2's metrics by name of the tier.
+      notes: Remarks on the published numbers.
+    """
+
+    bytes: float
+    instances: int
+    models: int
+    local_models: int
+    dies: int
+    obs_gb_s: float
+    tiers: dict[str, Tier]
+    published: dict[str, Tier]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as a JSON object, without metrics that a tier does not have."""
+        tables = {
+            table: {name: _present(tier) for name, tier in tiers.items()}
+            for table, tiers in (("tiers", self.tiers), ("published", self.published))
+        }
+        return asdict(self) | tables
+
+
+def _present(tier: Tier) -> dict[str, float]:
+    return {name: value for name, value in asdict(tier).items() if value is not None}
+
+
 def model_bytes(c: ModelConfig, weights: str) -> int:
-    """Bytes of a model's weights without its MTP layers, `int8` for the matrices that may be, or `bfloat16`.
+    """Bytes of a model's weights without its MTP layers.
+
+    Args:
+      c: Config of the model.
+      weights: `int8`, for all matrices that can be INT8, or `bfloat16`.
 
     Raises:
-      CmxError: `weights` is neither.
+      CmxError: `weights` is something else.
     """
     if weights not in ("int8", "bfloat16"):
         raise CmxError(f"weights are {weights!r}, expected int8 or bfloat16")
@@ -65,64 +117,49 @@ def switching(
     local_models: int = 1,
     obs_gb_s: float = 2.5,
     dies: int = 1,
-) -> dict[str, Any]:
-    """Table 2 for a model.
+) -> Switching:
+    """Computes table 2 for a model.
 
     Args:
-      size: its bytes.
-      instances: that serve it, and load it at once when all start cold.
-      models: of that size, among which instances switch.
-      local_models: that an instance's DRAM keeps.
-      obs_gb_s: of the bucket.
-      dies: of an instance that read DRAM at once (table 1: 147 GB/s each).
-
-    Returns:
-      `tiers`: by name, `METRICS`; `published`: table 2's; `notes`.
+      size: Bytes of the model's weights.
+      instances: Number of instances that serve the model and load it at once in a cold start.
+      models: Number of models of that size among which instances switch.
+      local_models: Number of models that an instance's DRAM keeps.
+      obs_gb_s: Bandwidth of the bucket, GB/s.
+      dies: Number of dies of an instance that read DRAM at once (table 1: 147 GB/s each).
 
     Raises:
-      CmxError: a number that is not above zero.
+      CmxError: A number is not above zero, or not finite.
     """
-    given = {"instances": instances, "models": models, "local_models": local_models, "dies": dies}
-    for name, value in {**given, "obs_gb_s": obs_gb_s, "size": size}.items():
+    counts = {"instances": instances, "models": models, "local_models": local_models, "dies": dies}
+    for name, value in {**counts, "obs_gb_s": obs_gb_s, "size": size}.items():
         if not 0 < value < math.inf:
             raise CmxError(f"{name} is {value:g}, expected more than 0")
     load, warm = size / (obs_gb_s * 1e9), read_s(size, dies)
     hit = min(local_models / models, 1.0)
-    tiers: dict[str, dict[str, float]] = {
-        "no cache": {"cold_start_s": instances * load, "dram_models": 0, "hit_rate": 0.0, "switch_s": load},
-        "local DRAM": {
-            "cold_start_s": instances * load,
-            "warm_start_s": warm,
-            "dram_models": instances,
-            "hit_rate": hit,
-            "switch_s": hit * warm + (1 - hit) * load,
-        },
-        "EMS": {
-            "cold_start_s": load,
-            "warm_start_s": warm,
-            "dram_models": 1,
-            "hit_rate": 1.0,
-            "switch_s": warm,
-        },
+    tiers = {
+        "no cache": Tier(instances * load, None, 0, 0.0, load),
+        "local DRAM": Tier(instances * load, warm, instances, hit, hit * warm + (1 - hit) * load),
+        "EMS": Tier(load, warm, 1, 1.0, warm),
     }
-    about = {"bytes": size, **given, "obs_gb_s": obs_gb_s}
-    return {**about, "tiers": tiers, "published": PUBLISHED, "notes": list(NOTES)}
+    return Switching(size, instances, models, local_models, dies, obs_gb_s, tiers, PUBLISHED, NOTES)
 
 
-def render(found: dict[str, Any]) -> str:
-    """Each metric of each tier, and in parentheses table 2's."""
-    about = f"{found['bytes'] / 1e9:,.0f} GB, {found['instances']} instances, {found['models']} models, OBS "
-    lines = [f"{about}{found['obs_gb_s']:g} GB/s; in parentheses table 2 (671 GB, 8, 8, 2.5 GB/s)"]
-    lines.append(f"{'':24}" + "".join(f"{tier:>20}" for tier in found["tiers"]))
+def render(result: Switching) -> str:
+    """Formats each metric of each tier, with table 2's in parentheses."""
+    setup = f"{result.bytes / 1e9:,.0f} GB, {result.instances} instances, {result.models} models, OBS "
+    lines = [f"{setup}{result.obs_gb_s:g} GB/s; in parentheses table 2 (671 GB, 8, 8, 2.5 GB/s)"]
+    lines.append(f"{'':24}" + "".join(f"{tier:>20}" for tier in result.tiers))
     for name, title in METRICS.items():
-        cells = [_cell(name, of, found["published"][tier]) for tier, of in found["tiers"].items()]
+        cells = [_cell(name, tier, result.published[key]) for key, tier in result.tiers.items()]
         lines.append(f"{title:24}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join([*lines, *found["notes"]])
+    return "\n".join([*lines, *result.notes])
 
 
-def _cell(name: str, of: dict[str, float], published: dict[str, float]) -> str:
-    if name not in of:
+def _cell(name: str, tier: Tier, published: Tier) -> str:
+    value = getattr(tier, name)
+    if value is None:
         return "-"
     if name == "hit_rate":
-        return f"{of[name]:.1%} ({published[name]:.1%})"
-    return f"{of[name]:,.1f} ({published[name]:,g})"
+        return f"{value:.1%} ({getattr(published, name):.1%})"
+    return f"{value:,.1f} ({getattr(published, name):,g})"

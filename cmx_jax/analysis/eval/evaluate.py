@@ -129,8 +129,8 @@ def _check_comparable(llm: LLM, other: LLM) -> None:
 def described(llm: LLM) -> dict[str, Any]:
     """What was run: how the model is stored (parameters by type), its arithmetic, how it lies on ranks."""
     stored: dict[str, int] = {}
-    for row in inspect(llm.model.directory)["groups"]:
-        stored[row["scheme"]] = stored.get(row["scheme"], 0) + row["parameters"]
+    for row in inspect(llm.model.directory).groups:
+        stored[row.scheme] = stored.get(row.scheme, 0) + row.parameters
     layout = llm.instance.layout
     return {
         "name": llm.model.directory.name,

@@ -1,4 +1,4 @@
-"""What a checkpoint announces of its quantisation: `quantization_config`, or Ascend's description file."""
+"""Quantisation that a checkpoint announces, by `quantization_config` or by Ascend's description file."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,24 +10,23 @@ from cmx_jax.errors import CmxError
 from cmx_jax.model.fields import mapping, read_json
 
 DESCRIPTION = "quant_model_description.json"
-# Modules that stay in floats, as compressed-tensors' `ignore` says it: what is sensitive and small (section
-# 4.5).
+# Sensitive and small modules, which stay in floats (section 4.5), as in compressed-tensors' `ignore`.
 IGNORED = ("lm_head", r"re:.*\.(gate|router)$")
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What `config.json` and the Ascend description announce.
+    """Quantisation announced by `config.json` and the Ascend description.
 
     Attributes:
       method: `quant_method`, `ascend`, or None.
-      block: rows and columns of a block of scales.
-      strategies: of compressed-tensors: `channel`, `tensor` or `group`, or several.
-      types: what quantised weights may be.
-      group: width of a group of scales within a row.
-      ignored: modules that compressed-tensors left alone, whole names and patterns.
-      ascend: tensor name -> FLOAT, W8A8 or W8A8_DYNAMIC.
-      w8a8: activations are to be rounded to INT8 too, with a dynamic scale for each token.
+      block: Rows and columns of the block that a scale is for.
+      strategies: Strategies of compressed-tensors: one or more of `channel`, `tensor` and `group`.
+      types: Types that quantised weights may have, by their names in safetensors.
+      group: Number of numbers in a row that share a scale; None without groups.
+      ignored: Modules that compressed-tensors left in floats: full names, and patterns.
+      ascend: FLOAT, W8A8 or W8A8_DYNAMIC, by name of the tensor.
+      w8a8: True if activations are to be rounded to INT8 too, with a dynamic scale for each token.
     """
 
     method: str | None = None
@@ -40,13 +39,13 @@ class Declared:
     w8a8: bool = False
 
     def ignores(self, name: str) -> bool:
-        """Whether the tensor's module was left alone."""
+        """Returns whether the tensor's module was left in floats."""
         module = name.removesuffix(".weight")
         return module in self.ignored[0] or any(pattern.match(module) for pattern in self.ignored[1])
 
 
-def _refuse(name: str, given: object, expected: str) -> NoReturn:
-    raise CmxError(f"config: quantization_config.{name} is {str(given)[:60]!r}, expected {expected}")
+def _refuse(name: str, value: object, expected: str) -> NoReturn:
+    raise CmxError(f"config: quantization_config.{name} is {str(value)[:60]!r}, expected {expected}")
 
 
 def _block(raw: Mapping[str, Any]) -> tuple[int, int]:
@@ -88,14 +87,15 @@ def _compressed(raw: Mapping[str, Any]) -> Declared:
 
 
 def _by_token(activations: Any) -> bool:
-    wanted = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
-    return isinstance(activations, Mapping) and all(activations.get(key) == x for key, x in wanted.items())
+    """Returns whether activations are INT8 with a dynamic scale for each token."""
+    expected = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    return isinstance(activations, Mapping) and all(activations.get(key) == x for key, x in expected.items())
 
 
-def _compressed_weights(where: str, weights: Any) -> Mapping[str, Any]:
-    """A group's weights, checked."""
+def _compressed_weights(name: str, weights: Any) -> Mapping[str, Any]:
+    """Arguments of a group's weights, checked; `name` is for errors."""
     if not isinstance(weights, Mapping):
-        _refuse(where, weights, "an object")
+        _refuse(name, weights, "an object")
     expected: dict[str, tuple[Any, ...]] = {
         "num_bits": (8, None),
         "symmetric": (True, None),
@@ -104,18 +104,18 @@ def _compressed_weights(where: str, weights: Any) -> Mapping[str, Any]:
     }
     for key, values in expected.items():
         if weights.get(key) not in values:
-            _refuse(f"{where}.{key}", weights.get(key), f"{values[0]}")
+            _refuse(f"{name}.{key}", weights.get(key), f"{values[0]}")
     size = weights.get("group_size")
     if weights["strategy"] == "group" and (type(size) is not int or size < 1):
-        _refuse(f"{where}.group_size", size, "a positive integer")
+        _refuse(f"{name}.group_size", size, "a positive integer")
     return weights
 
 
-def _ignored(given: Any) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
-    """`ignore`: names of modules, or patterns behind `re:`."""
-    names = [] if given is None else given
+def _ignored(value: Any) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
+    """Names and patterns of `ignore`, in which patterns have the prefix `re:`."""
+    names = [] if value is None else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        _refuse("ignore", given, "a list of module names")
+        _refuse("ignore", value, "a list of module names")
     patterns = []
     for name in names:
         if name.startswith("re:"):
@@ -142,30 +142,35 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Declared]] = {
 
 
 def declared(raw: Mapping[str, Any], directory: Path) -> Declared:
-    """What a directory announces.
+    """Reads the quantisation that a directory announces.
+
+    Args:
+      raw: Parsed `config.json`.
+      directory: Directory of the checkpoint.
 
     Raises:
-      CmxError: a method, width or kind that is not read; the field is named.
+      CmxError: A method, width or kind is not supported; the field is named.
     """
-    where = "compression_config" if raw.get("quantization_config") is None else "quantization_config"
-    config = mapping(raw, where)
-    found = Declared()
-    if raw.get(where) is not None:
+    field = "compression_config" if raw.get("quantization_config") is None else "quantization_config"
+    config = mapping(raw, field)
+    announced = Declared()
+    if raw.get(field) is not None:
         method = config.get("quant_method")
         if not isinstance(method, str) or method not in METHODS:
             _refuse("quant_method", method, f"one of {', '.join(METHODS)}")
-        found = METHODS[method](config)
-    if (directory / DESCRIPTION).exists():  # an FP8 model's quantization_config may have stayed beside it
+        announced = METHODS[method](config)
+    if (directory / DESCRIPTION).exists():  # an FP8 model's quantization_config may still be there
         return Declared("ascend", ascend=_description(directory / DESCRIPTION))
-    if found.method == "ascend":
+    if announced.method == "ascend":
         raise CmxError(f"{directory}: quant_method is ascend, but there is no {DESCRIPTION}")
-    return found
+    return announced
 
 
 def _description(path: Path) -> dict[str, str]:
+    """Kind of each weight and bias in an Ascend description."""
     kinds = {}
     for name, kind in read_json(path).items():
-        if not name.endswith((".weight", ".bias")):  # of the model as a whole, or of a weight's companions
+        if not name.endswith((".weight", ".bias")):  # a field of the model, or a weight's companion
             continue
         if kind not in ("FLOAT", "W8A8", "W8A8_DYNAMIC"):
             raise CmxError(
@@ -176,10 +181,10 @@ def _description(path: Path) -> dict[str, str]:
 
 
 def compressed_int8(floats: Iterable[str] = ()) -> dict[str, Any]:
-    """The `quantization_config` of what `cmx_jax.model.checkpoint.writer` writes as INT8.
+    """The `quantization_config` of an INT8 checkpoint that `cmx_jax.model.checkpoint.writer` writes.
 
     Args:
-      floats: modules that stay in floats besides `IGNORED`.
+      floats: Modules that stay in floats besides `IGNORED`.
     """
     common = {"num_bits": 8, "type": "int", "symmetric": True}
     group = {

@@ -1,8 +1,8 @@
 """The safetensors files of a directory as one mapping from tensor name to array, read piecewise.
 
-The library checks each file's header against the file; the numbers are then read at their offsets, so that
-a part of a tensor costs that part, types that its NumPy face lacks (FP8) are read too, and nothing stays
-mapped.
+The library checks each file's header against the file. The numbers are then read at their offsets, so that
+reading a part of a tensor costs only that part, types that the library's NumPy interface lacks (FP8) are read
+too, and no file stays mapped.
 """
 
 import json
@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from cmx_jax.errors import CmxError
 from cmx_jax.model.fields import read_json
 
-FLOATS: dict[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
-DTYPES: dict[str, Any] = {
+FLOATS: dict[str, type] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+DTYPES: dict[str, type] = {
     **FLOATS,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "I8": np.int8,
@@ -29,7 +29,14 @@ DTYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Header:
-    """Where a tensor lies."""
+    """Location of a tensor.
+
+    Attributes:
+      file: File that holds the tensor.
+      dtype: Type, by its name in safetensors.
+      shape: Shape in the file.
+      offset: Offset of the first number in the file, in bytes.
+    """
 
     file: Path
     dtype: str
@@ -38,7 +45,7 @@ class Header:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file (0 of a type that is not read)."""
+        """Bytes in the file; 0 for a type that is not read."""
         size = np.dtype(DTYPES[self.dtype]).itemsize if self.dtype in DTYPES else 0
         return int(np.prod(self.shape, dtype=np.int64)) * size
 
@@ -46,8 +53,11 @@ class Header:
 class TensorFiles:
     """All tensors of a directory, by name.
 
+    Attributes:
+      headers: Location of each tensor, by name.
+
     Raises:
-      CmxError: there is none, a file is damaged, an index names what is not there, two files hold one tensor.
+      CmxError: There are none, a file is damaged, index and files disagree, or two files hold one tensor.
     """
 
     def __init__(self, directory: Path):
@@ -58,11 +68,12 @@ class TensorFiles:
         self.headers = self._indexed(index[0]) if index else self._all()
 
     def _indexed(self, path: Path) -> dict[str, Header]:
+        """Headers of the files that an index names."""
         weight_map = read_json(path).get("weight_map")
         good = isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())
         if not good or not weight_map:
             raise CmxError(
-                f"{path}: not a safetensors index: weight_map is no object of file names, or empty"
+                f"{path}: not a safetensors index: weight_map is empty or not an object of file names"
             )
         single = self.directory / "model.safetensors"
         if single.exists() and single.name not in weight_map.values():
@@ -74,8 +85,8 @@ class TensorFiles:
                 raise CmxError(f"{path}: names {name[:200]}, which is not there")
             for tensor, header in read_headers(file).items():
                 if weight_map.get(tensor) != name:
-                    where = f"in {weight_map[tensor]} by" if tensor in weight_map else "missing from"
-                    raise CmxError(f"{file}: holds tensor {tensor}, which is {where} the index")
+                    status = f"in {weight_map[tensor]} by" if tensor in weight_map else "missing from"
+                    raise CmxError(f"{file}: holds tensor {tensor}, which is {status} the index")
                 headers[tensor] = header
         for tensor, name in weight_map.items():
             if tensor not in headers:
@@ -83,6 +94,7 @@ class TensorFiles:
         return headers
 
     def _all(self) -> dict[str, Header]:
+        """Headers of all files of a directory without an index."""
         headers: dict[str, Header] = {}
         files = sorted(self.directory.glob("*.safetensors"))
         if not files:
@@ -98,27 +110,27 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self.headers
 
-    def read(self, name: str, at: tuple[Any, ...] = ()) -> np.ndarray:
-        """A tensor, or the part `at` of it, as a copy in memory."""
+    def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
+        """Reads a tensor, or the part `tensor[index]`, into memory."""
         header = self.headers[name]
         shape, dtype = header.shape, DTYPES[header.dtype]
         if 0 in shape:
-            return np.zeros(shape, dtype)[at]
+            return np.zeros(shape, dtype)[index]
         try:
-            if not at:  # an ordinary read leaves no mapping behind
+            if not index:  # an ordinary read leaves no mapping
                 count = int(np.prod(shape, dtype=np.int64))
                 return np.fromfile(header.file, dtype, count, offset=header.offset).reshape(shape)
             mapped = np.memmap(header.file, dtype, "r", header.offset, shape or (1,))
-            return np.array(mapped.reshape(shape)[at])
+            return np.array(mapped.reshape(shape)[index])
         except (OSError, ValueError) as error:
             raise CmxError(f"{header.file}: tensor {name} cannot be read ({error})") from None
 
 
 def finite(values: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """Numbers as another type.
+    """Converts numbers to another type.
 
     Raises:
-      CmxError: one is not finite, or not in that type.
+      CmxError: A number is not finite, or not in that type; the message begins with `name`.
     """
     with np.errstate(over="ignore"):  # what overflows is refused
         array = values.astype(dtype, copy=False)
@@ -127,10 +139,10 @@ def finite(values: np.ndarray, dtype: Any, name: str) -> np.ndarray:
 
 
 def fill_finite(out: np.ndarray, values: np.ndarray, name: str) -> None:
-    """Numbers written into an array of another type: without a copy of that type.
+    """Writes numbers into an array of another type, without a copy in that type.
 
     Raises:
-      CmxError: one is not finite, or not in that type.
+      CmxError: A number is not finite, or not in that type; the message begins with `name`.
     """
     with np.errstate(over="ignore"):
         out[...] = values
@@ -143,10 +155,10 @@ def _check_finite(array: np.ndarray, name: str) -> None:
 
 
 def read_headers(file: Path) -> dict[str, Header]:
-    """Where each tensor of a file lies.
+    """Reads the location of each tensor of a file.
 
     Raises:
-      CmxError: it is not a whole safetensors file.
+      CmxError: The file is not a complete safetensors file.
     """
     try:
         with safe_open(file, framework="numpy"):  # checks lengths, offsets, types

@@ -1,4 +1,4 @@
-"""A Hugging Face directory: `config.json`, `*.safetensors`, in any of the stored forms of `schemes.py`."""
+"""A Hugging Face directory: `config.json` and `*.safetensors`, in any storage scheme of `schemes.py`."""
 
 from collections import defaultdict
 from functools import cached_property
@@ -16,15 +16,18 @@ from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config
 from cmx_jax.model.fields import read_json
 
-_COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # what an MTP layer holds of the main model
-_SAMPLE = 256  # rows that are compared
+_COPIES = (
+    "embed_tokens.weight",
+    "shared_head.head.weight",
+)  # the main model's, in an MTP layer
+_SAMPLE = 256  # rows compared at both ends and in the middle
 
-# Of a multimodal directory the text model is read; transformers has used both orders of the prefix.
+# Prefixes of the text model in a multimodal directory; transformers has used both orders.
 _PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
 
 
 def text_name(name: str) -> str:
-    """A tensor's name without the prefix that the text model has in a multimodal directory."""
+    """Name of a tensor without the prefix of the text model in a multimodal directory."""
     prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
     return _PREFIXES.get(prefix, "") + name.removeprefix(prefix)
 
@@ -38,14 +41,19 @@ _OTHER_MODELS = (
 
 
 class HuggingFace:
-    """What is in the files, held against what the config asks for.
+    """A Hugging Face directory as a `cmx_jax.model.checkpoint.source.Checkpoint`.
+
+    Files and config are compared when it is made, but faults are refused only by `check`.
 
     Attributes:
-      config: the model.
-      mtp: whether MTP layers are stored.
-      stored: how each tensor of the config is stored, by name.
-      missing, unknown: names on one side only.
-      faults: what else is wrong, a line each.
+      directory: Directory of the checkpoint.
+      config: Config of the model.
+      files: Tensors in the files.
+      mtp: True if MTP layers are stored.
+      stored: Storage scheme of each tensor that the config asks for and the files hold, by name.
+      missing: Names of tensors that the config asks for and the files lack.
+      unknown: Names of tensors that the config does not ask for.
+      faults: Other faults, a line each.
     """
 
     def __init__(self, directory: Path, config: ModelConfig | None = None):
@@ -77,7 +85,7 @@ class HuggingFace:
 
     @cached_property
     def wide(self) -> frozenset[tuple[str, str]]:
-        """Fields of which something is stored in more digits than bfloat16 has."""
+        """Fields with at least one tensor stored in more digits than bfloat16 has."""
         return frozenset(
             s.piece[:2]
             for s in self.sources
@@ -87,34 +95,41 @@ class HuggingFace:
     @cached_property
     def int8(self) -> tuple[frozenset[tuple[str, str]], str]:
         """See `cmx_jax.model.checkpoint.source.Checkpoint`."""
-        found = [(s.piece[:2], self.stored[s.name]) for s in self.sources if s.name in self.stored]
-        rounded = {field for field, how in found if how.channels}
-        floats = {field for field, how in found if not how.channels}
-        scales = {self.files.headers[how.companions[0]].dtype for _, how in found if how.channels}
+        tensors = [(s.piece[:2], self.stored[s.name]) for s in self.sources if s.name in self.stored]
+        rounded = {field for field, tensor in tensors if tensor.channels}
+        floats = {field for field, tensor in tensors if not tensor.channels}
+        scales = {self.files.headers[tensor.companions[0]].dtype for _, tensor in tensors if tensor.channels}
         return frozenset(rounded - floats), "bfloat16" if scales <= {"BF16"} else "float32"
 
     @cached_property
     def _pieces(self) -> dict[Piece, list[Source]]:
-        found: dict[Piece, list[Source]] = defaultdict(list)
+        pieces: dict[Piece, list[Source]] = defaultdict(list)
         for s in self.sources:
-            found[s.piece].append(s)
-        return found
+            pieces[s.piece].append(s)
+        return pieces
 
     def check(self) -> "HuggingFace":
-        """Refuses the directory unless it holds just what the config asks for; names the first tensor."""
+        """Checks that the directory holds just the tensors that the config asks for; returns self.
+
+        Raises:
+          CmxError: A tensor is missing, unknown or faulty; the first one is named.
+        """
         for fault in self.faults:
             raise CmxError(fault)
-        for what, names in (("is missing", self.missing), ("is not part of this architecture", self.unknown)):
+        for fault, names in (
+            ("is missing", self.missing),
+            ("is not part of this architecture", self.unknown),
+        ):
             if names:
-                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-                raise CmxError(f"{self.directory}: tensor {names[0]} {what}{more}")
+                count = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                raise CmxError(f"{self.directory}: tensor {names[0]} {fault}{count}")
         return self
 
     def fill(self, piece: Piece, out: np.ndarray) -> None:
-        """Writes a piece into `out`, which has its shape and the wanted type.
+        """Writes a piece into `out`, which has the piece's shape and the requested type.
 
         Raises:
-          CmxError: a number or scale is not finite.
+          CmxError: A number or scale is not finite.
         """
         for s in self._pieces[piece]:
             tensor = self.stored[s.name]
@@ -132,15 +147,16 @@ class HuggingFace:
         return True
 
     def tensor(self, name: str, dtype: Any) -> np.ndarray:
-        """A tensor of the file format, experts one by one, decoded.
+        """Reads and decodes a tensor of the file format, experts one by one.
 
         Raises:
-          CmxError: a number or scale is not finite.
+          CmxError: A number or scale is not finite.
         """
-        found = self.stored[name]
-        return finite(found.decode(), dtype, f"tensor {found.name}")
+        tensor = self.stored[name]
+        return finite(tensor.decode(), dtype, f"tensor {tensor.name}")
 
     def _strip_prefixes(self) -> None:
+        """Renames the tensors of a multimodal directory to those of a text model."""
         if self.config.family != "llama4":
             return
         headers: dict[str, Header] = {}
@@ -154,19 +170,19 @@ class HuggingFace:
         self.files.headers = headers
 
     def _find(self, s: Source, announced: Declared) -> None:
-        """Looks a source up and notes how it is stored, or what is wrong with it."""
+        """Looks up a source and records its storage scheme, or its fault."""
         stacked = None if s.name in self.files else s.stacked
         one, expected = (stacked.name, stacked.shape) if stacked else (s.name, s.shape)
         if one not in self.files:
             self.missing.append(s.name)
             return
-        given = self.files.headers[one].shape
-        if given != expected:
-            self._fault(f"tensor {one} has shape {list(given)}, expected {list(expected)}")
+        shape = self.files.headers[one].shape
+        if shape != expected:
+            self._fault(f"tensor {one} has shape {list(shape)}, expected {list(expected)}")
             return
         try:
             if stacked:
-                self.stored[s.name] = plain(self.files, one, stacked.at, stacked.transposed)
+                self.stored[s.name] = plain(self.files, one, stacked.index, stacked.transposed)
             elif len(s.shape) == 2:
                 self.stored[s.name] = stored(self.files, one, announced)
             else:
@@ -179,14 +195,15 @@ class HuggingFace:
             self.faults.append(line)
 
     def _unused(self) -> set[str]:
+        """Names of tensors in the files that no source uses."""
         used = {s.name for s in self.sources}
-        for found in self.stored.values():
-            used |= {found.name, *found.companions}
-        wanted = {s.stacked.name for s in self.sources if s.stacked} if self.faults else set()
-        return self.files.headers.keys() - used - wanted
+        for tensor in self.stored.values():
+            used |= {tensor.name, *tensor.companions}
+        stacks = {s.stacked.name for s in self.sources if s.stacked} if self.faults else set()
+        return self.files.headers.keys() - used - stacks
 
     def _ignored(self, name: str) -> bool:
-        """Tensors that carry nothing of their own: frequencies, copies of embedding and head, empty ones."""
+        """Returns whether a tensor may be ignored: frequencies, copies of embedding or head, empty ones."""
         c, shape = self.config, self.files.headers[name].shape
         if name.endswith("rotary_emb.inv_freq") or name.startswith(_OTHER_MODELS):
             return True
@@ -200,19 +217,24 @@ class HuggingFace:
         return empty or self._is_zero_bias(name)
 
     def _same_tensor(self, name: str, other: str) -> bool:
-        """Whether two matrices are alike: in shape, type, and the rows at both ends and in the middle."""
+        """Returns whether two matrices have equal shapes, types, and rows at both ends and in the middle."""
         headers = self.files.headers
         if other not in headers or headers[name].dtype not in FLOATS:
             return False
         if (headers[name].shape, headers[name].dtype) != (headers[other].shape, headers[other].dtype):
             return False
-        rows = headers[name].shape[0]
-        starts = {0, rows // 2, max(rows - _SAMPLE, 0)}
+        count = headers[name].shape[0]
+        starts = {0, count // 2, max(count - _SAMPLE, 0)}
         parts = [(slice(start, start + _SAMPLE),) for start in sorted(starts)]
-        return all(np.array_equal(self.files.read(name, at), self.files.read(other, at)) for at in parts)
+        return all(
+            np.array_equal(self.files.read(name, rows), self.files.read(other, rows)) for rows in parts
+        )
 
     def _is_zero_bias(self, name: str) -> bool:
-        """Ascend's outlier suppression leaves norms with a bias, of zeros where it moved nothing."""
+        """Returns whether a tensor is a norm's bias of zeros.
+
+        Ascend's outlier suppression leaves norms with a bias, which is zero if it moved nothing.
+        """
         header = self.files.headers[name]
         if not name.endswith("norm.bias") or header.dtype not in FLOATS:
             return False
@@ -220,6 +242,6 @@ class HuggingFace:
 
 
 def _has_mtp(c: ModelConfig, files: TensorFiles) -> bool:
-    """Whether any tensor of an MTP layer is stored."""
+    """Returns whether any tensor of an MTP layer is stored."""
     prefixes = tuple(f"model.layers.{c.num_hidden_layers + i}." for i in range(c.num_nextn_predict_layers))
     return bool(prefixes) and any(name.startswith(prefixes) for name in files.headers)

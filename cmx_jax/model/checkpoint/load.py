@@ -1,4 +1,4 @@
-"""From pieces on disk to weights in memory: each rank's shard is read by itself, and nothing else."""
+"""Loads weights from pieces on disk; each rank's shard is read by itself, and nothing else."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +12,9 @@ from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.mesh.specs import Part
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
-from cmx_jax.model.checkpoint.int8 import Int8Pieces
 from cmx_jax.model.checkpoint.manifest import read_manifest
 from cmx_jax.model.checkpoint.names import Piece
-from cmx_jax.model.checkpoint.source import Checkpoint
+from cmx_jax.model.checkpoint.source import Checkpoint, Int8Pieces
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.leaf import Leaf, leaf_dtype
 from cmx_jax.model.rebalance import initial, table_of, tables
@@ -24,14 +23,14 @@ from cmx_jax.model.weights import Weights
 
 
 def open_checkpoint(directory: str | Path, config: ModelConfig | None = None) -> Checkpoint:
-    """A checkpoint, checked: every tensor is there, of the right shape, stored in a way that is understood.
+    """Opens a checkpoint and checks that every tensor is there, of the right shape and in a known scheme.
 
     Args:
-      directory: a Hugging Face or Orbax directory.
-      config: what it is to be read as; None reads its `config.json`.
+      directory: Hugging Face or Orbax directory.
+      config: Config to read the checkpoint with; None reads its `config.json`.
 
     Raises:
-      CmxError: it is not; the tensor, file or field is named.
+      CmxError: A tensor, file or field is wrong; it is named.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -40,10 +39,10 @@ def open_checkpoint(directory: str | Path, config: ModelConfig | None = None) ->
     if manifest is not None and manifest.format == "orbax":
         from cmx_jax.model.checkpoint.orbax import OrbaxDirectory  # takes a second to import
 
-        found = OrbaxDirectory(directory, manifest).check()
-        if config is not None and config != found.config:
+        checkpoint = OrbaxDirectory(directory, manifest).check()
+        if config is not None and config != checkpoint.config:
             raise CmxError(f"{directory}: its config.json is not the config that it is to be read as")
-        return found
+        return checkpoint
     return HuggingFace(directory, config).check()
 
 
@@ -52,7 +51,7 @@ def _span(index: slice, size: int) -> range:
 
 
 Fill = Callable[[Piece, np.ndarray], None]
-"""Writes what a leaf holds of a piece into an array of its shape and type."""
+"""Function that writes a leaf's part of a piece into an array of its shape and type."""
 
 
 def read_field(
@@ -63,23 +62,24 @@ def read_field(
     expert_of_slot: np.ndarray,
     dtype: Any,
 ) -> np.ndarray:
-    """The part of a field that a rank holds.
+    """Reads the part of a field that a rank holds.
 
     Args:
-      fill: reads pieces of it.
-      c: the model.
-      leaf: the field.
-      index: a slice for each of its axes.
-      expert_of_slot: [L, X] of its stack (see `cmx_jax.mesh.placement`); empty slots are zero.
-      dtype: wanted.
+      fill: Function that reads pieces of the field.
+      c: Config of the model.
+      leaf: Leaf of the field.
+      index: Slice of each axis that the rank holds.
+      expert_of_slot: Placement of the leaf's stack, `[L, X]` (see `cmx_jax.mesh.placement`); empty slots are
+        zero.
+      dtype: Type of the result.
     """
     shape = tuple(len(_span(s, n)) for s, n in zip(index, leaf.shape, strict=True))
-    whole = leaf.piece_shape
-    rest = index[len(index) - len(whole) :]
-    uncut = shape[len(shape) - len(whole) :] == whole
+    piece_shape = leaf.piece_shape
+    rest = index[len(index) - len(piece_shape) :]
+    uncut = shape[len(shape) - len(piece_shape) :] == piece_shape
 
     def put(read: Callable[[np.ndarray], None], out: np.ndarray) -> None:
-        full = out if uncut else np.zeros(whole, dtype)
+        full = out if uncut else np.zeros(piece_shape, dtype)
         read(full)
         if not uncut:
             out[...] = full[rest]
@@ -99,27 +99,36 @@ def read_field(
 
 
 def _fill_expert(fill: Fill, c: ModelConfig, leaf: Leaf, layer: int, expert: int, out: np.ndarray) -> None:
-    """An expert's matrix; one behind the routed ones is a share of the shared expert's hidden width."""
+    """Reads an expert's matrix into `out`.
+
+    Numbers after those of routed experts stand for equal shares of the shared expert's hidden width. A
+    negative number stands for an empty slot, which is left as it is.
+    """
     if expert < c.n_routed_experts:
         if expert >= 0:
             fill((leaf.stack, leaf.path, layer, expert), out)
         return
-    axis = 0 if leaf.path.endswith("down") else -1  # where the hidden width lies
+    axis = 0 if leaf.path.endswith("down") else -1  # axis of the hidden width
     shape, parts = list(leaf.piece_shape), c.n_shared_experts
-    one_scale = leaf.kind == "scale" and axis == 0  # for the whole width
+    one_scale = leaf.kind == "scale" and axis == 0  # for the full width
     shape[axis] *= 1 if one_scale else parts
-    both = np.empty(shape, out.dtype)
-    fill((leaf.stack, leaf.path.replace("experts", "shared"), layer, 0), both)
-    out[...] = both if one_scale else np.split(both, parts, axis)[expert - c.n_routed_experts]
+    shared = np.empty(shape, out.dtype)
+    fill((leaf.stack, leaf.path.replace("experts", "shared"), layer, 0), shared)
+    out[...] = shared if one_scale else np.split(shared, parts, axis)[expert - c.n_routed_experts]
 
 
 def read_weights(directory: str | Path, c: ModelConfig, dtype: Any) -> Weights:
-    """Weights of a checkpoint as NumPy arrays, expert `e` in slot `e`.
+    """Reads the weights of a checkpoint as NumPy arrays, expert `e` in slot `e`.
 
-    A config that names MTP layers of which no tensor is stored loads without them (`mtp` is None).
+    If the config names MTP layers but no tensor of them is stored, `mtp` of the weights is None.
+
+    Args:
+      directory: Hugging Face or Orbax directory.
+      c: Config of the model.
+      dtype: Type of floats.
 
     Raises:
-      CmxError: a tensor is missing, unknown, misshapen, of another type, or not finite; it is named.
+      CmxError: A tensor is missing, unknown, misshapen, of another type, or not finite; it is named.
     """
     checkpoint = open_checkpoint(directory, c)
     layout = expert_parallel(1, c.n_routed_experts)
@@ -134,7 +143,7 @@ def _filled(
     mtp: bool,
     make: Callable[[Leaf, Any, Part], Any] | None = None,
 ) -> Weights:
-    """Weights of which `make(leaf, dtype, part)` makes each from its parts; None takes the NumPy arrays."""
+    """Weights, each made by `make(leaf, dtype, part)` from parts; NumPy arrays if `make` is None."""
     placement = initial(c, layout, mtp)
     slots, pieces = tables(c, layout, placement), Int8Pieces(checkpoint)
 
@@ -163,18 +172,18 @@ def load_weights(
     mtp: bool | None = None,
     config: ModelConfig | None = None,
 ) -> Weights:
-    """Weights of a checkpoint on an instance, experts in the layout's slots.
+    """Loads the weights of a checkpoint onto an instance, experts in the layout's slots.
 
     Args:
-      checkpoint: where from.
-      layout: of the instance.
-      runner: of the instance.
-      dtype: of what is floats.
-      mtp: whether its MTP layers too; None takes those that are stored.
-      config: the checkpoint's with what is to be INT8; None: nothing is.
+      checkpoint: Checkpoint to read.
+      layout: Layout of the instance.
+      runner: Runner of the instance.
+      dtype: Type of floats.
+      mtp: True to load MTP layers, False to leave them out; None loads those that are stored.
+      config: The checkpoint's config with the fields that are to be INT8; None keeps all in floats.
 
     Raises:
-      CmxError: a number is not finite, or the experts do not fit the slots.
+      CmxError: A number is not finite, or the experts do not fit the slots.
     """
 
     def make(leaf: Leaf, kind: Any, part: Part) -> Any:

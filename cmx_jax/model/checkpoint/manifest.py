@@ -1,4 +1,4 @@
-"""`conversion.json`: what a conversion has written so far, so that it can be resumed and verified."""
+"""`conversion.json`: the progress of a conversion, so that it can be resumed and verified."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from cmx_jax.model.fields import read_json
 
 NAME = "conversion.json"
 UNFINISHED = f"{NAME}.unfinished"
-REPORT = "quantization.json"  # of a quantisation, beside it: each matrix's error
+REPORT = "quantization.json"  # lies beside it after a quantisation: the errors of each matrix
 FORMATS = ("safetensors", "orbax")
 
 
@@ -20,16 +20,16 @@ class Manifest:
     """The state of a conversion.
 
     Attributes:
-      source: fingerprint of what is converted.
+      source: Fingerprint of the source.
       format: `safetensors` or `orbax`.
-      dtype: of the matrices.
-      wide: fields that are float32 all the same, `stack/path`.
-      mtp: whether MTP layers are stored.
-      slots: expert slots of the layout (Orbax).
-      placement: slot of each expert (Orbax).
-      int8: fields that are INT8, `stack/path`, where they were chosen one by one.
-      units: of each finished unit the sha256 of each tensor.
-      complete: everything was written and verified.
+      dtype: Type of most fields: `float32`, `bfloat16` or `int8`.
+      wide: Fields (`stack/path`) that are float32 nevertheless.
+      mtp: True if MTP layers are stored.
+      slots: Number of expert slots of the layout (Orbax), else 0.
+      placement: Slot of each expert (Orbax), else empty.
+      int8: Fields (`stack/path`) that are INT8, if they were chosen one by one.
+      units: Sha256 of each tensor, by finished unit.
+      complete: True once all units are written and verified.
     """
 
     source: str
@@ -44,7 +44,7 @@ class Manifest:
     complete: bool = False
 
     def save(self, directory: Path) -> None:
-        """Replaces the file at once."""
+        """Replaces the file of a directory in one step."""
         unfinished = directory / UNFINISHED
         with unfinished.open("w") as file:
             json.dump(asdict(self), file, indent=1)
@@ -53,7 +53,7 @@ class Manifest:
         unfinished.rename(directory / NAME)
 
     def same_work(self, other: "Manifest") -> bool:
-        """Whether both convert the same to the same."""
+        """Returns whether both manifests describe the same source and the same output."""
         return self._work() == other._work()
 
     def _work(self) -> tuple[Any, ...]:
@@ -76,10 +76,10 @@ _TYPES = {
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a directory, None where there is none.
+    """Reads the manifest of a directory; None if there is none.
 
     Raises:
-      CmxError: it is damaged.
+      CmxError: The manifest is damaged; the field is named.
     """
     path = directory / NAME
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""Hugging Face's names: every tensor of a family's files once, and where it lies in our fields.
+"""Hugging Face's names: every tensor of a family's files once, and its place in this package's fields.
 
-A *piece* is our field of one layer, of one expert where there are experts. Each source is one tensor of the
-file format with its shape there, and a NumPy *view* that makes it look like (a part of) its piece; so
-reading and writing are the same assignment in two directions.
+A *piece* is one of our fields in one layer, and for one expert if the field has experts. Each source is one
+tensor of the file format with its shape there, and a NumPy *view* that makes it look like (a part of) its
+piece; so reading and writing are the same assignment in two directions.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,16 +15,23 @@ from cmx_jax.model.config import GQAConfig, MLAConfig, ModelConfig
 
 View = Callable[[np.ndarray], np.ndarray]
 Piece = tuple[str, str, int, int]
-"""Stack, path, number in the stack, expert (0 where there are none): see `cmx_jax.model.weights.Leaf`."""
+"""Stack, path, number in the stack, expert (0 if there are none): see `cmx_jax.model.weights.Leaf`."""
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """Where an expert's tensor lies when a file has all experts of a layer in one."""
+    """Location of an expert's tensor in a file that has all experts of a layer in one tensor.
+
+    Attributes:
+      name: Name of the tensor of all experts.
+      shape: Shape of the tensor of all experts.
+      index: Index of the expert's tensor in it.
+      transposed: True if the expert's tensor is stored transposed.
+    """
 
     name: str
     shape: tuple[int, ...]
-    at: tuple[Any, ...]
+    index: tuple[Any, ...]
     transposed: bool
 
 
@@ -33,13 +40,13 @@ class Source:
     """One tensor of the file format.
 
     Attributes:
-      name: as the file has it, experts one by one.
-      shape: there.
-      unit: the layer that it belongs to, or `top`: what is read and written at a time.
-      piece: where it goes.
-      part: which part of the piece.
-      view: the file's array as the piece has it.
-      stacked: where it lies if experts are stacked.
+      name: Name in the file, experts one by one.
+      shape: Shape in the file.
+      unit: Layer that the tensor belongs to, or `top`; units are read and written one at a time.
+      piece: Piece that the tensor is (a part of).
+      part: Index of the tensor in the piece.
+      view: Function from the file's array to a view in the piece's layout.
+      stacked: Location of the tensor if experts are stacked; None unless it is a routed expert's.
     """
 
     name: str
@@ -53,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Names:
-    """How a family calls what others call differently."""
+    """Names that differ between families."""
 
     ffn: str = "mlp"
     router: str = "gate"
@@ -68,7 +75,7 @@ NAMES = {
     "pangu_ultra_moe": Names(),
     "palm": Names(),
 }
-NORMS = {  # by the kind of block: with sandwich norms one name means another place
+NORMS = {  # by kind of block, since `post_attention_layernorm` is another norm with sandwich norms
     "pre": {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
     "sandwich": {
         "attn_norm": "input_layernorm",
@@ -91,17 +98,17 @@ def _transposed(a: np.ndarray) -> np.ndarray:
 
 
 def _heads_out(heads: int) -> View:
-    """`[H N, D] -> [D, H, N]`: a projection to heads."""
+    """View of a projection to heads: `[H N, D] -> [D, H, N]`."""
     return lambda a: a.reshape(heads, -1, a.shape[-1]).transpose(2, 0, 1)
 
 
 def _heads_in(heads: int) -> View:
-    """`[D, H V] -> [H, V, D]`: a projection from heads."""
+    """View of a projection from heads: `[D, H V] -> [H, V, D]`."""
     return lambda a: a.reshape(a.shape[0], heads, -1).transpose(1, 2, 0)
 
 
 def _per_head(heads: int) -> View:
-    """`[H N] -> [H, N]`."""
+    """View of a bias of heads: `[H N] -> [H, N]`."""
     return lambda a: a.reshape(heads, -1)
 
 
@@ -154,13 +161,15 @@ class _Layer:
         self.c, self.stack, self.index = c, stack, index
         self.names, self.unit = NAMES[c.family], f"layers.{number}"
 
-    def source(self, name: str, shape: tuple[int, ...], path: str, view: View, **more: Any) -> Source:
-        piece = (self.stack, path, self.index, more.pop("expert", 0))
+    def source(self, name: str, shape: tuple[int, ...], path: str, view: View, **fields: Any) -> Source:
+        """Source of a tensor of this layer; `fields` are further ones of `Source`, and the `expert`."""
+        piece = (self.stack, path, self.index, fields.pop("expert", 0))
         return Source(
-            f"model.{self.unit}.{name}", shape, self.unit, piece, more.pop("part", ()), view, **more
+            f"model.{self.unit}.{name}", shape, self.unit, piece, fields.pop("part", ()), view, **fields
         )
 
     def swiglu(self, name: str, path: str, hidden: int) -> Iterator[Source]:
+        """Sources of an FFN with `hidden` hidden units."""
         width, every = self.c.hidden_size, slice(None)
         for i, proj in enumerate(("gate_proj", "up_proj")):
             shape, part = (hidden, width), (every, i)
@@ -168,14 +177,9 @@ class _Layer:
         yield self.source(f"{name}.down_proj.weight", (width, hidden), f"{path}.down", _transposed)
 
     def expert(self, e: int) -> Iterator[Source]:
+        """Sources of a routed expert."""
         width, hidden, every = self.c.hidden_size, self.c.moe_intermediate_size, slice(None)
-        experts, turned = f"{self.names.ffn}.experts", self.names.experts_transposed
-
-        def stacked(name: str, out: int, rows: slice, into: int) -> Stacked:
-            shape, at = ((into, out), (every, rows)) if turned else ((out, into), (rows, every))
-            full = f"model.{self.unit}.{experts}.{name}"
-            return Stacked(full, (self.c.n_routed_experts, *shape), (e, *at), turned)
-
+        experts = f"{self.names.ffn}.experts"
         for i, proj in enumerate(("gate_proj", "up_proj")):
             rows = slice(i * hidden, (i + 1) * hidden)
             yield self.source(
@@ -185,7 +189,7 @@ class _Layer:
                 _transposed,
                 part=(every, i),
                 expert=e,
-                stacked=stacked("gate_up_proj", 2 * hidden, rows, width),
+                stacked=self._stacked(e, "gate_up_proj", (2 * hidden, width), rows),
             )
         yield self.source(
             f"{experts}.{e}.down_proj.weight",
@@ -193,10 +197,25 @@ class _Layer:
             "ffn.experts.down",
             _transposed,
             expert=e,
-            stacked=stacked("down_proj", width, every, hidden),
+            stacked=self._stacked(e, "down_proj", (width, hidden), every),
         )
 
+    def _stacked(self, e: int, name: str, shape: tuple[int, int], rows: slice) -> Stacked:
+        """Location of an expert's rows in a tensor of all experts.
+
+        Args:
+          e: Number of the expert.
+          name: Last part of the tensor's name.
+          shape: Outputs and inputs of an expert's matrix in the tensor.
+          rows: Outputs that belong to the expert's tensor.
+        """
+        turned = self.names.experts_transposed
+        index = (e, slice(None), rows) if turned else (e, rows, slice(None))
+        full = f"model.{self.unit}.{self.names.ffn}.experts.{name}"
+        return Stacked(full, (self.c.n_routed_experts, *(shape[::-1] if turned else shape)), index, turned)
+
     def moe(self) -> Iterator[Source]:
+        """Sources of router, routed experts and shared expert."""
         c, ffn = self.c, self.names.ffn
         router = f"{ffn}.{self.names.router}"
         yield self.source(f"{router}.weight", (c.n_routed_experts, c.hidden_size), "ffn.router", _same)
@@ -210,6 +229,7 @@ class _Layer:
             yield from self.swiglu(f"{ffn}.{self.names.shared}", "ffn.shared", hidden)
 
     def all(self) -> Iterator[Source]:
+        """Sources of all tensors of this layer."""
         c, width = self.c, self.c.hidden_size
         for path, name in NORMS[c.block].items():
             yield self.source(f"{name}.weight", (width,), path, _same)
@@ -228,7 +248,12 @@ class _Layer:
 
 
 def sources(c: ModelConfig, mtp: bool) -> Iterator[Source]:
-    """Every tensor of the file format for this config, layer by layer; `mtp`: those of MTP layers too."""
+    """Yields every tensor of the file format for a config, layer by layer.
+
+    Args:
+      c: Config of the model.
+      mtp: True to include the tensors of MTP layers.
+    """
     shape = (c.vocab_size, c.hidden_size)
     yield Source("model.embed_tokens.weight", shape, "top", ("", "embed", 0, 0), (), _same)
     done = {"dense": 0, "moe": 0}

@@ -1,14 +1,14 @@
-"""Orbax directories: small Orbax checkpoints, layer by layer, experts in the slots of a layout.
+"""Orbax directories: one small Orbax checkpoint per unit, experts in the slots of a layout.
 
     config.json, tokenizer.json ...   as in a Hugging Face directory
-    conversion.json                   what was written: layout, type, a checksum for each tensor
+    conversion.json                   layout, type, and a checksum for each tensor
     units/layers.3/                   an Orbax PyTree checkpoint (OCDBT, zarr3): path -> array
-    units/layers.3.slots.0-31/        the same of some expert slots: path -> array `[32, ...]`
-    units/embed/, norm/, head/        what is in no layer
+    units/layers.3.slots.0-31/        the same for some expert slots: path -> array `[32, ...]`
+    units/embed/, norm/, head/        tensors outside layers
 
-Slots are stored in chunks of one (of several where they are below a MiB): a rank of this layout, or of any
-other, reads the slots that it needs. A layer is written in parts, since Orbax holds about three copies of
-what it writes. Orbax writes; TensorStore, on which Orbax is built, reads.
+A slot is a chunk (several slots are one if they are below a MiB): a rank of this layout, or of any other,
+reads only the slots that it needs. A layer is written in parts, since Orbax holds about three copies of the
+arrays that it writes. Orbax writes; TensorStore, on which Orbax is built, reads.
 """
 
 import hashlib
@@ -34,13 +34,20 @@ from cmx_jax.model.families import read_config
 from cmx_jax.model.leaf import Leaf
 from cmx_jax.model.weights import all_leaves
 
-MIN_CHUNK = 1 << 20  # Orbax advises against smaller ones
-PARTS = 8  # Orbax checkpoints that the experts of a layer are cut into
+MIN_CHUNK = 1 << 20  # bytes; Orbax advises against smaller chunks
+PARTS = 8  # Orbax checkpoints that hold the experts of a layer
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a unit: a leaf of one layer, of experts the slots from `start` to `stop`."""
+    """One array of a unit.
+
+    Attributes:
+      leaf: Leaf that the array is a part of.
+      layer: Number of the layer in the leaf's stack.
+      start: First expert slot, if the leaf has experts.
+      stop: End of the expert slots.
+    """
 
     leaf: Leaf
     layer: int
@@ -54,7 +61,7 @@ class Array:
 
 
 def _unit(c: ModelConfig, stack: str, path: str, layer: int) -> str:
-    """The unit of a leaf of one layer, but for experts' slots."""
+    """Name of the unit that holds a leaf of one layer, without the suffix of expert slots."""
     if not stack:
         return path
     if stack == "mtp":
@@ -64,28 +71,28 @@ def _unit(c: ModelConfig, stack: str, path: str, layer: int) -> str:
 
 
 def _parts(slots: int) -> list[tuple[int, int]]:
-    """Slots in nearly equal runs."""
+    """Cuts slots into `PARTS` nearly equal ranges `(start, stop)`, without empty ones."""
     ends = [i * slots // PARTS for i in range(PARTS + 1)]
     return [(a, b) for a, b in pairwise(ends) if b > a]
 
 
 def _units(c: ModelConfig, mtp: bool, slots: int) -> dict[str, dict[str, Array]]:
-    """The arrays of each unit by their path."""
-    found: dict[str, dict[str, Array]] = {}
+    """The arrays of each unit by path."""
+    units: dict[str, dict[str, Array]] = {}
     for leaf in all_leaves(c, slots, mtp):
         for layer in range(leaf.layers if leaf.kind != "slots" else 0):
             name = _unit(c, leaf.stack, leaf.path, layer)
             if not leaf.experts:
-                found.setdefault(name, {})[leaf.path] = Array(leaf, layer)
+                units.setdefault(name, {})[leaf.path] = Array(leaf, layer)
                 continue
             for start, stop in _parts(slots):
-                part = found.setdefault(f"{name}.slots.{start}-{stop - 1}", {})
+                part = units.setdefault(f"{name}.slots.{start}-{stop - 1}", {})
                 part[leaf.path] = Array(leaf, layer, start, stop)
-    return found
+    return units
 
 
 class OrbaxWriter:
-    """Writes units for a layout."""
+    """Writes units of Orbax directories for a layout."""
 
     def __init__(
         self,
@@ -103,7 +110,7 @@ class OrbaxWriter:
         self.units = _units(c, reader.checkpoint.mtp, layout.slots)
 
     def write(self, unit: str) -> dict[str, str]:
-        """Writes one; returns each array's sha256."""
+        """Writes a unit; returns the sha256 of each array."""
         arrays = {path: self._array(stored) for path, stored in self.units[unit].items()}
         sums = {path: hashlib.sha256(array.reshape(-1).view(np.uint8).data) for path, array in arrays.items()}
         args = {
@@ -115,22 +122,22 @@ class OrbaxWriter:
         }
         for leftover in self.directory.glob(f"{unit}.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover)
-        where = (self.directory / unit).absolute()
+        target = (self.directory / unit).absolute()
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as saver:
-                saver.save(where, args=ocp.args.PyTreeSave(arrays, save_args=args), force=True)
-        except ValueError as error:  # so TensorStore reports what the system refuses
-            why = "the disk is full" if "No space left" in str(error) else str(error)[:120]
-            raise CmxError(f"{where}: cannot be written ({why}); run the same command to go on") from None
+                saver.save(target, args=ocp.args.PyTreeSave(arrays, save_args=args), force=True)
+        except ValueError as error:  # TensorStore's exception for every refusal of the system
+            reason = "the disk is full" if _lacks_space(self.directory, arrays) else str(error)[:120]
+            raise CmxError(f"{target}: cannot be written ({reason}); run the same command to go on") from None
         return {path: digest.hexdigest() for path, digest in sums.items()}
 
     def sums(self, unit: str) -> dict[str, str]:
-        """What is on disk, summed again."""
-        found = {}
+        """Reads a unit from disk; returns the sha256 of each array."""
+        sums = {}
         for path in self.units[unit]:
             values = np.ascontiguousarray(_read(self.directory / unit, path))
-            found[path] = hashlib.sha256(values.reshape(-1).view(np.uint8).data).hexdigest()
-        return found
+            sums[path] = hashlib.sha256(values.reshape(-1).view(np.uint8).data).hexdigest()
+        return sums
 
     def _array(self, stored: Array) -> np.ndarray:
         leaf, fill = stored.leaf, self.reader.checkpoint.fill
@@ -146,6 +153,15 @@ class OrbaxWriter:
         return out
 
 
+def _lacks_space(directory: Path, arrays: dict[str, np.ndarray]) -> bool:
+    """Returns whether the disk has less free space than arrays take.
+
+    TensorStore's exceptions have no error code.
+    """
+    existing = directory if directory.exists() else directory.parent
+    return shutil.disk_usage(existing).free < sum(array.nbytes for array in arrays.values())
+
+
 def _open(unit: Path, path: str) -> Any:
     base = f"file://{unit.absolute()}/"
     store = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
@@ -155,17 +171,17 @@ def _open(unit: Path, path: str) -> Any:
         raise CmxError(f"{unit}: array {path} cannot be opened ({str(error)[:120]})") from None
 
 
-def _read(unit: Path, path: str, array: Any = None, at: int | None = None) -> np.ndarray:
-    """An array of a unit, or one of its slots."""
+def _read(unit: Path, path: str, array: Any = None, slot: int | None = None) -> np.ndarray:
+    """Reads an array of a unit, or one of its slots."""
     try:
         array = _open(unit, path) if array is None else array
-        return (array if at is None else array[at]).read().result()
+        return (array if slot is None else array[slot]).read().result()
     except (ValueError, OSError) as error:
         raise CmxError(f"{unit}: array {path} cannot be read ({str(error)[:120]})") from None
 
 
 class OrbaxDirectory(FloatsOnly):
-    """Reads what `cmx convert --format orbax` wrote: see `cmx_jax.model.checkpoint.source.Checkpoint`."""
+    """Reads a directory that `cmx convert --format orbax` wrote, as a `Checkpoint` of `source.py`."""
 
     def __init__(self, directory: Path, manifest: Manifest):
         self.directory, self.config = directory, read_config(directory)
@@ -175,19 +191,23 @@ class OrbaxDirectory(FloatsOnly):
         self.wide = self._wide(manifest.wide)
         self._arrays: dict[tuple[str, str], Any] = {}
 
-    def _wide(self, said: list[str]) -> frozenset[tuple[str, str]]:
-        """Fields that are float32: those that the manifest names, the router's bias, or all of them."""
+    def _wide(self, names: list[str]) -> frozenset[tuple[str, str]]:
+        """Fields that are float32: those in the manifest's `names`, the router's bias, or all of them."""
         fields = {
             (a.leaf.stack, path): a.leaf for arrays in self.units.values() for path, a in arrays.items()
         }
         return frozenset(
             field
             for field, leaf in fields.items()
-            if self.dtype == "float32" or leaf.kind == "router_bias" or "/".join(field) in said
+            if self.dtype == "float32" or leaf.kind == "router_bias" or "/".join(field) in names
         )
 
     def check(self) -> "OrbaxDirectory":
-        """Refuses the directory unless every array is there, of its shape and type; names the first."""
+        """Checks that every array is there, of its shape and type; returns self.
+
+        Raises:
+          CmxError: An array is missing or wrong; the first one is named.
+        """
         experts = self.config.n_routed_experts
         if sorted(set(self.placement)) != sorted(self.placement) or len(self.placement) != experts:
             raise CmxError(f"{self.directory}: its placement is not one slot for each of {experts} experts")
@@ -197,9 +217,9 @@ class OrbaxDirectory(FloatsOnly):
                 wide = (stored.leaf.stack, path) in self.wide
                 dtype = "float32" if wide else self.dtype
                 if (tuple(array.shape), array.dtype.name) != (stored.shape, dtype):
-                    given = f"{array.dtype.name} {list(array.shape)}"
-                    where = f"{self.directory / 'units' / unit}: array {path}"
-                    raise CmxError(f"{where} is {given}, expected {dtype} {list(stored.shape)}")
+                    actual = f"{array.dtype.name} {list(array.shape)}"
+                    name = f"{self.directory / 'units' / unit}: array {path}"
+                    raise CmxError(f"{name} is {actual}, expected {dtype} {list(stored.shape)}")
         return self
 
     def _array(self, unit: str, path: str) -> Any:
@@ -211,14 +231,14 @@ class OrbaxDirectory(FloatsOnly):
         """Writes a piece into `out`.
 
         Raises:
-          CmxError: it cannot be read, or a number is not finite.
+          CmxError: The piece cannot be read, or a number is not finite.
         """
         stack, path, layer, expert = piece
-        unit, at = _unit(self.config, stack, path, layer), None
+        unit, index = _unit(self.config, stack, path, layer), None
         if path.startswith("ffn.experts."):
             slot = self.placement[expert]
             start, stop = next((a, b) for a, b in _parts(self.slots) if a <= slot < b)
-            unit, at = f"{unit}.slots.{start}-{stop - 1}", slot - start
-        where = self.directory / "units" / unit
-        values = _read(where, path, self._array(unit, path), at)
-        fill_finite(out, values, f"{where}: array {path}")
+            unit, index = f"{unit}.slots.{start}-{stop - 1}", slot - start
+        directory = self.directory / "units" / unit
+        values = _read(directory, path, self._array(unit, path), index)
+        fill_finite(out, values, f"{directory}: array {path}")

@@ -1,4 +1,4 @@
-"""A Hugging Face directory written unit by unit: a file for each layer, and their index."""
+"""Writes a Hugging Face directory unit by unit: a file for each layer, and their index."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import numpy as np
 from cmx_jax.model.checkpoint.files import read_headers
 from cmx_jax.model.checkpoint.writer import PieceReader, Unit, units, write_file
 
-_AT_ONCE = 64 << 20
+_BLOCK = 64 << 20  # bytes
 
 
 class SafetensorsWriter:
@@ -34,31 +34,31 @@ class SafetensorsWriter:
         }
 
     def write(self, unit: str) -> dict[str, str]:
-        """Writes one; returns each tensor's sha256."""
+        """Writes a unit; returns the sha256 of each tensor."""
         return write_file(self.files[unit], self.units[unit].entries, self.arrays(self.units[unit]))
 
     def arrays(self, unit: Unit) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of a unit."""
+        """Yields the tensors of a unit."""
         return unit.arrays(self.reader)
 
     def sums(self, unit: str) -> dict[str, str]:
-        """What is on disk, summed again, tensor by tensor."""
-        found, path = {}, self.files[unit]
+        """Reads a unit from disk; returns the sha256 of each tensor."""
+        sums, path = {}, self.files[unit]
         with path.open("rb") as file:
             for name, header in read_headers(path).items():
                 file.seek(header.offset)
                 digest, left = hashlib.sha256(), header.nbytes
-                while left and (data := file.read(min(left, _AT_ONCE))):
+                while left and (data := file.read(min(left, _BLOCK))):
                     digest.update(data)
                     left -= len(data)
-                found[name] = digest.hexdigest()
-        return found
+                sums[name] = digest.hexdigest()
+        return sums
 
     def write_index(self) -> None:
-        """`model.safetensors.index.json`."""
+        """Writes `model.safetensors.index.json`."""
         entries = {name: unit.entries for name, unit in self.units.items()}
-        total = sum(entry.nbytes for found in entries.values() for entry in found)
-        weight_map = {e.name: self.files[name].name for name, found in entries.items() for e in found}
+        total = sum(entry.nbytes for rows in entries.values() for entry in rows)
+        weight_map = {e.name: self.files[name].name for name, rows in entries.items() for e in rows}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         path = self.directory / "model.safetensors.index.json"
         unfinished = path.with_name(path.name + ".unfinished")

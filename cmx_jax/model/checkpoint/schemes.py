@@ -1,18 +1,18 @@
-"""How a tensor of a checkpoint is stored: plain, or small numbers with scales, in the forms that people
-publish.
+"""Storage schemes of published checkpoints: plain floats, or narrow numbers with scales.
 
     FP8      F8_E4M3 with `weight_scale_inv`, a scale for each 128x128 block (DeepSeek-V3)
     INT8     I8 with `weight_scale`, one for each output channel (compressed-tensors "int-quantized", or not
              announced), or with `weight_scale_inv`, one for each block
-    Ascend   I8 as msModelSlim's `quant_model_description.json` says: W8A8_DYNAMIC has `weight_scale` and
+    Ascend   I8 by msModelSlim's `quant_model_description.json`: W8A8_DYNAMIC has `weight_scale` and
              `weight_offset`; W8A8 folds the activation's static scale into `deq_scale`
 
-All are decoded to float32 by one formula, `(q - offset) * scale`. What is announced and what is found must
-agree.
+All are decoded to float32 by one formula, `(q - offset) * scale`. The files must agree with the announced
+scheme.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,12 @@ class Stored:
     """A tensor as it is stored.
 
     Attributes:
-      scheme: in words.
-      name: of its values.
-      companions: names of scales and the like.
-      decode: gives the tensor in float32, or as it is if plain.
-      channels: gives the INT8 numbers and a scale for each row, where that is how it is stored and is to be
-        computed (W8A8); None otherwise.
+      scheme: Storage scheme in words.
+      name: Name of the tensor in the files.
+      companions: Names of its scales, offsets and the like.
+      decode: Function that reads the tensor, in float32 unless it is plain.
+      channels: Function that reads the INT8 numbers and a scale for each row; None unless the tensor is
+        stored so and is to be computed in W8A8.
     """
 
     scheme: str
@@ -45,24 +45,39 @@ class Stored:
     channels: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
 
 
-def plain(files: TensorFiles, name: str, at: tuple[Any, ...] = (), transposed: bool = False) -> Stored:
-    """A tensor of floats, or the part `at` of one."""
+def plain(files: TensorFiles, name: str, index: tuple[Any, ...] = (), transposed: bool = False) -> Stored:
+    """Storage scheme of a tensor of floats, or of a part of one.
+
+    Args:
+      files: Files of the checkpoint.
+      name: Name of the tensor.
+      index: Index of the part; empty for the tensor itself.
+      transposed: True if the part is stored transposed.
+
+    Raises:
+      CmxError: The tensor is not one of floats.
+    """
     dtype = files.headers[name].dtype
     if dtype not in FLOATS:
         raise CmxError(f"tensor {name} is {dtype}, expected one of {', '.join(sorted(FLOATS))}")
+    return Stored(dtype, name, (), partial(_decode_plain, files, name, index, transposed))
 
-    def decode() -> np.ndarray:
-        values = files.read(name, at)
-        return values.T if transposed else values
 
-    return Stored(dtype, name, (), decode)
+def _decode_plain(files: TensorFiles, name: str, index: tuple[Any, ...], transposed: bool) -> np.ndarray:
+    values = files.read(name, index)
+    return values.T if transposed else values
 
 
 def stored(files: TensorFiles, name: str, announced: Declared) -> Stored:
-    """How a matrix that is in the files is stored there.
+    """Storage scheme of a matrix.
+
+    Args:
+      files: Files of the checkpoint.
+      name: Name of the matrix, which must be in the files.
+      announced: Quantisation that the checkpoint announces.
 
     Raises:
-      CmxError: a scale is missing or misshapen, or the type is not what was announced; the tensor is named.
+      CmxError: A scale is missing or misshapen, or the type is not as announced; the tensor is named.
     """
     header = files.headers[name]
     kind = announced.ascend.get(name)
@@ -84,6 +99,7 @@ def stored(files: TensorFiles, name: str, announced: Declared) -> Stored:
 
 
 def _scaled(files: TensorFiles, name: str, announced: Declared) -> Stored:
+    """Storage scheme of a matrix with one scale for each block, channel, group or tensor."""
     header = files.headers[name]
     shape = (header.shape[0], header.shape[1])
     by_block, by_row = f"{name}_scale_inv", f"{name}_scale"
@@ -98,23 +114,29 @@ def _scaled(files: TensorFiles, name: str, announced: Declared) -> Stored:
         expected = by_block if announced.method in ("fp8", "blockwise_int8") else by_row
         raise CmxError(f"tensor {name} is {header.dtype}, but its scale {expected} is missing")
     _expect_float(files, scale)
-
-    def decode() -> np.ndarray:
-        factors = _factors(files, scale).reshape(grid(shape, block))
-        return dequantize_blocks(files.read(name), factors, block)
-
-    def channels() -> tuple[np.ndarray, np.ndarray]:
-        return files.read(name), _factors(files, scale).reshape(-1, 1)
-
     w8a8 = announced.w8a8 and header.dtype == "I8" and block == (1, shape[1])
-    words = f"{QUANTIZED[header.dtype]} {words}"
-    return Stored(words, name, (scale,), decode, channels if w8a8 else None)
+    return Stored(
+        f"{QUANTIZED[header.dtype]} {words}",
+        name,
+        (scale,),
+        decode=partial(_decode_scaled, files, name, scale, block),
+        channels=partial(_read_channels, files, name, scale) if w8a8 else None,
+    )
+
+
+def _decode_scaled(files: TensorFiles, name: str, scale: str, block: tuple[int, int]) -> np.ndarray:
+    q = files.read(name)
+    return dequantize_blocks(q, _factors(files, scale).reshape(grid((q.shape[0], q.shape[1]), block)), block)
+
+
+def _read_channels(files: TensorFiles, name: str, scale: str) -> tuple[np.ndarray, np.ndarray]:
+    return files.read(name), _factors(files, scale).reshape(-1, 1)
 
 
 def _row_block(
     files: TensorFiles, scale: str, shape: tuple[int, int], announced: Declared
 ) -> tuple[tuple[int, int], str]:
-    """The block that a `weight_scale` is for, by the announced strategies and its shape."""
+    """Shape of the block that one scale of a `weight_scale` is for, by strategy and shape, and its name."""
     rows, columns = shape
     known: dict[str, tuple[set[tuple[int, ...]], tuple[int, int], str]] = {
         "channel": ({(rows, 1), (rows,)}, (1, columns), "per channel"),
@@ -132,14 +154,14 @@ def _row_block(
 
 
 def _ascend(files: TensorFiles, name: str, kind: str | None) -> Stored:
-    """W8A8_DYNAMIC: `(q - weight_offset) * weight_scale`.
+    """Storage scheme of an Ascend matrix: `(q - weight_offset) * weight_scale`.
 
-    W8A8, whose activations have a static scale, has those two or only `deq_scale = input_scale *
+    W8A8, whose activations have a static scale, has those two tensors or only `deq_scale = input_scale *
     weight_scale`.
     """
     if kind not in ("W8A8", "W8A8_DYNAMIC"):
         raise CmxError(f"tensor {name} is I8, but {DESCRIPTION} says {kind or 'nothing'} of it")
-    (rows, columns), base = files.headers[name].shape, name.removesuffix("weight")
+    rows, base = files.headers[name].shape[0], name.removesuffix("weight")
     column: set[tuple[int, ...]] = {(rows, 1), (rows,)}
     one: set[tuple[int, ...]] = {(1,), ()}
     needed = {"weight_scale": column, "weight_offset": column}
@@ -155,39 +177,41 @@ def _ascend(files: TensorFiles, name: str, kind: str | None) -> Stored:
             raise CmxError(f"tensor {names[part]} is {files.headers[names[part]].dtype}, expected I32")
         if part != "quant_bias" and not (part == "deq_scale" and files.headers[names[part]].dtype == "I64"):
             _expect_float(files, names[part])
-
-    def scale() -> np.ndarray:
-        if "weight_scale" in names:
-            return _factors(files, names["weight_scale"])
-        return _factors(files, names["deq_scale"]) / _factors(files, names["input_scale"]).reshape(())
-
-    def decode() -> np.ndarray:
-        q, offset = files.read(name), None
-        if "weight_offset" in names:
-            offset = _offset(files, names["weight_offset"]).reshape(rows, 1)
-        if kind == "W8A8":
-            _expect_no_bias(files, names, q)
-        return dequantize_blocks(q, scale().reshape(rows, 1), (1, columns), offset)
-
+    decode = partial(_decode_ascend, files, name, names)
     return Stored(f"INT8 Ascend {kind}", name, tuple(names.values()), decode)
 
 
+def _decode_ascend(files: TensorFiles, name: str, names: dict[str, str]) -> np.ndarray:
+    """Decodes an Ascend matrix; `names` are those of its companions by their last part."""
+    q, offset = files.read(name), None
+    rows, columns = q.shape
+    if "weight_offset" in names:
+        offset = _offset(files, names["weight_offset"]).reshape(rows, 1)
+    if "quant_bias" in names:
+        _expect_no_bias(files, names, q)
+    if "weight_scale" in names:
+        scale = _factors(files, names["weight_scale"])
+    else:
+        scale = _factors(files, names["deq_scale"]) / _factors(files, names["input_scale"]).reshape(())
+    return dequantize_blocks(q, scale.reshape(rows, 1), (1, columns), offset)
+
+
 def _expect_no_bias(files: TensorFiles, names: dict[str, str], q: np.ndarray) -> None:
-    """`quant_bias` is only what the activation's offset asks for: `-offset * sum(q)`, rounded."""
+    """Checks that `quant_bias` is only due to the activation's offset: `-offset * sum(q)`, rounded."""
     offset = files.read(names["input_offset"]).astype(np.float64).reshape(())
-    wanted = -offset * q.astype(np.int64).sum(axis=1)
-    given = files.read(names["quant_bias"]).astype(np.float64).reshape(-1)
-    if not np.abs(given - wanted).max(initial=0) <= 1:
+    expected = -offset * q.astype(np.int64).sum(axis=1)
+    bias = files.read(names["quant_bias"]).astype(np.float64).reshape(-1)
+    if not np.abs(bias - expected).max(initial=0) <= 1:
         raise CmxError(
-            f"tensor {names['quant_bias']} holds a bias of its own, which this architecture has not"
+            f"tensor {names['quant_bias']} holds a bias of its own, which this architecture does not have"
         )
 
 
 def _expect_shape(files: TensorFiles, name: str, shapes: set[tuple[int, ...]]) -> None:
-    given = files.headers[name].shape
-    if given not in shapes:
-        expected = " or ".join(str(list(shape)) for shape in sorted(shapes, key=len, reverse=True))
-        raise CmxError(f"tensor {name} has shape {list(given)}, expected {expected}")
+    shape = files.headers[name].shape
+    if shape not in shapes:
+        expected = " or ".join(str(list(s)) for s in sorted(shapes, key=len, reverse=True))
+        raise CmxError(f"tensor {name} has shape {list(shape)}, expected {expected}")
 
 
 def _expect_float(files: TensorFiles, name: str) -> None:
@@ -197,7 +221,10 @@ def _expect_float(files: TensorFiles, name: str) -> None:
 
 
 def _factors(files: TensorFiles, name: str) -> np.ndarray:
-    """Scales as float32: finite, not negative. An int64 holds the bits of one (Ascend, float16 models)."""
+    """Reads scales as float32, which must be finite and not negative.
+
+    An int64 holds the bits of a float32 (Ascend, float16 models).
+    """
     scale = files.read(name)
     if scale.dtype == np.int64:
         scale = scale.astype(np.uint32).view(np.float32)
@@ -220,9 +247,13 @@ def _offset(files: TensorFiles, name: str) -> np.ndarray:
     return offset
 
 
-def check_scales(files: TensorFiles, found: Stored) -> None:
-    """Reads a stored tensor's scales and offsets and refuses what is none."""
-    for name in found.companions:
+def check_scales(files: TensorFiles, tensor: Stored) -> None:
+    """Reads a tensor's scales and offsets and checks their values.
+
+    Raises:
+      CmxError: A value is not finite, or a scale is negative.
+    """
+    for name in tensor.companions:
         if name.endswith(("scale", "scale_inv")):
             _factors(files, name)
         elif name.endswith("offset"):

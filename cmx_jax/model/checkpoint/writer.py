@@ -1,7 +1,7 @@
-"""Hugging Face directories written: BF16, F32 or compressed-tensors INT8.
+"""Writes Hugging Face files: BF16, F32 or compressed-tensors INT8.
 
-A file is written tensor by tensor behind a header that is known beforehand, so that no more than one is in
-memory (the library's `save_file` wants all of a file's tensors at once).
+The header of a file is known beforehand, so that it is written first and then the tensors one at a time, with
+no more than one in memory (the library's `save_file` needs all tensors of a file at once).
 """
 
 import hashlib
@@ -30,7 +30,13 @@ DTYPES = tuple(_CODES)
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written; `dtype` is one of `DTYPES`."""
+    """A tensor to be written.
+
+    Attributes:
+      name: Name in the file.
+      dtype: Type, one of `DTYPES`.
+      shape: Shape in the file.
+    """
 
     name: str
     dtype: str
@@ -42,7 +48,7 @@ class Entry:
 
 
 class PieceReader:
-    """A checkpoint's tensors in the file format's form, experts one by one."""
+    """Reads a checkpoint's tensors in the form of the file format, experts one by one."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self._last = checkpoint, ((("", "", 0, 0), ""), np.zeros(0))
@@ -53,17 +59,17 @@ class PieceReader:
         }
 
     def piece(self, piece: Piece, dtype: str) -> np.ndarray:
-        """One piece; the last one is kept, since gate and up come out of the same."""
+        """Reads a piece. The last piece is kept, since gate and up are parts of the same one."""
         if self._last[0] != (piece, dtype):
-            self._last = ((("", "", 0, 0), ""), np.zeros(0))  # before the next one takes memory
+            self._last = ((("", "", 0, 0), ""), np.zeros(0))  # frees memory for the next one
             out = np.empty(self.shapes[piece[0], piece[1]], np.dtype(dtype))
             self.checkpoint.fill(piece, out)
             self._last = ((piece, dtype), out)
         return self._last[1]
 
     def tensor(self, parts: list[Source], dtype: str) -> np.ndarray:
-        """A tensor of the file format, experts one by one."""
-        if isinstance(self.checkpoint, HuggingFace):  # it has them as they are
+        """Reads a tensor of the file format, experts one by one."""
+        if isinstance(self.checkpoint, HuggingFace):  # it has the tensors in this form
             return self.checkpoint.tensor(parts[0].name, np.dtype(dtype))
         out = np.empty(parts[0].shape, np.dtype(dtype))
         for s in parts:
@@ -71,29 +77,29 @@ class PieceReader:
         return out
 
     def slabs(self, parts: list[Source], dtype: str) -> Iterator[np.ndarray]:
-        """A tensor of all experts of a layer, expert by expert."""
-        for _, found in groupby(parts, key=lambda s: s.piece[3]):
-            of_expert = list(found)
-            stacked = of_expert[0].stacked
+        """Yields a tensor of all experts of a layer, expert by expert."""
+        for _, group in groupby(parts, key=lambda s: s.piece[3]):
+            expert_parts = list(group)
+            stacked = expert_parts[0].stacked
             assert stacked is not None
             out = np.empty(stacked.shape[1:], np.dtype(dtype))
-            for s in of_expert:
+            for s in expert_parts:
                 tensor = self.tensor([s], dtype)
                 assert s.stacked is not None
-                out[s.stacked.at[1:]] = tensor.T if stacked.transposed else tensor
+                out[s.stacked.index[1:]] = tensor.T if stacked.transposed else tensor
             yield out
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The tensors of one layer (or of what is in none), to be written to one file.
+    """The tensors of one layer, or those outside layers, to be written to one file.
 
     Attributes:
-      name: of the layer.
-      tensors: the sources of each.
-      dtype: of floats; `int8` means bfloat16.
-      wide: fields that are float32.
-      int8: fields that are INT8, with a bfloat16 scale for each output channel.
+      name: Name of the layer, or `top`.
+      tensors: Sources of each tensor.
+      dtype: Type of floats; `int8` means bfloat16.
+      wide: Fields that are float32.
+      int8: Fields that are INT8, with a bfloat16 scale for each output channel.
     """
 
     name: str
@@ -104,11 +110,11 @@ class Unit:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """In the file's order: wide types first, which keeps them aligned."""
-        found = [entry for parts in self.tensors for entry in self._of(parts)]
-        return sorted(found, key=lambda e: -np.dtype(e.dtype).itemsize)
+        """Entries in the order of the file: wide types first, which keeps them aligned."""
+        entries = [entry for parts in self.tensors for entry in self._entries(parts)]
+        return sorted(entries, key=lambda e: -np.dtype(e.dtype).itemsize)
 
-    def _of(self, parts: list[Source]) -> Iterator[Entry]:
+    def _entries(self, parts: list[Source]) -> Iterator[Entry]:
         name, shape, stacked = parts[0].name, parts[0].shape, parts[0].stacked
         if self.quantized(parts[0]):
             yield Entry(name, "int8", shape)
@@ -119,17 +125,17 @@ class Unit:
             yield Entry(name, self.floats(parts[0]), shape)
 
     def quantized(self, s: Source) -> bool:
-        """Whether INT8 is for this tensor."""
+        """Returns whether a tensor is written as INT8."""
         return s.piece[:2] in self.int8
 
     def floats(self, s: Source) -> str:
-        """The type of a tensor that is not quantised; what is to keep its digits stays float32."""
+        """Type of a tensor that is not INT8: float32 if it is to keep its digits."""
         if s.piece[1] == "ffn.router_bias" or s.piece[:2] in self.wide:
             return "float32"
         return "bfloat16" if self.dtype == "int8" else self.dtype
 
     def arrays(self, reader: PieceReader) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors, one after another; a stacked one in parts that follow each other."""
+        """Yields the tensors by name; a stacked one in consecutive parts."""
         for parts in self.tensors:
             name, stacked = parts[0].name, parts[0].stacked
             if self.quantized(parts[0]):
@@ -144,7 +150,7 @@ class Unit:
 
 
 def linear(s: Source) -> bool:
-    """Whether it is a matrix of a `Linear` module, other than the router and the head."""
+    """Returns whether a tensor is the matrix of a `Linear` module other than the router and the head."""
     return len(s.shape) == 2 and s.unit != "top" and s.piece[1] != "ffn.router"
 
 
@@ -155,11 +161,16 @@ def units(
     wide: frozenset[tuple[str, str]] = frozenset(),
     int8: frozenset[tuple[str, str]] | None = None,
 ) -> list[Unit]:
-    """A model cut into what is written at a time: its layers, and what is in none; see `Unit`.
+    """Cuts a model into units: its layers, and the tensors outside layers; see `Unit`.
 
-    Without a choice of fields `int8` as the type means all `linear` ones.
+    Llama 4's experts are stacked unless they are INT8, since transformers reads them so in both cases.
 
-    Llama 4's experts are stacked, as transformers wants them, unless they are INT8, as it wants those.
+    Args:
+      c: Config of the model.
+      mtp: True to include MTP layers.
+      dtype: Type of most tensors, one of `DTYPES`.
+      wide: Fields that are float32.
+      int8: Fields that are INT8; None means all `linear` tensors if `dtype` is `int8`, else none.
     """
     tensors: dict[str, dict[str, list[Source]]] = {}
     rounded: set[tuple[str, str]] = set()
@@ -169,29 +180,35 @@ def units(
         name = s.stacked.name if together and s.stacked else s.name
         tensors.setdefault(s.unit, {}).setdefault(name, []).append(s)
     fields = frozenset(rounded) if int8 is None else int8
-    return [Unit(name, list(found.values()), dtype, wide, fields) for name, found in tensors.items()]
+    return [Unit(name, list(parts.values()), dtype, wide, fields) for name, parts in tensors.items()]
 
 
 def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
-    """A safetensors file; it has its name only once it is whole.
+    """Writes a safetensors file, which gets its name only once it is complete.
 
     Args:
-      path: of the file.
-      entries: its tensors in the order of the file.
-      arrays: the tensors in any order, each whole or in parts one behind the other.
+      path: Path of the file.
+      entries: Tensors in the order of the file.
+      arrays: Name and numbers of the tensors in any order, each tensor complete or in consecutive parts.
 
     Returns:
-      Each tensor's sha256.
+      The sha256 of each tensor.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    size = 0
     for e in entries:
-        ends = [at, at + e.nbytes]
-        header[e.name], at = {"dtype": _CODES[e.dtype], "shape": list(e.shape), "data_offsets": ends}, ends[1]
+        place[e.name], ends[e.name] = size, size + e.nbytes
+        header[e.name] = {
+            "dtype": _CODES[e.dtype],
+            "shape": list(e.shape),
+            "data_offsets": [size, size + e.nbytes],
+        }
+        size += e.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    place = {e.name: header[e.name]["data_offsets"][0] for e in entries}
     sums = {e.name: hashlib.sha256() for e in entries}
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
@@ -202,8 +219,8 @@ def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.
             file.write(data)
             place[name] += len(data)
             sums[name].update(data)
-        assert all(place[e.name] == header[e.name]["data_offsets"][1] for e in entries)
-        file.truncate(start + at)
+        assert place == ends
+        file.truncate(start + size)
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(path)
@@ -211,7 +228,7 @@ def write_file(path: Path, entries: list[Entry], arrays: Iterable[tuple[str, np.
 
 
 class InMemory(FloatsOnly):
-    """Weights at hand as a checkpoint; expert `e` in slot `e`."""
+    """Weights in memory as a checkpoint; expert `e` is in slot `e`."""
 
     wide: frozenset[tuple[str, str]] = frozenset()
 
@@ -219,22 +236,22 @@ class InMemory(FloatsOnly):
         self.config, self.mtp, self.weights = config, weights.mtp is not None, weights
 
     def fill(self, piece: Piece, out: np.ndarray) -> None:
-        """See `cmx_jax.model.checkpoint.source.Checkpoint`."""
+        """Writes a piece into `out`; see `cmx_jax.model.checkpoint.source.Checkpoint`."""
         stack, path, layer, expert = piece
         field: Any = getattr(self.weights, stack) if stack else self.weights
-        own = ("enorm", "hnorm", "eh_proj", "norm")
-        for part in (path if stack != "mtp" or path in own else f"layer.{path}").split("."):
+        mtp_fields = ("enorm", "hnorm", "eh_proj", "norm")
+        for part in (path if stack != "mtp" or path in mtp_fields else f"layer.{path}").split("."):
             field = getattr(field, part)
-        at = (expert, layer) if path.startswith("ffn.experts.") else (layer,) if stack else ()
-        out[...] = np.asarray(field[at])
+        index = (expert, layer) if path.startswith("ffn.experts.") else (layer,) if stack else ()
+        out[...] = np.asarray(field[index])
 
 
 def write_weights(directory: str | Path, c: ModelConfig, weights: Weights, dtype: Any = "bfloat16") -> Path:
-    """Writes `model.safetensors` of weights at hand, matrices in `dtype`. Returns the file's path."""
+    """Writes weights to `model.safetensors` of a directory, matrices in `dtype`; returns the file's path."""
     checkpoint = InMemory(c, weights)
     reader, parts = PieceReader(checkpoint), units(c, checkpoint.mtp, np.dtype(dtype).name)
-    whole = replace(parts[0], name="model", tensors=[tensor for unit in parts for tensor in unit.tensors])
+    model = replace(parts[0], name="model", tensors=[tensor for unit in parts for tensor in unit.tensors])
     path = Path(directory) / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, whole.entries, whole.arrays(reader))
+    write_file(path, model.entries, model.arrays(reader))
     return path

@@ -1,7 +1,7 @@
-"""What matrices of a layer can give to each other without changing what the layer computes (section 4.5).
+"""Scales and rotations moved between a layer's matrices without changing the layer's output (section 4.5).
 
-A layer is its pieces by path, expert by expert where there are experts. Everything is folded into weights:
-the program that serves them is the same.
+A layer is given as its pieces by path, its experts one by one. Everything is folded into weights: the program
+that serves them is the same.
 """
 
 import math
@@ -15,7 +15,7 @@ from cmx_jax.model.config import MLAConfig, ModelConfig
 from cmx_jax.quant.rotate import fold_norm, rotate_inputs, rotate_outputs, rotation
 
 Pieces = dict[str, Any]
-"""Arrays by path; a `QTensor` where one is served in INT8."""
+"""Arrays by path; a `QTensor` for a field that is served in INT8."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Link:
     """Inputs that can be scaled: `readers` take a scale for each input, `writer` its inverse.
 
     Attributes:
-      writer: a norm, or the matrix whose outputs are the inputs.
-      readers: matrices to become INT8.
-      floats: what reads the same inputs and stays as it is; where the router does, so do the experts.
+      writer: Path of the norm or matrix whose outputs are the inputs.
+      readers: Paths of the matrices that read the inputs and become INT8.
+      floats: Paths of readers of the same inputs that stay in floats. If the router is one, experts read the
+        inputs too.
     """
 
     writer: str
@@ -34,7 +35,7 @@ class Link:
 
 
 def links(c: ModelConfig, pieces: Pieces) -> Iterator[Link]:
-    """The links within a layer, but for its experts'."""
+    """Links within a layer, without those between the matrices of an expert."""
     mla = isinstance(c.attention, MLAConfig)
     projections = ("attn.q_a", "attn.kv_a") if "attn.q_a" in pieces else ("attn.q_b", "attn.kv_a")
     first = projections if mla else ("attn.q", "attn.k", "attn.v")
@@ -47,7 +48,7 @@ def links(c: ModelConfig, pieces: Pieces) -> Iterator[Link]:
         yield Link("ffn_norm", ffn, router)
     if "attn.q_a" in pieces:
         yield Link("attn.q_norm", ("attn.q_b",))
-    if mla:  # of grouped heads several read the same values
+    if mla:  # not for grouped heads, of which several read the same values
         yield Link("attn.v_b", ("attn.o",))
     for path in ("ffn", "ffn.shared"):
         if f"{path}.gate_up" in pieces:
@@ -55,12 +56,12 @@ def links(c: ModelConfig, pieces: Pieces) -> Iterator[Link]:
 
 
 def input_axes(path: str) -> int:
-    """How many of the first axes of a piece are its inputs."""
+    """Number of leading axes of a piece that are inputs."""
     return 2 if path == "attn.o" else 1
 
 
 def matrix(path: str, piece: np.ndarray) -> np.ndarray:
-    """A piece as `[I, O]`."""
+    """A piece as a matrix `[I, O]`, inputs first."""
     return piece.reshape(math.prod(piece.shape[: input_axes(path)]), -1)
 
 
@@ -74,7 +75,7 @@ def scale_readers(pieces: Pieces, paths: tuple[str, ...], s: np.ndarray) -> None
 
 
 def scale_writer(pieces: Pieces, path: str, s: np.ndarray) -> None:
-    """Divides what is written by its reader's scale."""
+    """Divides the outputs of a norm or matrix by their readers' scale, `s`."""
     w = pieces[path]
     if path == "attn.v_b":  # [H, V, A]
         pieces[path] = w / s.reshape(*w.shape[:2], 1)
@@ -85,11 +86,10 @@ def scale_writer(pieces: Pieces, path: str, s: np.ndarray) -> None:
 
 
 def rotate(c: ModelConfig, pieces: Pieces, int8: frozenset[str]) -> None:
-    """Rotates what lies between two matrices, or between them and a norm whose weight can be folded: MLA's
-    query latent, and every head's values; where what reads it becomes INT8.
+    """Rotates MLA's query latent and every head's values, if their readers become INT8.
 
-    The hidden states are not rotated: an MTP layer reads them behind the final norm, whose weight could then
-    not be folded.
+    These lie between two matrices, or between them and a norm whose weight can be folded. The hidden states
+    are not rotated: an MTP layer reads them after the final norm, whose weight could then not be folded.
     """
     if {"attn.q_a", "attn.q_b"} <= pieces.keys() and "attn.q_b" in int8 and "attn.q_a_bias" not in pieces:
         r = rotation(pieces["attn.q_norm"].shape[0])
@@ -106,7 +106,7 @@ def rotate(c: ModelConfig, pieces: Pieces, int8: frozenset[str]) -> None:
 
 
 def _rotate_values(pieces: Pieces, path: str, axis: int) -> None:
-    """`v` and `o` in rotated coordinates of each head, the same for all."""
+    """Rotates the coordinates of each head's values in `v` and `o`, by the same rotation for all heads."""
     r = rotation(pieces[path].shape[axis])
     pieces[path] = _f32(np.moveaxis(np.moveaxis(pieces[path], axis, -1) @ r, -1, axis))
     if f"{path}_bias" in pieces:

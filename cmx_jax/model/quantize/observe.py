@@ -1,4 +1,4 @@
-"""One layer on calibration text: what its matrices are given, and what it makes of the hidden states."""
+"""Runs one layer on calibration text and records the inputs of its matrices and its output."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -23,12 +23,13 @@ from cmx_jax.quant.matmul import Observed
 
 @dataclass
 class Seen:
-    """What a layer was given, `T` being all calibration tokens.
+    """Inputs of a layer's matrices; `T` is the number of all calibration tokens.
 
     Attributes:
-      inputs: of each matrix but the experts', `[T, I]`.
-      tokens: `[T, D]` for the experts; with weighed inputs a row for each expert that a token chose.
-      chosen: their experts `[T, K]`, and their weights.
+      inputs: Inputs by path of the matrix, `[T, I]`, without experts' matrices.
+      tokens: Inputs of the experts, `[T, D]`; with weighed inputs one row for each expert that a token chose.
+      chosen: Experts that each row of `tokens` chose, `[T, K]`.
+      weights: Weights of the chosen experts, `[T, K]`.
     """
 
     inputs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -38,36 +39,53 @@ class Seen:
 
 
 def layer_of(c: ModelConfig, stack: str, pieces: Pieces) -> Layer:
-    """Pieces of one layer as the decoder takes them, without experts."""
+    """Pieces of one layer as the decoder's `Layer`, without experts."""
 
     def make(leaf: Leaf) -> Any:
         if leaf.kind == "slots":
             return np.zeros(leaf.piece_shape, np.int32)
         return None if leaf.stack != stack or leaf.experts else pieces.get(leaf.path)
 
-    found = getattr(weight_tree(c, c.n_routed_experts, make), stack)
-    return found.layer if stack == "mtp" else found
+    weights = getattr(weight_tree(c, c.n_routed_experts, make), stack)
+    return weights.layer if stack == "mtp" else weights
 
 
-def _observed(tree: Any, wanted: frozenset[str], seen: dict[str, Any], path: str) -> Any:
-    """The same weights, whose products note what they are given."""
+Arrays = dict[str, jax.Array]
+"""Arrays by name, traced ones inside `jax.jit`."""
+
+
+def _observed(tree: Any, paths: frozenset[str], seen: Arrays, path: str) -> Any:
+    """The same weights; products with those at `paths` record their inputs in `seen`."""
     if is_dataclass(tree) and not isinstance(tree, QTensor):
         inner = {f.name: getattr(tree, f.name) for f in fields(tree)}
-        marked = {name: _observed(x, wanted, seen, f"{path}.{name}") for name, x in inner.items()}
+        marked = {name: _observed(x, paths, seen, f"{path}.{name}") for name, x in inner.items()}
         return tree.replace(**marked)  # type: ignore[union-attr]
-    return Observed(tree, path, seen) if path in wanted and isinstance(tree, jax.Array) else tree
+    return Observed(tree, path, seen) if path in paths and isinstance(tree, jax.Array) else tree
 
 
 @partial(jax.jit, static_argnames=("c", "kind", "noted"))
 def _run(
     w: Layer, x: Any, routed: Any, number: Any, *, c: ModelConfig, kind: LayerKind, noted: bool
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The layer on one sequence `[1, T, D]`, experts having answered `routed`; inputs only if `noted`."""
-    inputs: dict[str, Any] = {}
-    given: dict[str, Any] = {}
+) -> tuple[Any, Arrays, Arrays]:
+    """Runs the layer on one sequence.
+
+    Args:
+      w: Weights of the layer.
+      x: Hidden states before the layer, `[1, T, D]`.
+      routed: Output of the experts; None means zeros.
+      number: Number of the layer.
+      c: Config of the model.
+      kind: Kind of layer.
+      noted: True to record the inputs of matrices.
+
+    Returns:
+      Hidden states after the layer, inputs of its matrices by path, and fields of `Seen` about its experts.
+    """
+    inputs: Arrays = {}
+    routing: Arrays = {}
 
     def run(tokens: Any, chosen: Any, weights: Any, *_: Any) -> tuple[Any, ExchangeStats]:
-        given.update(tokens=tokens, chosen=chosen, weights=weights)
+        routing.update(tokens=tokens, chosen=chosen, weights=weights)
         zero = jnp.zeros((), jnp.int32)
         return jnp.zeros_like(tokens) if routed is None else routed, ExchangeStats(zero, zero, zero)
 
@@ -75,13 +93,13 @@ def _run(
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     attend = data_parallel_attention(TokenPositions(positions), length, c)
     stream = Stream(None, jnp.ones((1, length), bool), attend)
-    wanted = frozenset(path for _, path in int8_fields(c)) if noted else frozenset()
+    paths = frozenset(path for _, path in int8_fields(c)) if noted else frozenset()
     marked = w.replace(
-        attn=_observed(w.attn, wanted, inputs, "attn"), ffn=_observed(w.ffn, wanted, inputs, "ffn")
+        attn=_observed(w.attn, paths, inputs, "attn"), ffn=_observed(w.ffn, paths, inputs, "ffn")
     )
     zero = jnp.zeros((), jnp.int32)
     [done] = layer([x], [stream], marked, kind, Experts(None, None), number, zero, c, run)
-    return done.hidden, inputs, given
+    return done.hidden, inputs, routing
 
 
 def observe(
@@ -93,15 +111,17 @@ def observe(
     *,
     inputs: bool = True,
 ) -> Seen:
-    """What each matrix of a layer is given by hidden states `x`; without `inputs` only what experts are."""
-    each, on_device = defaultdict[str, list[Any]](list), jax.device_put(w)
-    for one in x:
-        _, noted, given = _run(on_device, one[None], None, np.int32(number), c=c, kind=kind, noted=inputs)
-        for name, part in {**noted, **given}.items():
-            each[name].append(np.asarray(part).reshape(-1, part.shape[-1]))
+    """Inputs of a layer's matrices for hidden states `x` before it; only those of experts if not `inputs`."""
+    parts, on_device = defaultdict[str, list[Any]](list), jax.device_put(w)
+    for sequence in x:
+        _, noted, routing = _run(
+            on_device, sequence[None], None, np.int32(number), c=c, kind=kind, noted=inputs
+        )
+        for name, part in {**noted, **routing}.items():
+            parts[name].append(np.asarray(part).reshape(-1, part.shape[-1]))
     del on_device
-    joined = {name: np.concatenate(each.pop(name)) for name in list(each)}
-    return Seen(**{name: joined.pop(name) for name in given}, inputs=joined)
+    joined = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
+    return Seen(**{name: joined.pop(name) for name in routing}, inputs=joined)
 
 
 def outputs(
@@ -112,15 +132,15 @@ def outputs(
     x: Float[np.ndarray, "B T D"],
     routed: Float[np.ndarray, "N D"] | None,
 ) -> Float[np.ndarray, "B T D"]:
-    """The hidden states behind the layer, its experts having answered `routed` (rows as `Seen.tokens`)."""
+    """Hidden states after the layer, given its experts' output `routed` (rows as in `Seen.tokens`)."""
     parts: Any = [None] * len(x) if routed is None else np.split(routed, len(x))
-    each, w = np.empty_like(x), jax.device_put(w)  # once: each call would copy what it is given
+    out, w = np.empty_like(x), jax.device_put(w)  # once: each call would copy its arguments
     for i, part in enumerate(parts):
-        each[i] = _run(w, x[i][None], part, np.int32(number), c=c, kind=kind, noted=False)[0][0]
-    return each
+        out[i] = _run(w, x[i][None], part, np.int32(number), c=c, kind=kind, noted=False)[0][0]
+    return out
 
 
 def rows_of(seen: Seen, expert: int) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """The rows of `Seen.tokens` that chose an expert, and what its answer to each counts for."""
+    """Rows of `Seen.tokens` that chose an expert, and the weight of its output in each."""
     row, turn = np.nonzero(seen.chosen == expert)
     return row, seen.weights[row, turn]

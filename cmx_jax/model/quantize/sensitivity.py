@@ -1,4 +1,4 @@
-"""What rounding one field alone does to the model's answers: the measure by which fields stay in floats."""
+"""Effect of rounding one field alone on the model's answers, by which fields are chosen to stay in floats."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,21 +18,28 @@ from cmx_jax.quant.measure import checked
 from cmx_jax.quant.weights import rows_through_int8
 
 Hidden = dict[str, np.ndarray]
-"""By field (`stack/path`; "" is none) the hidden states with that field rounded in all layers so far."""
+"""Hidden states with one field rounded in all layers so far, by that field (`stack/path`; "" is none)."""
 
 
 def sensitivity(walk: Walk, progress: Callable[[str], None]) -> dict[str, float]:
-    """By field the Kullback-Leibler divergence of the next token (nats, mean) that rounding it causes.
+    """Mean Kullback-Leibler divergence of the next token that rounding a field causes, in nats, by field.
 
-    MTP layers have no say in the model's answers, and are left out.
-    All variants go through the layers together, so that weights are read once.
+    MTP layers are left out, since they do not change the model's answers. All variants go through the layers
+    together, so that weights are read once.
+
+    Args:
+      walk: Calibration text before the first layer.
+      progress: Callback for one line about the current action.
+
+    Raises:
+      ValueError: A hidden state is not finite.
     """
     c = walk.c
     fields = ["/".join(field) for field in sorted(int8_fields(c, mtp=False))]
     hidden: Hidden = dict.fromkeys(["", *fields], walk.x)
     for number in range(c.num_hidden_layers):
         progress(f"measuring layer {number} ({number + 1} of {c.num_hidden_layers})")
-        _through(walk, number, hidden)
+        _pass_layer(walk, number, hidden)
     head = walk.piece("", "embed", 0).T if c.tie_word_embeddings else walk.piece("", "head", 0)
     weight, costs = walk.piece("", "norm", 0), dict.fromkeys(fields, 0.0)
 
@@ -47,7 +54,7 @@ def sensitivity(walk: Walk, progress: Callable[[str], None]) -> dict[str, float]
     return costs
 
 
-def _through(walk: Walk, number: int, hidden: Hidden) -> None:
+def _pass_layer(walk: Walk, number: int, hidden: Hidden) -> None:
     """Carries all variants through a layer."""
     (pieces, expert), stack, kind = walk.pieces(number), walk.stack(number)[0], walk.c.layers[number]
     served = {field: layer_of(walk.c, stack, _served(stack, pieces, field)) for field in hidden}
@@ -62,24 +69,24 @@ def _through(walk: Walk, number: int, hidden: Hidden) -> None:
 
 
 def _served(stack: str, pieces: Pieces, field: str) -> Pieces:
-    """A layer's pieces with one field as it would be served."""
-    of, _, path = field.partition("/")
-    if of != stack or path not in pieces:
+    """A layer's pieces with one field rounded as in serving."""
+    field_stack, _, path = field.partition("/")
+    if field_stack != stack or path not in pieces:
         return pieces
     rounded: Any = QTensor(*map(jnp.asarray, rounded_plainly(path, pieces[path])))
     return pieces | {path: rounded}
 
 
-def _routed(stack: str, each: dict[str, Seen], expert: Experts, experts: int) -> Hidden:
-    """Of each variant the experts' answers."""
-    routed = {field: np.zeros_like(seen.tokens) for field, seen in each.items()}
+def _routed(stack: str, variants: dict[str, Seen], expert: Experts, experts: int) -> Hidden:
+    """Weighted sums of the experts' outputs, by variant."""
+    routed = {field: np.zeros_like(seen.tokens) for field, seen in variants.items()}
     for e in range(experts):
         pieces = expert(e)
         served = {}
         for path in (EXPERTS, DOWN):
             q, scale = rounded_plainly(path, pieces[path])
             served[f"{stack}/{path}"] = path, q * scale
-        for field, seen in each.items():
+        for field, seen in variants.items():
             rows, weights = rows_of(seen, e)
             path, w = served.get(field, ("", None))
             x = seen.tokens[rows]
@@ -89,6 +96,9 @@ def _routed(stack: str, each: dict[str, Seen], expert: Experts, experts: int) ->
     return routed
 
 
-def _divergence(exact: np.ndarray, found: np.ndarray) -> float:
-    """At least 0, which float32 may miss where both are nearly equal; NaN stays NaN."""
-    return float(np.maximum(np.mean(np.sum(np.exp(exact) * (exact - found), axis=-1)), 0))
+def _divergence(exact: np.ndarray, rounded: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence of log probabilities, at least 0, in nats.
+
+    In float32 the sum may be slightly negative where both are nearly equal. NaN stays NaN.
+    """
+    return float(np.maximum(np.mean(np.sum(np.exp(exact) * (exact - rounded), axis=-1)), 0))

@@ -17,8 +17,7 @@ from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.cache import cache_dtype
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint
-from cmx_jax.model.checkpoint.digest import digest
-from cmx_jax.model.checkpoint.source import Checkpoint
+from cmx_jax.model.checkpoint.source import Checkpoint, digest
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decode import MAX_DRAFTS
 from cmx_jax.model.families import preset, presets, read_config
