@@ -25,11 +25,11 @@ def cached(args: argparse.Namespace) -> Any:
 def answer_api(args: argparse.Namespace, sock: Any, deployment: Any, service: Any) -> None:
     """OpenAI's API over a service or router, until it is told to stop."""
     from cmx_jax.serving.api.app import make_app
-    from cmx_jax.serving.api.served import Limits, Served
+    from cmx_jax.serving.api.context import ApiContext, Limits
     from cmx_jax.serving.api.template import ChatTemplate
     from cmx_jax.serving.http.server import Server, url
 
-    served = Served(
+    served = ApiContext(
         name=args.served_model_name or Path(args.model).resolve().name,
         deployment=deployment,
         service=service,

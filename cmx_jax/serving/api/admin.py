@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.api.served import Served
+from cmx_jax.serving.api.context import ApiContext
 from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.engine.timeline import together
 
@@ -56,7 +56,7 @@ async def pools(body: PoolsRequest, request: Request) -> dict[str, Any]:
 
     The answer comes when the new instances are ready; those that leave have `grace_s` seconds from then on.
     """
-    served: Served = request.app.state.served
+    served: ApiContext = request.app.state.served
     deployment = served.deployment
     if not isinstance(deployment, Deployment):
         raise CmxError("the workers are processes of their own: start or stop some of them instead")

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from cmx_jax.serving.api.choice import Choice, Delta
+from cmx_jax.serving.api.context import ApiContext
 from cmx_jax.serving.api.schemas import Generate
-from cmx_jax.serving.api.served import Served
 from cmx_jax.serving.scheduling.request import SamplingParams
 from cmx_jax.serving.service.generation import Generation
 
@@ -24,7 +24,12 @@ class Answer:
     """
 
     def __init__(
-        self, served: Served, body: Generate, kind: str, prompts: Sequence[list[int]], generation: Generation
+        self,
+        served: ApiContext,
+        body: Generate,
+        kind: str,
+        prompts: Sequence[list[int]],
+        generation: Generation,
     ):
         self.served, self.prompts, self.generation = served, prompts, generation
         self.n = body.n or 1
@@ -39,7 +44,7 @@ class Answer:
     @classmethod
     async def start(
         cls,
-        served: Served,
+        served: ApiContext,
         body: Generate,
         kind: str,
         prompts: Sequence[list[int]],

@@ -11,15 +11,15 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from cmx_jax.serving.api import admin, chat, completions, status
+from cmx_jax.serving.api.context import ApiContext
 from cmx_jax.serving.api.metrics import Metrics
-from cmx_jax.serving.api.served import Served
 from cmx_jax.serving.http import errors
 from cmx_jax.serving.http.guard import BodyLimit, Keys
 
 router = APIRouter()
 
 
-def make_app(served: Served, api_keys: Sequence[str] = (), admin_keys: Sequence[str] = ()) -> FastAPI:
+def make_app(served: ApiContext, api_keys: Sequence[str] = (), admin_keys: Sequence[str] = ()) -> FastAPI:
     """The app; its lifespan is the service's.
 
     Args:
@@ -59,7 +59,7 @@ def make_app(served: Served, api_keys: Sequence[str] = (), admin_keys: Sequence[
     return app
 
 
-def _model(served: Served) -> dict[str, Any]:
+def _model(served: ApiContext) -> dict[str, Any]:
     return {
         "id": served.name,
         "object": "model",
@@ -78,7 +78,7 @@ async def models(request: Request) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}")
 async def model(model: str, request: Request) -> dict[str, Any]:
     """The model, by its name."""
-    served: Served = request.app.state.served
+    served: ApiContext = request.app.state.served
     served.check_name(model)
     return _model(served)
 

@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.answer import Answer
 from cmx_jax.serving.api.choice import Delta
+from cmx_jax.serving.api.context import ApiContext
 from cmx_jax.serving.api.schemas import ChatRequest
-from cmx_jax.serving.api.served import Served
 from cmx_jax.serving.http.streaming import EventStream, unless_gone
 from cmx_jax.serving.scheduling.request import TokenLogprob
 
@@ -31,7 +31,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         answer.generation.close()
 
 
-async def _start(served: Served, body: ChatRequest) -> Answer:
+async def _start(served: ApiContext, body: ChatRequest) -> Answer:
     served.check(body, 1)
     if body.top_logprobs is not None and not body.logprobs:
         raise CmxError(f"top_logprobs is {body.top_logprobs} without logprobs: set logprobs to true")
@@ -83,7 +83,7 @@ async def _events(answer: Answer, logprobs: bool) -> AsyncIterator[dict[str, Any
         yield last
 
 
-def _said(served: Served, delta: Delta) -> list[dict[str, Any]]:
+def _said(served: ApiContext, delta: Delta) -> list[dict[str, Any]]:
     """What OpenAI's `logprobs` says of each token."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:

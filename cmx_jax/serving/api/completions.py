@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from cmx_jax.serving.api.answer import Answer
+from cmx_jax.serving.api.context import ApiContext, Scores
 from cmx_jax.serving.api.schemas import CompletionRequest
-from cmx_jax.serving.api.served import Scores, Served
 from cmx_jax.serving.http.streaming import EventStream, unless_gone
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
 
@@ -37,7 +37,7 @@ class Part:
     `offset` is where the next token's text begins, if every token is written by itself.
     """
 
-    def __init__(self, served: Served, logprobs: bool):
+    def __init__(self, served: ApiContext, logprobs: bool):
         self._served, self._logprobs, self._offset = served, logprobs, 0
 
     def document(self, text: str, tokens: Sequence[int], said: Said) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Part:
         return found
 
 
-async def _start(served: Served, body: CompletionRequest) -> tuple[Answer, list[Echoed]]:
+async def _start(served: ApiContext, body: CompletionRequest) -> tuple[Answer, list[Echoed]]:
     """The answer, and what stands before each of its choices: nothing, or with `echo` the prompt."""
     served.check(body, len(body.prompt))
     prompts = await served.encode(body.prompt)

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cmx_jax.serving.api.served import Served
+from cmx_jax.serving.api.context import ApiContext
 from cmx_jax.serving.service.generation import Chunk
 
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
@@ -27,7 +27,7 @@ class Metrics:
       registry: of its own, so that several may live in one process.
     """
 
-    def __init__(self, served: Served):
+    def __init__(self, served: ApiContext):
         self.registry, self._name = CollectorRegistry(), served.name
         name = self._name
 
@@ -89,7 +89,7 @@ class Metrics:
 class _Now(Collector):
     """What is true at the moment of a scrape."""
 
-    def __init__(self, served: Served):
+    def __init__(self, served: ApiContext):
         self._served = served
 
     def collect(self) -> Iterator[Metric]:

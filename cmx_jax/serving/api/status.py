@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
-from cmx_jax.serving.api.served import Served
+from cmx_jax.serving.api.context import ApiContext
 
 router = APIRouter()
 
@@ -15,7 +15,7 @@ router = APIRouter()
 @router.get("/status")
 async def status(request: Request) -> dict[str, Any]:
     """Instances, queues, totals since the start, and the engine's seconds."""
-    served: Served = request.app.state.served
+    served: ApiContext = request.app.state.served
     return {
         "model": served.name,
         "deployment": served.deployment.name,

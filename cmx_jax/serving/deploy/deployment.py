@@ -13,7 +13,7 @@ from cmx_jax.serving.deploy.site import Site
 from cmx_jax.serving.ems import Fingerprint, Pool
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.stats import Traffic
-from cmx_jax.serving.kv import JaxTransport, Outbox
+from cmx_jax.serving.kv import JaxTransport, LeasedPages
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import SamplingParams
 from cmx_jax.serving.scheduling.waiting import check_limits
@@ -127,7 +127,7 @@ def worker(
     """
     found = _alone(role, name_or_path, num_speculative_tokens, options)
     [instance] = found.engine.instances
-    outbox = Outbox(JaxTransport(host), found.fingerprint)
+    outbox = LeasedPages(JaxTransport(host), found.fingerprint)
     pools = ([instance], []) if role == "prefill" else ([], [instance])
     found.engine = Engine(*pools, outbox=outbox)
     return found

@@ -17,7 +17,7 @@ from cmx_jax.model.rebalance import Move
 from cmx_jax.model.sharding import shared_in_slots
 from cmx_jax.serving.engine.movement import Movement, check_pages, decodes
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.kv import Outbox
+from cmx_jax.serving.kv import LeasedPages
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, State
 from cmx_jax.serving.scheduling.waiting import check_limits, check_queue
@@ -43,7 +43,7 @@ class Engine(Movement):
         eplb_interval: int = 0,
         *,
         context: ContextCache | None = None,
-        outbox: Outbox | None = None,
+        outbox: LeasedPages | None = None,
         recompute: bool = True,
         max_num_queued_reqs: int | None = None,
         max_num_queued_tokens: int | None = None,

@@ -11,7 +11,7 @@ import jax
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.engine.timeline import Timeline
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.kv import Local, Outbox, Parcel, Ticket, TransferError, carry
+from cmx_jax.serving.kv import LeasedPages, Local, RemotePages, Ticket, TransferError, transfer_locally
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, State, TokenLogprob
 from cmx_jax.serving.scheduling.scheduler import Scheduler
@@ -42,7 +42,7 @@ class Movement(Scheduler[Instance]):
         prefill: list[Instance],
         decoders: list[Instance],
         context: ContextCache | None,
-        outbox: Outbox | None,
+        outbox: LeasedPages | None,
         recompute: bool,
     ):
         instances = [*prefill, *decoders]
@@ -55,7 +55,7 @@ class Movement(Scheduler[Instance]):
         self.later: deque[Callable[[], None]] = deque()
         self.timeline = Timeline()
         self.ahead = 1 + max(instance.num_speculative_tokens for instance in instances)
-        self.outbox = outbox or Outbox(Local(), instances[0].fingerprint())
+        self.outbox = outbox or LeasedPages(Local(), instances[0].fingerprint())
         super().__init__(prefill, decoders, time.perf_counter)
 
     def reset(self) -> None:
@@ -139,7 +139,9 @@ class Movement(Scheduler[Instance]):
             came = {}
             for request, of in zip(requests, pages, strict=True):
                 try:
-                    came[request] = of if isinstance(source, Parcel) else carry(self.outbox, of)
+                    came[request] = (
+                        of if isinstance(source, RemotePages) else transfer_locally(self.outbox, of)
+                    )
                 except TransferError as error:
                     failed += self._lost(source, target, request, error)
             if came:
@@ -212,7 +214,7 @@ class Movement(Scheduler[Instance]):
         request.logprobs = [] if logprob is None else [logprob]
         request.arrived = request.first_token = self.clock()
         self._check_rooms(request)
-        source: Any = Parcel(pages)
+        source: Any = RemotePages(pages)
         self.transfers.append((source, request))
         self.timeline.enters(request, "transfer")
         return request

@@ -10,7 +10,7 @@ import httpx
 import openai
 
 from cmx_jax.serving.api.app import make_app
-from cmx_jax.serving.api.served import Limits, Served
+from cmx_jax.serving.api.context import ApiContext, Limits
 from cmx_jax.serving.api.template import ChatTemplate
 from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.http.server import Server, bind, url
@@ -22,7 +22,7 @@ class Running:
     """A server that answers."""
 
     url: str
-    served: Served
+    served: ApiContext
     http: httpx.Client
 
     @property
@@ -42,7 +42,7 @@ class Running:
 @contextmanager
 def serving(deployment: Deployment, limits: Limits | None = None, **keys: list[str]) -> Iterator[Running]:
     """Serves a deployment on a thread until the block ends."""
-    served = Served(
+    served = ApiContext(
         name="tiny",
         deployment=deployment,
         service=Service(deployment.engine),

@@ -7,7 +7,7 @@ import pytest
 from serving.api.running import Running, serving
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.api.served import Limits
+from cmx_jax.serving.api.context import Limits
 
 ASK = {"prompt": "x", "max_tokens": 1, "temperature": 0}
 MOST = 2000

@@ -15,8 +15,8 @@ from serving.ems.stores import keeps_the_contract, key, payload, server
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.ems import MPServer
-from cmx_jax.serving.ems.block import OVERHEAD, sealed
 from cmx_jax.serving.ems.dram import SEGMENTS
+from cmx_jax.serving.ems.store import OVERHEAD, seal
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_damaged_file_is_a_miss_and_is_removed(tmp_path: Path, at: int) -> Non
     server(tmp_path).close()
     path = file_of(tmp_path, "one", 1)
     path.parent.mkdir(parents=True)
-    block = bytearray(sealed(key(1), b"payload!"))
+    block = bytearray(seal(key(1), b"payload!"))
     block[at] ^= 16
     path.write_bytes(block)
     node = server(tmp_path)

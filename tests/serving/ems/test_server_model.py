@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from serving.ems.stores import key, payload
 
 from cmx_jax.serving.ems import MPServer
-from cmx_jax.serving.ems.block import OVERHEAD
+from cmx_jax.serving.ems.store import OVERHEAD
 
 DISK, LOW, HIGH, QUOTA = 4000, 2800, 3600, 1200
 SPACES, KEYS = st.sampled_from(["free", "limited"]), st.integers(0, 7)

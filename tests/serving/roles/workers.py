@@ -15,7 +15,7 @@ from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.http.server import Server, bind, url
-from cmx_jax.serving.kv import JaxTransport, Outbox
+from cmx_jax.serving.kv import JaxTransport, LeasedPages
 from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.router import Router
 from cmx_jax.serving.roles.worker import Worker, make_worker
@@ -65,7 +65,7 @@ def running(
     )
     deployment.engine = Engine(
         *(([one], []) if role == "prefill" else ([], [one])),
-        outbox=Outbox(JaxTransport(), replace(deployment.fingerprint), lease_s),
+        outbox=LeasedPages(JaxTransport(), replace(deployment.fingerprint), lease_s),
     )
     service = Service(deployment.engine)
     worker = Worker(

@@ -38,7 +38,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ApiContext:
     """A deployment behind a service or a router, and the name that clients know it by."""
 
     name: str
