@@ -50,7 +50,7 @@ class ContextCache:
     Attributes:
       pool: Pool that stores the bytes.
       block: Number of tokens per block.
-      generated: Whether generated tokens are stored, too (section 4.4.2: not for reasoning models, whose next
+      generated: True if generated tokens are stored, too (section 4.4.2: not for reasoning models, whose next
         turn leaves the thinking out).
       hits: Number of prompt tokens found in the pool.
       queries: Number of prompt tokens looked up.
@@ -64,7 +64,7 @@ class ContextCache:
           pool: Caching pool.
           fingerprint: Fingerprint of the instance; its tenant is replaced by a request's namespace.
           pages: Arrays or shapes `[P, L, W, C]` of the instance's cache.
-          generated: Whether to store generated tokens, too.
+          generated: True to store generated tokens, too.
 
         Raises:
           CmxError: A block is not a whole number of pages.

@@ -60,7 +60,7 @@ def held(worker: Running, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def prompt_of(prompts: list[list[int]]) -> PrefillRequest:
-    return PrefillRequest(prompt=prompts[1], params=Params.of(PARAMS), transfer_id=new_id())
+    return PrefillRequest(prompt=prompts[1], params=Params.from_sampling(PARAMS), transfer_id=new_id())
 
 
 def test_a_client_that_leaves_before_its_ticket_is_written(workers, prompts, monkeypatch) -> None:

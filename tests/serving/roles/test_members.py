@@ -179,7 +179,7 @@ def test_a_mistake_is_one_line(arguments, message, capsys, monkeypatch) -> None:
 
 
 def test_addresses_are_checked() -> None:
-    with pytest.raises(CmxError, match="is no address of a worker"):
+    with pytest.raises(CmxError, match="is not the address of a worker"):
         asyncio.run(_made("http://[::"))
 
 
