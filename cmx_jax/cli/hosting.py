@@ -29,15 +29,15 @@ def answer_api(args: argparse.Namespace, sock: Any, deployment: Any, service: An
     from cmx_jax.serving.api.template import ChatTemplate
     from cmx_jax.serving.http.server import Server, url
 
-    served = ApiContext(
+    context = ApiContext(
         name=args.served_model_name or Path(args.model).resolve().name,
         deployment=deployment,
         service=service,
         template=ChatTemplate.read(deployment.model.directory),
         limits=Limits(max_body_bytes=args.max_body_bytes, max_choices=args.max_choices),
     )
-    server = Server(make_app(served, args.api_key, args.admin_key), service, args.shutdown_timeout_s)
-    ready = f"cmx: {served.name} is served at {url(sock)}/v1, its status at {url(sock)}/"
+    server = Server(make_app(context, args.api_key, args.admin_key), service, args.shutdown_timeout_s)
+    ready = f"cmx: {context.name} is served at {url(sock)}/v1, its status at {url(sock)}/"
     server.run_on(sock, lambda: print(ready, flush=True))
 
 

@@ -97,7 +97,7 @@ def make_worker(worker: Worker) -> FastAPI:
     errors.handle(app)
     app.include_router(routes)
     app.add_api_route("/health", health)
-    app.add_middleware(BodyLimit, most=MAX_BODY_BYTES)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(Keys, keys=[worker.secret], admin=[])
     return app
 

@@ -197,7 +197,7 @@ def test_a_warm_cache_is_said(capsys, deployment, tmp_path: Path) -> None:
 
 
 def test_overload_is_failures_and_in_no_mean(capsys, server: Running, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(server.served.deployment.engine, "max_num_queued_reqs", 2)
+    monkeypatch.setattr(server.context.deployment.engine, "max_num_queued_reqs", 2)
     options = [*SHORT, "--num-prompts", "30", "--plot-timeline", str(tmp_path / "timeline.png")]
     d = measured(capsys, server.url, *options)
     check(d)

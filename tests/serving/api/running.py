@@ -22,7 +22,7 @@ class Running:
     """A server that answers."""
 
     url: str
-    served: ApiContext
+    context: ApiContext
     http: httpx.Client
 
     @property
@@ -31,9 +31,9 @@ class Running:
 
     def idle(self) -> bool:
         """Whether nothing is left in the engine; what is cancelled may take a step to go."""
-        engine, until = self.served.deployment.engine, time.monotonic() + 20
+        engine, until = self.context.deployment.engine, time.monotonic() + 20
         while time.monotonic() < until:
-            if not (self.served.service.live or engine.waiting or any(i.places for i in engine.instances)):
+            if not (self.context.service.live or engine.waiting or any(i.places for i in engine.instances)):
                 return True
             time.sleep(0.02)
         return False
@@ -42,20 +42,23 @@ class Running:
 @contextmanager
 def serving(deployment: Deployment, limits: Limits | None = None, **keys: list[str]) -> Iterator[Running]:
     """Serves a deployment on a thread until the block ends."""
-    served = ApiContext(
+    context = ApiContext(
         name="tiny",
         deployment=deployment,
         service=Service(deployment.engine),
         template=ChatTemplate.read(deployment.model.directory),
         limits=limits or Limits(),
     )
-    server, ready = Server(make_app(served, **keys), served.service, shutdown_timeout_s=5), threading.Event()
+    server, ready = (
+        Server(make_app(context, **keys), context.service, shutdown_timeout_s=5),
+        threading.Event(),
+    )
     with bind("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=server.run_on, args=(sock, ready.set), daemon=True)
         thread.start()
         assert ready.wait(30)
         with httpx.Client(base_url=url(sock), timeout=120) as http:
-            yield Running(url(sock), served, http)
+            yield Running(url(sock), context, http)
         server._loop.call_soon_threadsafe(server.stop)
         thread.join(30)
         assert not thread.is_alive()

@@ -163,9 +163,9 @@ MISTAKES = [
     ({"prompt": [True]}, "prompt: expected text, token ids, or a list"),
     ({"prompt": ["a", [1]]}, "prompt: expected text, token ids, or a list"),
     ({"prompt": [2048]}, r"token id 2048, expected ids in \[0, 2048\)"),
-    ({"prompt": "x " * 600}, "there is room for"),
+    ({"prompt": "x " * 600}, "exceeds max_model_len, 512 tokens"),
     ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),
-    ({"max_tokens": 512}, "exceed the 512 tokens that there is room for"),
+    ({"max_tokens": 512}, "and max_tokens 512 exceeds max_model_len, 512 tokens"),
     ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
     ({"temperature": -1}, "temperature is -1.0, expected zero or more"),
     ({"top_p": 0}, "top_p is 0.0, expected in"),
@@ -180,7 +180,7 @@ MISTAKES = [
     ({"logit_bias": {"5": 1}}, "field 'logit_bias' is not supported"),
     ({"best_of": 2}, "field 'best_of' is not supported"),
     ({"max_token": 5}, "field 'max_token' is unknown: leave it out"),
-    ({"stream_options": {"include_usage": True}}, "field 'stream_options' is of streams only"),
+    ({"stream_options": {"include_usage": True}}, "field 'stream_options' is for streams only"),
 ]
 
 

@@ -71,7 +71,7 @@ def test_a_client_that_leaves_the_queue_is_forgotten_and_others_go_on(server) ->
 
 
 def test_a_full_queue_is_429_and_says_when_to_come_again(server, monkeypatch) -> None:
-    engine = server.served.deployment.engine
+    engine = server.context.deployment.engine
     with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 33}) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -87,7 +87,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(server, monkeypatch) ->
 
 
 def test_prompts_of_a_refused_call_are_not_served_in_part(server, monkeypatch) -> None:
-    engine = server.served.deployment.engine
+    engine = server.context.deployment.engine
     monkeypatch.setattr(engine, "max_num_queued_reqs", 2)
     refused = server.http.post("/v1/completions", json=LONG | {"n": 5})
     assert refused.status_code == 429
@@ -95,7 +95,7 @@ def test_prompts_of_a_refused_call_are_not_served_in_part(server, monkeypatch) -
 
 
 def test_who_waits_too_long_gets_an_error(server, monkeypatch) -> None:
-    engine = server.served.deployment.engine
+    engine = server.context.deployment.engine
     with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 32}) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -109,7 +109,7 @@ def test_who_waits_too_long_gets_an_error(server, monkeypatch) -> None:
 
 @pytest.mark.parametrize("stage", ["prefill", "start_decode"])
 def test_a_step_that_fails_ends_its_requests_with_an_error_and_no_others(server, monkeypatch, stage) -> None:
-    instance = server.served.deployment.engine.decode
+    instance = server.context.deployment.engine.decode
     expected = server.http.post("/v1/completions", json=SHORT).json()["choices"]
     before = ended(server, "error")
     failed = threading.Event()
@@ -130,7 +130,7 @@ def test_a_step_that_fails_ends_its_requests_with_an_error_and_no_others(server,
 
 
 def test_a_stream_that_fails_says_so(server, monkeypatch) -> None:
-    instance = server.served.deployment.engine.decode
+    instance = server.context.deployment.engine.decode
     events = server.openai.completions.create(
         model="tiny", prompt="The", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
     )
@@ -147,7 +147,7 @@ def test_a_stream_that_fails_says_so(server, monkeypatch) -> None:
 
 
 def test_a_failure_of_the_server_itself_is_500_in_one_line(server, monkeypatch) -> None:
-    monkeypatch.setattr(type(server.served), "check", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(server.context), "check", lambda *_: 1 / 0)
     answer = server.http.post("/v1/completions", json=SHORT)
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "the server failed to answer: its log says why"

@@ -142,8 +142,8 @@ def test_a_router_without_workers_says_so(base: Model) -> None:
     urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
     router = Router(Members(urls[:1], urls[1:], SECRET, patience_s=0.2))
     hosted = Hosted(name="router", model=base, max_model_len=CONTEXT)
-    served = ApiContext(name="base", deployment=hosted, service=router, template=None, limits=Limits())
-    server, ready = Server(make_app(served), router, shutdown_timeout_s=1), threading.Event()
+    context = ApiContext(name="base", deployment=hosted, service=router, template=None, limits=Limits())
+    server, ready = Server(make_app(context), router, shutdown_timeout_s=1), threading.Event()
     with bind("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=server.run_on, args=(sock, ready.set), daemon=True)
         thread.start()
