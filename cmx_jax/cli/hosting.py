@@ -1,4 +1,4 @@
-"""Parts of `cmx serve` that all of its roles share: the deployment, the caching pool, the API and the end."""
+"""Parts of `cmx serve` that all of its roles share: deployment, caching pool, API and exit."""
 
 import argparse
 import contextlib
@@ -11,19 +11,19 @@ from cmx_jax.cli import caching
 from cmx_jax.cli.common import parallelism, progress
 from cmx_jax.errors import CmxError
 
-# of one instance that does everything; pools have sizes of their own
+# defaults of a single instance; pools have other sizes
 ALONE = {"max_num_seqs": 32, "max_num_batched_tokens": 2048, "runner": "lanes", "ranks": 8}
 POOLS = {"prefill_instances": 6, "decode_instances": 1}
 LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_ttl_s")
 
 
 def cached(args: argparse.Namespace) -> Any:
-    """The caching pool, or None."""
+    """Opens the caching pool, or yields None."""
     return contextlib.nullcontext() if args.no_context_cache else caching.pool(args, args.cluster_secret)
 
 
 def answer_api(args: argparse.Namespace, sock: Any, deployment: Any, service: Any) -> None:
-    """OpenAI's API over a service or router, until it is told to stop."""
+    """Serves OpenAI's API over a service or router, until a signal."""
     from cmx_jax.serving.api.app import make_app
     from cmx_jax.serving.api.context import ApiContext, Limits
     from cmx_jax.serving.api.template import ChatTemplate
@@ -42,14 +42,14 @@ def answer_api(args: argparse.Namespace, sock: Any, deployment: Any, service: An
 
 
 def leave(service: Any) -> None:
-    """Ends the process, also where XLA still compiles in a thread that does not survive an orderly end."""
+    """Ends the process, even while XLA compiles in a thread that crashes at an orderly exit."""
     if not service.stop(0):
         sys.stderr.flush()
         os._exit(0)
 
 
 def deployed(args: argparse.Namespace) -> Any:
-    """The model on its instances, with short sequences' programs compiled."""
+    """Loads the model onto its instances and compiles the programs for short sequences."""
     from cmx_jax.serving.deploy.deployment import QueueLimits, colocated, pools, warm_up, worker
 
     tell = progress()
@@ -85,13 +85,13 @@ def deployed(args: argparse.Namespace) -> Any:
 
 
 def _sequences(args: argparse.Namespace) -> dict[str, Any]:
-    """Of a decode rank, so that the first decode instance has `max_num_seqs`."""
+    """Returns the sequences per decode rank with which the first decode instance has `max_num_seqs`."""
     from cmx_jax.mesh.pools import DECODE_NPUS
 
     return {} if args.max_num_seqs is None else {"sequences": -(-args.max_num_seqs // DECODE_NPUS)}
 
 
-def _check_unused(args: argparse.Namespace, names: Any, of: str) -> None:
+def _check_unused(args: argparse.Namespace, names: Any, deployment: str) -> None:
     for name in names:
         if getattr(args, name) is not None:
-            raise CmxError(f"--{name.replace('_', '-')} is of --deployment {of}: leave it out")
+            raise CmxError(f"--{name.replace('_', '-')} is for --deployment {deployment}: leave it out")

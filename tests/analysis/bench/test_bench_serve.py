@@ -306,7 +306,7 @@ def test_what_does_not_fit_the_server_is_one_line(capsys, server, arguments, mes
         (("--burstiness", "-1"), "burstiness is -1, expected above zero"),
         (("--random-range-ratio", "1"), "range_ratio is 1, expected zero or more, below 1"),
         (("--random-input-len", "0"), "a prompt's length is 0, expected at least 1"),
-        (("--prefix-len", "3"), "--prefix-len is of --dataset-name shared-prefix: leave it out"),
+        (("--prefix-len", "3"), "--prefix-len is for --dataset-name shared-prefix: leave it out"),
         (("--dataset-name", "mooncake"), "needs --dataset-path FILE"),
         (("--dataset-name", "mooncake", "--dataset-path", "/no"), "--dataset-path /no: No such file"),
         (("--dataset-name", "mooncake", "--dataset-path", "/no", "--request-rate", "1"), "has its own times"),
