@@ -58,7 +58,9 @@ def add_model_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--ranks", type=int, default=8, help="number of expert-parallel ranks (default 8)")
     verb.add_argument(
-        "--dtype", default="float32", help="dtype of activations and weights: float32 (default) or bfloat16"
+        "--dtype",
+        default="float32",
+        help="dtype of weights, cache and arithmetic: float32 (default) or bfloat16",
     )
     verb.add_argument(
         "--quant", default="auto", help="quantization of weights: auto (as stored, the default), int8 or none"

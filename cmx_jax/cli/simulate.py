@@ -184,7 +184,7 @@ def _predicted(args: argparse.Namespace) -> tuple[Any, Any]:
     ]
     for flag in (*excluded, "--block-size"):
         if getattr(args, _destination(flag)) is not None:
-            raise CmxError(f"{flag} is given, but --predict says what it is: leave one of them out")
+            raise CmxError(f"{flag} is given, but --predict determines it: leave one of them out")
     options = {_destination(flag): default for flag, default, _ in PREDICT}
     options |= {name: value for name in options if (value := getattr(args, name)) is not None}
     c = config_of(args.predict)

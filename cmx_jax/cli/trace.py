@@ -80,7 +80,7 @@ def _trace(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.function is None):
         raise CmxError("expected a model, or --function MODULE:NAME, one of them")
     if args.target != "cpu" and args.source == "jaxpr":
-        raise CmxError(f"--target {args.target} needs --source hlo (or stablehlo): a jaxpr is of no target")
+        raise CmxError(f"--target {args.target} needs --source hlo (or stablehlo): a jaxpr has no target")
     os.environ.setdefault(
         "JAX_PLATFORMS", "cpu"
     )  # nothing runs; starting an accelerator would only take time

@@ -123,7 +123,7 @@ class _ServiceCollector(Collector):
             ("num_preemptions", "Requests that lost their pages to more urgent ones.", now["preemptions"]),
             ("pd_transfers", "Prompts whose pages came to decode.", now["kv_moved"]),
             ("pd_transfers_lost", "Prompts whose pages did not.", now["kv_lost"]),
-            ("eplb_rebalances", "Times that experts were placed anew.", now["eplb_moves"]),
+            ("eplb_rebalances", "Times that experts were placed again.", now["eplb_moves"]),
         )
         yield from _families(GaugeMetricFamily, context.name, gauges)
         yield from _families(CounterMetricFamily, context.name, counters)

@@ -63,9 +63,9 @@ def receive(sock: socket.socket, timeout: float, body_limit: int) -> tuple[Meta,
     try:
         meta = json.loads(_receive_exactly(sock, meta_size, deadline))
     except (ValueError, RecursionError):
-        raise FrameError("a frame's head is no JSON") from None
+        raise FrameError("a frame's head is not JSON") from None
     if not isinstance(meta, dict):
-        raise FrameError("a frame's head is no JSON object")
+        raise FrameError("a frame's head is not a JSON object")
     return meta, _receive_exactly(sock, body_size, deadline)
 
 

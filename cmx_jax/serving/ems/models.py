@@ -165,7 +165,7 @@ def _read_manifest(model: str, data: bytes) -> Files:
         files: Files = dict(json.loads(data)["files"])
         names = [PurePosixPath(name) for name in files]
     except (ValueError, KeyError, TypeError):
-        raise CmxError(f"block {model} is no model's manifest") from None
+        raise CmxError(f"block {model} is not a model's manifest") from None
     if any(name.is_absolute() or ".." in name.parts for name in names):
         raise CmxError(f"model {model}: has files outside its directory")
     return files

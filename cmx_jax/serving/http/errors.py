@@ -54,7 +54,7 @@ class NotFound(CmxError):
 
 
 class Gone(Exception):
-    """The client disconnected, so an answer is of no use."""
+    """The client disconnected, so an answer is useless."""
 
 
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> ErrorDocument:
@@ -110,7 +110,7 @@ def handle(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             return response(400, f"the body is not JSON ({first['ctx']['error']}), expected an object")
         if first["loc"] == ("body",) and first["type"] == "model_attributes_type":
-            return response(400, "the body is no object, expected one in JSON, sent as application/json")
+            return response(400, "the body is not an object, expected one in JSON, sent as application/json")
         message = first["msg"].removeprefix("Value error, ")
         return response(400, f"{field}: {message}" if field else message, field or None)
 

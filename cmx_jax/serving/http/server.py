@@ -34,7 +34,7 @@ def bind(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError):
         raise CmxError(
-            f"host {host!r} is no address of this machine, expected one such as 127.0.0.1"
+            f"host {host!r} is not an address of this machine, expected one such as 127.0.0.1"
         ) from None
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

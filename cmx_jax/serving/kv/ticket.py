@@ -62,7 +62,7 @@ class Ticket:
                 lease_s=float(document["lease_s"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise CmxError(f"kv_transfer_params are no ticket ({type(error).__name__}: {error})") from None
+            raise CmxError(f"kv_transfer_params are not a ticket ({type(error).__name__}: {error})") from None
 
 
 def new_id() -> int:

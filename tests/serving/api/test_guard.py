@@ -99,7 +99,7 @@ def test_choices_are_limited(closed) -> None:
     ("body", "message"),
     [
         (b"", "Field required"),
-        (b"[]", "the body is no object, expected one in JSON, sent as application/json"),
+        (b"[]", "the body is not an object, expected one in JSON, sent as application/json"),
         (b'{"prompt": ', "the body is not JSON"),
         (b'{"prompt": "x", "temperature": NaN}', "temperature is nan"),
         (b'{"prompt": "x", "top_k": 1' + b"0" * 300 + b"}", "top_k is 1000"),

@@ -108,8 +108,8 @@ def test_a_port_that_is_taken_is_one_line(capsys) -> None:
     ("arguments", "message"),
     [
         (("--port", "70000"), "port is 70000, expected 0"),
-        (("--host", "host.invalid"), "host 'host.invalid' is no address of this machine"),
-        (("--host", "a..b"), "host 'a..b' is no address of this machine"),
+        (("--host", "host.invalid"), "host 'host.invalid' is not an address of this machine"),
+        (("--host", "a..b"), "host 'a..b' is not an address of this machine"),
         (("--api-key", ""), "a key is empty"),
         (("--shutdown-timeout-s", "-1"), "shutdown_timeout_s is -1.0, expected zero or more"),
         (("--max-body-bytes", "0"), "max_body_bytes is 0, expected at least 1"),

@@ -115,7 +115,7 @@ def test_what_cannot_be_loaded(pool: Pool, source: Path, tmp_path: Path) -> None
     for given, said in (
         ("tiny", "expected 64 hex digits"),
         ("00" * 32, "is not in the pool, and no source"),
-        (hashlib.sha256(b"{}").hexdigest(), "is no model's manifest"),
+        (hashlib.sha256(b"{}").hexdigest(), "is not a model's manifest"),
     ):
         with pytest.raises(CmxError, match=said):
             load_model(pool, given, tmp_path / "out", "models")

@@ -76,7 +76,7 @@ def test_a_ticket_is_the_same_behind_json(outbox: LeasedPages) -> None:
         {**ticket.as_dict(), "arrays": 3},
         {**ticket.as_dict(), "fingerprint": {"page": [1]}},
     ):
-        with pytest.raises(CmxError, match="are no ticket"):
+        with pytest.raises(CmxError, match="are not a ticket"):
             Ticket.from_dict(broken)
 
 
