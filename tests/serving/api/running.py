@@ -30,7 +30,7 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def idle(self) -> bool:
-        """Whether nothing is left in the engine; what is cancelled may take a step to go."""
+        """Returns whether the engine becomes empty; a cancelled request may take one more step to end."""
         engine, until = self.context.deployment.engine, time.monotonic() + 20
         while time.monotonic() < until:
             if not (self.context.service.live or engine.waiting or any(i.places for i in engine.instances)):

@@ -14,7 +14,8 @@ PARTS = {"magic": 0, "version": 4, "length": 6, "key": 14, "digest": 46, "payloa
 
 
 @given(st.binary(min_size=32, max_size=32), st.binary(max_size=300))
-def test_the_layout(key: bytes, payload: bytes) -> None:
+def test_seal_layout(key: bytes, payload: bytes) -> None:
+    """A block has the documented layout."""
     head = b"CMXB" + struct.pack("<HQ", 1, len(payload)) + key
     block = seal(key, payload)
     assert block == head + hashlib.sha256(head + payload).digest() + payload
@@ -22,29 +23,33 @@ def test_the_layout(key: bytes, payload: bytes) -> None:
     assert unseal(key, block) == payload
 
 
-@pytest.mark.parametrize("at", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("offset", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("bit", [0, 7])
-def test_a_changed_bit_in_any_part(at: int, bit: int) -> None:
+def test_unseal_changed_bit(offset: int, bit: int) -> None:
+    """A changed bit in any field of a block is noticed."""
     block = bytearray(seal(KEY, b"payload"))
-    block[at] ^= 1 << bit
+    block[offset] ^= 1 << bit
     assert unseal(KEY, bytes(block)) is None
 
 
 @given(st.binary(max_size=50), st.data())
-def test_a_changed_byte_anywhere(payload: bytes, data: st.DataObject) -> None:
+def test_unseal_changed_byte(payload: bytes, data: st.DataObject) -> None:
+    """A changed byte anywhere in a block is noticed."""
     block = bytearray(seal(KEY, payload))
     block[data.draw(st.integers(0, len(block) - 1))] ^= data.draw(st.integers(1, 255))
     assert unseal(KEY, bytes(block)) is None
 
 
 @given(st.binary(max_size=50), st.data())
-def test_pieces_and_leftovers(payload: bytes, data: st.DataObject) -> None:
+def test_unseal_wrong_length(payload: bytes, data: st.DataObject) -> None:
+    """A block that is too short or too long is refused."""
     block = seal(KEY, payload)
     assert unseal(KEY, block[: data.draw(st.integers(0, len(block) - 1))]) is None
     assert unseal(KEY, block + data.draw(st.binary(min_size=1))) is None
 
 
-def test_a_block_of_another_key_or_version() -> None:
+def test_unseal_another_key_or_version() -> None:
+    """A block of another key or version is refused."""
     assert unseal(OTHER, seal(KEY, b"payload")) is None
     head = b"CMXB" + struct.pack("<HQ", 2, 7) + KEY
     assert unseal(KEY, head + hashlib.sha256(head + b"payload").digest() + b"payload") is None

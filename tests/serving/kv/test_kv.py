@@ -34,8 +34,8 @@ def pages(seed: int = 0, count: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, 2, 8, 5)).astype(np.float32)
 
 
-def tree(of: object) -> object:
-    return jax.tree.structure(of)
+def tree(value: object) -> object:
+    return jax.tree.structure(value)
 
 
 class Clock:
@@ -57,15 +57,17 @@ def outbox(request: pytest.FixtureRequest) -> LeasedPages:
     return LeasedPages(transport, OURS, lease_s=10, clock=Clock())
 
 
-def test_pages_come_as_they_were_and_are_freed(outbox: LeasedPages) -> None:
+def test_transfer_locally_frees_pages(outbox: LeasedPages) -> None:
+    """Pages arrive unchanged and are freed."""
     for sent in (pages(), Int8Rows(pages(1).astype(np.int8), pages(2)[..., :2])):
-        came = transfer_locally(outbox, sent)
-        jax.tree.map(np.testing.assert_array_equal, came, sent)
+        received = transfer_locally(outbox, sent)
+        jax.tree.map(np.testing.assert_array_equal, received, sent)
     assert outbox.waiting == 0
     assert outbox.counts == {"offered": 2, "acknowledged": 2}
 
 
-def test_a_ticket_is_the_same_behind_json(outbox: LeasedPages) -> None:
+def test_ticket_json_round_trip(outbox: LeasedPages) -> None:
+    """A ticket is unchanged by a round trip through JSON."""
     ticket = outbox.offer(pages())
     assert Ticket.from_dict(json.loads(json.dumps(ticket.as_dict()))) == ticket
     assert 0 < ticket.transfer_id < 2**63
@@ -80,7 +82,8 @@ def test_a_ticket_is_the_same_behind_json(outbox: LeasedPages) -> None:
             Ticket.from_dict(broken)
 
 
-def test_other_layouts_are_refused_showing_both_sides(outbox: LeasedPages) -> None:
+def test_fetch_fingerprint_mismatch(outbox: LeasedPages) -> None:
+    """Pages of another layout are refused, with both values in the message."""
     ticket = outbox.offer(pages())
     theirs = replace(OURS, page=(2, 16, 5), kv_cache_dtype="int8")
     with pytest.raises(TransferError) as caught:
@@ -95,7 +98,8 @@ def test_other_layouts_are_refused_showing_both_sides(outbox: LeasedPages) -> No
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2), st.integers(0, 2 * 8 * 5 * 4 - 1), st.integers(0, 7))
-def test_no_flipped_bit_is_missed(page: int, byte: int, bit: int) -> None:
+def test_fetch_flipped_bit(page: int, byte: int, bit: int) -> None:
+    """Every flipped bit is noticed."""
     sent, box = pages(), LeasedPages(Local(), OURS)
     ticket = box.offer(sent.copy())
     sent.view(np.uint8).reshape(3, -1)[page, byte] ^= 1 << bit
@@ -105,7 +109,8 @@ def test_no_flipped_bit_is_missed(page: int, byte: int, bit: int) -> None:
         fetch(ticket, box.transport, OURS, tree(sent))
 
 
-def test_a_lease_ends_unless_it_is_renewed(outbox: LeasedPages) -> None:
+def test_lease_expiry_and_renewal(outbox: LeasedPages) -> None:
+    """A lease ends unless it is renewed."""
     clock = outbox._clock
     first, second = outbox.offer(pages(1)), outbox.offer(pages(2))
     clock.now = 8
@@ -116,14 +121,15 @@ def test_a_lease_ends_unless_it_is_renewed(outbox: LeasedPages) -> None:
     assert not outbox.acknowledge(first.transfer_id)
     with pytest.raises(TransferError):
         fetch(first, outbox.transport, OURS, tree(pages()), timeout_s=0.5)
-    came = fetch(second, outbox.transport, OURS, tree(pages()))
-    np.testing.assert_array_equal(came, pages(2))
+    received = fetch(second, outbox.transport, OURS, tree(pages()))
+    np.testing.assert_array_equal(received, pages(2))
     assert outbox.acknowledge(second.transfer_id)
     assert outbox.counts == {"offered": 2, "expired": 1, "acknowledged": 1}
     assert not outbox.waiting
 
 
-def test_the_watchdog_frees_what_nobody_fetches() -> None:
+def test_watchdog_frees_expired_pages() -> None:
+    """The watchdog frees pages that are not fetched."""
     box = LeasedPages(Local(), OURS, lease_s=0.05)
     box.watch(0.02)
     freed = threading.Event()
@@ -140,7 +146,8 @@ def test_the_watchdog_frees_what_nobody_fetches() -> None:
     box.close()
 
 
-def test_a_lease_is_above_zero() -> None:
+def test_lease_invalid() -> None:
+    """A lease is above zero."""
     with pytest.raises(CmxError, match="a lease of 0 seconds"):
         LeasedPages(Local(), OURS, lease_s=0)
 
@@ -158,7 +165,8 @@ sys.stdin.readline()
 """
 
 
-def test_pages_come_from_another_process_until_it_dies(over_jax: JaxTransport, tmp_path: Path) -> None:
+def test_fetch_from_another_process(over_jax: JaxTransport, tmp_path: Path) -> None:
+    """Pages can be fetched from another process until it dies."""
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
     )
