@@ -152,8 +152,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Sets the defaults of the data set's flags; refuses flags of other data sets and numbers out of
-    range."""
+    """Sets defaults of the data set's flags; refuses flags of other data sets and numbers out of range."""
     for name, least in (("temperature", 0), ("num_warmups", 0), ("seed", 0), ("num_prompts", 1)):
         if not least <= getattr(args, name) < math.inf:
             raise CmxError(f"{name} is {getattr(args, name):g}, expected at least {least}")

@@ -1,5 +1,4 @@
-"""The roles of `cmx serve` besides `all`: router, workers, cache server, and instances over several
-processes."""
+"""The roles of `cmx serve` besides `all`, and instances that span several processes."""
 
 import argparse
 import contextlib

@@ -150,8 +150,7 @@ IDENTITY = (
 
 
 def _save(path: Path, document: dict[str, Any]) -> None:
-    """Saves the traced program's identity and collectives: to a temporary file, which then replaces
-    `path`."""
+    """Saves the program's identity and collectives: to a temporary file, which then replaces `path`."""
     kept = {name: document[name] for name in (*IDENTITY, "collectives") if name in document}
     written = path.with_name(f".{path.name}.{os.getpid()}")
     try:

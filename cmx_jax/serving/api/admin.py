@@ -51,11 +51,10 @@ async def requests(request: Request) -> Document:
 
 @router.post("/pools")
 async def pools(body: PoolsRequest, request: Request) -> Document:
-    """Changes the numbers of prefill and decode instances while serving: instances drain and are carved
-    again.
+    """Changes the numbers of prefill and decode instances while serving.
 
-    The answer is sent when the new instances are ready; removed instances have `grace_s` seconds from then
-    on.
+    Instances drain and are carved again. The answer is sent when the new instances are ready; removed ones
+    have `grace_s` seconds from then on.
     """
     context: ApiContext = request.app.state.context
     deployment = context.deployment
@@ -67,6 +66,5 @@ async def pools(body: PoolsRequest, request: Request) -> Document:
 
 @router.get("/trace")
 async def trace(request: Request) -> Document:
-    """Returns the newest events of requests and steps, of all workers if there are any, for
-    ui.perfetto.dev."""
+    """Returns the newest events of requests and steps, of all workers if any, for ui.perfetto.dev."""
     return together(await request.app.state.context.service.timelines())

@@ -75,8 +75,7 @@ class Part:
         }
 
     def _top(self, token: int, score: TokenLogprob) -> dict[str, float]:
-        """Returns log-probabilities by text; of several tokens with the same text, the most likely one
-        counts."""
+        """Returns log-probabilities by text; of tokens with the same text, the most likely one counts."""
         by_text: dict[str, float] = {}
         for other, logprob in ((token, score.logprob), *score.top):
             text = self._context.token_text(other)

@@ -121,8 +121,8 @@ class _ServiceCollector(Collector):
             ("mtp_draft_tokens", "Drafts that decode steps verified.", now["drafts"]),
             ("mtp_accepted_tokens", "Drafts that were right.", now["accepted"]),
             ("num_preemptions", "Requests that lost their pages to more urgent ones.", now["preemptions"]),
-            ("pd_transfers", "Prompts whose pages came to decode.", now["kv_moved"]),
-            ("pd_transfers_lost", "Prompts whose pages did not.", now["kv_lost"]),
+            ("pd_transfers", "Prompts whose pages were moved to decode.", now["kv_moved"]),
+            ("pd_transfers_lost", "Prompts whose pages did not reach decode.", now["kv_lost"]),
             ("eplb_rebalances", "Times that experts were placed again.", now["eplb_moves"]),
         )
         yield from _families(GaugeMetricFamily, context.name, gauges)

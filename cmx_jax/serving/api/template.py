@@ -1,5 +1,4 @@
-"""A checkpoint's chat template, which renders a conversation as one prompt, as Hugging Face's tokenizers
-do."""
+"""A checkpoint's chat template: renders a conversation as a prompt, as Hugging Face's tokenizers do."""
 
 import json
 import time

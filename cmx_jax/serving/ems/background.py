@@ -47,8 +47,7 @@ class Background:
             return self._changed.wait_for(lambda: not self._waiting, timeout)
 
     def close(self, timeout: float) -> int:
-        """Ends the thread when all jobs are done, or after `timeout` seconds. Returns the number of dropped
-        jobs."""
+        """Ends the thread after all jobs, or after `timeout` seconds. Returns the number of dropped jobs."""
         deadline = time.monotonic() + timeout
         self.flush(timeout)
         with self._changed:

@@ -63,8 +63,7 @@ class Disk:
         return self.folder / name[0] / digits[:2] / digits
 
     def read(self, name: Name) -> bytes | None:
-        """Returns a block without verifying it: b"" if there is no file, None if the file cannot be read
-        now."""
+        """Returns a block without verifying it: b"" if there is no file, None if it cannot be read now."""
         try:
             return self.path(name).read_bytes()
         except FileNotFoundError:
@@ -136,8 +135,10 @@ class Disk:
 
 
 def _stamp(path: Path) -> None:
-    """Sets a file's times to now, finer than a file system's clock, so that the order of use survives a
-    restart."""
+    """Sets a file's times to now.
+
+    They are finer than a file system's clock, so that the order of use survives a restart.
+    """
     now = time.time_ns()
     with contextlib.suppress(OSError):
         os.utime(path, ns=(now, now))

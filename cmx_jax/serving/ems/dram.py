@@ -40,8 +40,7 @@ class Dram:
         self._release = weakref.finalize(self, _free, shared)
 
     def get(self, name: Name) -> bytes | None:
-        """Returns a copy of a block, or None, without verifying it; marks it as the most recently used
-        one."""
+        """Returns a copy of a block, or None. Marks the block as used, and does not verify it."""
         if name not in self._ranges:
             return None
         self.lru.touch(name)

@@ -51,9 +51,9 @@ def root(fingerprint: Fingerprint) -> bytes:
 
 
 def chain(root: bytes, tokens: Sequence[int] | np.ndarray, block: int = BLOCK) -> list[bytes]:
-    """Returns the keys of full blocks: `key[i] = sha256(key[i - 1] || tokens of block i as little-endian
-    int32)`.
+    """Returns the keys of full blocks.
 
+    `key[i] = sha256(key[i - 1] || tokens of block i as little-endian int32)`;
     `key[-1]` is the root. Tokens after the last full block have no key.
 
     Raises:

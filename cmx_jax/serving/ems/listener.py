@@ -37,8 +37,7 @@ class CacheServer(socketserver.ThreadingTCPServer):
         self._thread.start()
 
     def stop(self) -> None:
-        """Accepts no more connections, answers the requests that were received, and ends; the store stays
-        open."""
+        """Accepts no more connections, answers the received requests, and ends. The store stays open."""
         self.shutdown()
         self._thread.join()
         with self._lock:

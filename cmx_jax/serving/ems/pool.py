@@ -18,9 +18,9 @@ VIRTUAL_NODES = 128  # points per server: the servers' shares of the keys differ
 
 
 class Ring:
-    """Global consistent hashing: servers at points of a circle; a key belongs to the server whose point comes
-    next.
+    """Global consistent hashing of keys to servers.
 
+    Servers are at points of a circle; a key belongs to the server whose point comes next.
     Points depend on a server's own name only, so adding one server to `n` takes about `1 / (n + 1)` of the
     keys from all others, and no key moves between those.
 

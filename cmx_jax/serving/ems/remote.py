@@ -54,8 +54,7 @@ class RemoteStore:
         return None if payload is None else Hit(payload, str(meta["tier"]))
 
     def put(self, namespace: str, key: bytes, payload: bytes) -> bool:
-        """Stores a block. Returns whether it is stored now; a block above the frame limit is refused without
-        asking."""
+        """Stores a block. Returns whether it is stored now; refuses blocks above the frame limit."""
         if len(payload) + OVERHEAD > self._limit:
             return False
         return self._call("put", namespace, key, seal(key, payload))[0].get("done") is True

@@ -88,8 +88,7 @@ class MPServer:
         return None
 
     def put(self, namespace: str, key: bytes, payload: bytes) -> bool:
-        """Stores a block, or marks a stored one as the most recently used. Returns whether it is stored
-        now."""
+        """Stores a block, or marks a stored one as used. Returns whether it is stored now."""
         name = self._name(namespace, key)
         if self._touch_stored(name):
             return True

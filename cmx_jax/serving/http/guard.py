@@ -1,5 +1,7 @@
-"""Checks before every route: API keys and the size of the body. Plain ASGI, so that streams pass
-untouched."""
+"""Checks before every route: API keys and the size of the body.
+
+Both are plain ASGI, so that streams pass untouched.
+"""
 
 import base64
 import binascii

@@ -78,9 +78,8 @@ class Server(uvicorn.Server):
 
     def run_on(self, sock: socket.socket, ready: Callable[[], None]) -> None:
         """Serves until a signal or `stop`; calls `ready` as soon as the server answers."""
-        logging.getLogger("asyncio").setLevel(
-            logging.ERROR
-        )  # no warnings about data sent to clients that left
+        # no warnings about data sent to clients that left
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         asyncio.run(self._run_on(sock, ready))
 
     async def _run_on(self, sock: socket.socket, ready: Callable[[], None]) -> None:

@@ -17,8 +17,10 @@ T = TypeVar("T")
 
 
 class Stream(StreamingResponse):
-    """An answer in parts. If the client disconnects, even before the first part, the generation is
-    cancelled."""
+    """An answer in parts.
+
+    If the client disconnects, even before the first part, the generation is cancelled.
+    """
 
     def __init__(self, parts: AsyncIterator[bytes], generation: Generation, media_type: str):
         super().__init__(parts, media_type=media_type)

@@ -19,10 +19,9 @@ class TransferError(CmxError):
 
 
 class RemotePages:
-    """Pages that were already fetched from another process, with the interface of the instance that prefilled
-    them.
+    """Pages that were already fetched from another process, with the interface of a sending instance.
 
-    The code that moves pages between instances treats this object as the sending instance.
+    The code that moves pages between instances treats this object as the instance that prefilled them.
     """
 
     name = "another process"

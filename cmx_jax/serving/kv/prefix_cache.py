@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def space(namespace: str) -> str:
-    """Returns the pool's name for a namespace: any text of a client becomes a name that every backend
-    takes."""
+    """Returns the pool's name for a namespace: any text becomes a name that every backend accepts."""
     return f"t-{hashlib.sha256(namespace.encode()).hexdigest()[:32]}" if namespace else "default"
 
 

@@ -109,8 +109,7 @@ class JaxTransport:
         self._server.await_pull(transfer_id, on_device)
 
     def withdraw(self, transfer_id: int) -> None:
-        """Frees arrays by pulling them from this process's own server, which has no other way to forget an
-        offer.
+        """Frees arrays by pulling them itself, as the server has no other way to forget an offer.
 
         The answer is not awaited: if the arrays were pulled already, it never arrives.
         """

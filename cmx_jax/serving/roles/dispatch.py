@@ -1,5 +1,4 @@
-"""The course of one routed request: prefill on one worker, decode on another, and again elsewhere after a
-loss."""
+"""The course of a routed request: prefill on one worker, decode on another, again elsewhere after a loss."""
 
 import asyncio
 import contextlib

@@ -62,8 +62,7 @@ class Member:
 
     @contextlib.asynccontextmanager
     async def busy(self, tokens: int) -> AsyncIterator[Peer]:
-        """Counts a request in the load for as long as the worker has it. A worker that fails is marked as
-        lost.
+        """Counts a request in the load while the worker has it. A worker that fails is marked as lost.
 
         Raises:
           PeerError: The worker hangs.
@@ -171,8 +170,10 @@ class Members:
         return ""
 
     async def refresh(self) -> None:
-        """Asks every worker for its status. A worker whose pages differ from those of most others is not
-        used."""
+        """Asks every worker for its status.
+
+        A worker whose pages differ from those of most others is not used.
+        """
         await asyncio.gather(*(self._ask(member) for member in self.all))
         present = [m for m in self.all if m.status is not None and m.status.role == m.role]
         fingerprints = Counter(str(m.status.fingerprint) for m in present if m.status)
@@ -209,8 +210,7 @@ class Members:
         return {**sums, "kv_cache_usage": used / pages if pages else 0.0}
 
     def instances(self) -> list[dict[str, Any]]:
-        """Returns the load of the instances of all workers, numbering their NPUs one worker after the
-        other."""
+        """Returns the load of all workers' instances, numbering their NPUs one worker after the other."""
         rows: list[dict[str, Any]] = []
         for member in self.all:
             for instance in member.status.instances if member.status else ():

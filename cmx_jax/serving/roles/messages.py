@@ -109,8 +109,7 @@ class PrefillAnswer(_Message):
 
 
 class DecodeRequest(_Message):
-    """Asks for a prefilled prompt to be continued; `control` is the URL of the worker that keeps its
-    pages."""
+    """Asks for a prompt to be continued; `control` is the URL of the worker that keeps its pages."""
 
     prompt: list[int]
     params: Params
@@ -132,8 +131,7 @@ class DecodeLine(_Message):
 
 
 class ScoreRequest(_Message):
-    """Asks for the log-probability of each token of prompts, and for the `top` most likely tokens beside
-    it."""
+    """Asks for the log-probability of each token of prompts, and of the `top` most likely tokens."""
 
     prompts: list[list[int]]
     top: int

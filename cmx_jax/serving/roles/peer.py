@@ -181,8 +181,7 @@ def _unreachable(url: str, error: httpx.HTTPError) -> PeerError:
 
 
 def _error_of(url: str, status: int, content: bytes, retry_after: str | None = None) -> CmxError:
-    """Maps an HTTP error to an exception: 429 queue, 400 and 413 request, 502 KV transfer, otherwise
-    worker."""
+    """Maps an HTTP error to an exception: 429 queue, 400/413 request, 502 KV transfer, otherwise worker."""
     try:
         message = str(json.loads(content)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -86,8 +86,7 @@ class Router(Frontend):
         priority: int = 0,
         namespace: str = "",
     ) -> Generation:
-        """Submits prompts of token ids, all or none; arguments and errors are those of
-        `Frontend.generate`."""
+        """Submits prompts of token ids, all or none; for arguments and errors see `Frontend.generate`."""
         if self.draining:
             raise Unavailable("the server is shutting down: ask again later, or another one")
         self._check_queue([prompt for prompt, _ in requests])

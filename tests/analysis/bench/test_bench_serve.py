@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 from cmx_jax.cli import main
 from cmx_jax.serving.ems import MPServer, Pool
@@ -174,7 +174,7 @@ def test_a_warm_cache_is_said(capsys, deployment, tmp_path: Path) -> None:
     pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 24, disk=1 << 26)})
     deployment.cache(pool, block)
     try:
-        with serving(deployment) as running:
+        with start_server(deployment) as running:
             options = [
                 "--random-input-len",
                 str(2 * block + 5),
@@ -256,7 +256,7 @@ def test_numbers_are_printed_where_a_file_cannot_be_written(capsys, server: Runn
 
 
 def test_a_wrong_key_is_one_line(capsys, deployment) -> None:
-    with serving(deployment, api_keys=["right"]) as running:
+    with start_server(deployment, api_keys=["right"]) as running:
         line = refused(capsys, "--base-url", running.url, "--api-key", "wrong", *SHORT)
         assert "refuses the API key (the key is missing or wrong" in line
         d = measured(capsys, running.url, "--api-key", "right", *SHORT, "--num-prompts", "2")
@@ -264,7 +264,7 @@ def test_a_wrong_key_is_one_line(capsys, deployment) -> None:
 
 
 def test_keys_may_come_from_the_environment(capsys, deployment, monkeypatch) -> None:
-    with serving(deployment, api_keys=["right"]) as running:
+    with start_server(deployment, api_keys=["right"]) as running:
         for name in ("OPENAI_API_KEY", "CMX_API_KEY"):
             monkeypatch.setenv(name, "right")
             assert measured(capsys, running.url, *SHORT, "--num-prompts", "1")["completed"] == 1

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 import cmx_jax
 from cmx_jax.serving.deploy.deployment import Deployment, colocated
@@ -24,7 +24,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 @pytest.fixture(scope="module")
 def server(deployment: Deployment) -> Iterator[Running]:
-    with serving(deployment) as running:
+    with start_server(deployment) as running:
         yield running
 
 

@@ -40,7 +40,9 @@ class Running:
 
 
 @contextmanager
-def serving(deployment: Deployment, limits: Limits | None = None, **keys: list[str]) -> Iterator[Running]:
+def start_server(
+    deployment: Deployment, limits: Limits | None = None, **keys: list[str]
+) -> Iterator[Running]:
     """Serves a deployment on a thread until the block ends."""
     context = ApiContext(
         name="tiny",

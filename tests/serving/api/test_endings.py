@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 LONG = {"model": "tiny", "prompt": "The", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
 SHORT = LONG | {"max_tokens": 4}
@@ -16,7 +16,7 @@ SHORT = LONG | {"max_tokens": 4}
 
 @pytest.fixture(scope="module")
 def server(deployment) -> Iterator[Running]:
-    with serving(deployment, admin_keys=["root"]) as running:
+    with start_server(deployment, admin_keys=["root"]) as running:
         assert running.http.post("/v1/completions", json=SHORT).status_code == 200  # compiles
         yield running
 
@@ -162,7 +162,7 @@ def test_internal_error(server, monkeypatch) -> None:
 
 def test_failed_reset(deployment, monkeypatch) -> None:
     """A server whose engine cannot be reset is not healthy."""
-    with serving(deployment) as running:
+    with start_server(deployment) as running:
 
         def fail(*_: object) -> None:
             raise RuntimeError("the device is gone")
@@ -180,7 +180,7 @@ def test_failed_reset(deployment, monkeypatch) -> None:
 
 def test_drain(deployment) -> None:
     """A draining server finishes running requests and refuses new ones."""
-    with serving(deployment, admin_keys=["root"]) as running:
+    with start_server(deployment, admin_keys=["root"]) as running:
         ask = LONG | {"stream": True, "max_tokens": 60}
         with running.http.stream("POST", "/v1/completions", json=ask) as answer:
             lines = answer.iter_lines()

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Iterator
 
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.context import Limits
@@ -16,7 +16,7 @@ MOST = 2000
 @pytest.fixture(scope="module")
 def closed(deployment) -> Iterator[Running]:
     limits = Limits(max_body_bytes=MOST, max_choices=3)
-    with serving(deployment, limits, api_keys=["first", "sécond"], admin_keys=["root"]) as running:
+    with start_server(deployment, limits, api_keys=["first", "sécond"], admin_keys=["root"]) as running:
         yield running
 
 
@@ -151,7 +151,7 @@ def test_methods_and_origins(closed) -> None:
 
 def test_keys_none(deployment) -> None:
     """Without keys, every route but the admin routes is open."""
-    with serving(deployment) as running:
+    with start_server(deployment) as running:
         assert running.http.get("/v1/models").status_code == 200
         answer = running.http.post("/admin/drain")
         assert answer.status_code == 401

@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 from cmx_jax.cli import main
 from cmx_jax.serving.deploy.deployment import pools
@@ -16,7 +16,7 @@ ADMIN = {"Authorization": "Bearer admin"}
 def server():
     """Small instances on lanes; the carving is the supernode's."""
     deployment = pools("tiny", prefill=1, runner="lanes", decode_npus=8, prefill_npus=4, max_model_len=64)
-    with serving(deployment, admin_keys=["admin"]) as running:
+    with start_server(deployment, admin_keys=["admin"]) as running:
         yield running
 
 
