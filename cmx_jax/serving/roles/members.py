@@ -29,7 +29,7 @@ class WorkerRow(TypedDict):
     Attributes:
       role: Role of the worker, `prefill` or `decode`.
       url: URL of the worker.
-      load: Number of tokens of the requests that this router has sent to the worker.
+      load: Number of tokens of the unfinished requests that this router has sent to the worker.
       error: Reason why the worker gets no request, or None.
     """
 
@@ -46,7 +46,7 @@ class Member:
     Attributes:
       role: Role of the worker, `prefill` or `decode`.
       peer: Client of the worker.
-      load: Number of tokens of the requests that this router has sent to the worker.
+      load: Number of tokens of the unfinished requests that this router has sent to the worker.
       status: Last status of the worker, or None if it does not answer.
       error: Reason why the worker gets no request, or "".
       last_answer: Time of the worker's last status answer, in seconds of `time.monotonic`.
