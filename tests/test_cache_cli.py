@@ -10,7 +10,8 @@ from cmx_jax.cli import main
 from cmx_jax.serving.deploy.model import locate
 
 
-def test_a_model_is_stored_and_comes_back(tmp_path: Path, capsys) -> None:
+def test_cache_store_and_load(tmp_path: Path, capsys) -> None:
+    """A model is stored and loaded."""
     pool = ["--cache-dir", str(tmp_path / "pool")]
     assert main(["cache", "store", "tiny", *pool]) == 0
     model = capsys.readouterr().out.strip()
@@ -39,7 +40,8 @@ def test_a_model_is_stored_and_comes_back(tmp_path: Path, capsys) -> None:
         (["stats", "--cache-dir", ".", "--cache-quota", "x"], "expected NAMESPACE=MB"),
     ],
 )
-def test_mistakes_are_one_line(flags: list[str], message: str, capsys, tmp_path, monkeypatch) -> None:
+def test_cache_mistakes(flags: list[str], message: str, capsys, tmp_path, monkeypatch) -> None:
+    """Mistakes are reported in one line."""
     monkeypatch.chdir(tmp_path)
     assert main(["cache", *flags]) == 2
     assert message in capsys.readouterr().err

@@ -19,7 +19,8 @@ def cmx(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_demo_serves_on_384_devices_what_the_dense_reference_says() -> None:
+def test_demo_matches_dense_reference() -> None:
+    """The demo on 384 devices generates the dense reference's tokens."""
     done = cmx("demo", "--json", "--max-tokens", "8")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -40,24 +41,26 @@ def test_demo_serves_on_384_devices_what_the_dense_reference_says() -> None:
     busy = sum(r["output_tokens"] - 1 for r in result["requests"])
     drafts = decode["drafts_proposed"][0]  # one with each token that went in
     accepted = round(decode["acceptance"][0] * drafts)
-    assert busy <= drafts + accepted <= busy + len(PROMPTS)  # the last draft may be behind the end
+    assert busy <= drafts + accepted <= busy + len(PROMPTS)  # the last draft may exceed the limit
     assert accepted > 0
     messages = top_k * (layers * 2 * drafts + drafts + accepted) / decode["steps"] / 160
     assert decode["combine_bytes"] == pytest.approx(messages * 160 * 4)
     assert decode["dispatch_bytes"] == pytest.approx(messages * (160 + 2) * 4)
 
 
-def test_generate_prints_the_prompt_and_its_continuation() -> None:
+def test_generate_text() -> None:
+    """`cmx generate` prints the prompt and its continuation."""
     done = cmx("generate", "tiny", "--prompt", "The json module", "--max-tokens", "6")
     assert done.returncode == 0, done.stderr
     tokens = greedy(locate("tiny"), Model.read("tiny").encode("The json module"), 6)
     assert done.stdout == "The json module" + Model.read("tiny").decode(list(tokens)) + "\n"
 
 
-def test_seeds_repeat_and_differ() -> None:
+def test_generate_seeds() -> None:
+    """Equal seeds repeat the text, other seeds change it."""
     draw = ("generate", "tiny", "--prompt", "It is", "--max-tokens", "8", "--temperature", "1", "--json")
-    first, again, other = (json.loads(cmx(*draw, "--seed", seed).stdout) for seed in ("1", "1", "2"))
-    assert first["requests"][0]["tokens"] == again["requests"][0]["tokens"]
+    first, second, other = (json.loads(cmx(*draw, "--seed", seed).stdout) for seed in ("1", "1", "2"))
+    assert first["requests"][0]["tokens"] == second["requests"][0]["tokens"]
     assert first["requests"][0]["tokens"] != other["requests"][0]["tokens"]
 
 
@@ -91,7 +94,8 @@ def test_seeds_repeat_and_differ() -> None:
         (("sing",), "invalid choice: 'sing'"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
+    """A mistake ends with one line and exit code 2."""
     done = cmx(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -99,17 +103,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], messa
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_trace_prints_a_full_size_step_s_collectives() -> None:
-    found = json.loads(cmx("trace", "deepseek-r1", "--json").stdout)
-    rows = [(c["op"], c["count"], c["plane"]) for c in found["collectives"]]
+def test_trace_full_size() -> None:
+    """`cmx trace` prints the collectives of a full-size step."""
+    result = json.loads(cmx("trace", "deepseek-r1", "--json").stdout)
+    rows = [(c["op"], c["count"], c["plane"]) for c in result["collectives"]]
     assert rows == [("all_to_all", 58, "nodes")] * 2
     assert "Dispatch" in cmx("trace", "tiny", "--layout", "ep16", "--context", "256").stdout
 
 
-def test_compare_prints_one_document_and_writes_the_page(tmp_path: Path) -> None:
+def test_compare(tmp_path: Path) -> None:
+    """`cmx compare` prints one document and writes the report."""
     page = tmp_path / "report.html"
     done = cmx("compare", "deepseek-r1", "--layouts", "ep320,ep160", "--json", "--html", str(page))
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [(x["name"], x["ranks"]) for x in found["layouts"]] == [("ep320", 320), ("ep160", 160)]
+    result = json.loads(done.stdout)
+    assert [(x["name"], x["ranks"]) for x in result["layouts"]] == [("ep320", 320), ("ep160", 160)]
     assert page.read_text().count("<svg") == 5

@@ -1,6 +1,6 @@
 """The `cmx` command: every verb calls one library function.
 
-Results go to stdout, progress and errors to stderr. A user's mistake is one line and exit code 2.
+Results go to stdout, progress and errors to stderr. A user's mistake ends with one line and exit code 2.
 """
 
 import argparse
@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         sys.stderr.flush()
-        os._exit(130)  # XLA may be compiling in threads that do not survive an orderly end
-    except BrokenPipeError:  # whoever read us has left, as `| head` does
+        os._exit(130)  # XLA may be compiling in threads that crash at an orderly exit
+    except BrokenPipeError:  # the reader of the output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     return code or 0

@@ -1,4 +1,4 @@
-"""`cmx cache`: models in the caching pool, and what the pool holds."""
+"""`cmx cache`: models in the caching pool, and the pool's statistics."""
 
 import argparse
 import json
@@ -12,21 +12,25 @@ from cmx_jax.errors import CmxError
 
 
 def add(verbs: Any) -> None:
-    """The verbs and their flags."""
-    cache = verbs.add_parser("cache", help="models in the caching pool; what the pool holds")
+    """Adds the verb, its subverbs and their flags."""
+    cache = verbs.add_parser("cache", help="store and load models in the caching pool; show its statistics")
     kinds = cache.add_subparsers(dest="kind", required=True, metavar="KIND")
-    store = kinds.add_parser("store", help="put a checkpoint directory into the pool; prints its id")
-    store.add_argument("directory", metavar="DIR", help="a directory, or tiny")
-    load = kinds.add_parser("load", help="write a model of the pool to a directory, and say how it came")
-    load.add_argument("id", metavar="ID", help="as cmx cache store prints it")
-    load.add_argument("directory", type=Path, metavar="DIR", help="to be made")
-    source = "directory that blocks are read from which the pool has no more (a cold start)"
+    store = kinds.add_parser("store", help="store a checkpoint directory in the pool; print the model's id")
+    store.add_argument("directory", metavar="DIR", help="checkpoint directory, or tiny")
+    load = kinds.add_parser(
+        "load", help="write a model of the pool to a directory; print where its bytes came from"
+    )
+    load.add_argument("id", metavar="ID", help="id of the model, as printed by cmx cache store")
+    load.add_argument("directory", type=Path, metavar="DIR", help="directory to write, empty or new")
+    source = "directory from which to read blocks that the pool no longer has (a cold start)"
     load.add_argument("--source", metavar="DIR", help=source)
-    stats = kinds.add_parser("stats", help="counters, and what each server holds")
+    stats = kinds.add_parser("stats", help="show counters, and the content of each server")
     for verb, run in ((store, _store), (load, _load), (stats, _stats)):
         verb.set_defaults(run=run)
-        verb.add_argument("--namespace", default="models", help="of the pool (default models)")
-        verb.add_argument("--cluster-secret", default="", help="of cache servers; or CMX_CLUSTER_SECRET")
+        verb.add_argument("--namespace", default="models", help="namespace of the pool (default models)")
+        verb.add_argument(
+            "--cluster-secret", default="", help="secret of the cache servers (default: CMX_CLUSTER_SECRET)"
+        )
         caching.add_where(verb)
         add_json(verb)
 
@@ -42,8 +46,8 @@ def _store(args: argparse.Namespace) -> None:
     from cmx_jax.serving.ems import store_model
 
     with _pool(args) as pool:
-        found = {"id": store_model(pool, locate(args.directory), args.namespace)}
-    show(found, args.json, lambda r: r["id"])
+        result = {"id": store_model(pool, locate(args.directory), args.namespace)}
+    show(result, args.json, lambda r: r["id"])
 
 
 def _load(args: argparse.Namespace) -> None:
@@ -54,16 +58,12 @@ def _load(args: argparse.Namespace) -> None:
     with _pool(args) as pool:
         loaded = load_model(pool, args.id, args.directory, args.namespace, source)
     start = "cold" if loaded.nbytes.get("source") else "warm"
-    found = {"start": start, "seconds": loaded.seconds, "bytes": loaded.nbytes}
-    show(found, args.json, _rendered)
-
-
-def _rendered(found: dict[str, Any]) -> str:
-    parts = ", ".join(f"{size / 1e6:,.1f} MB from {where}" for where, size in found["bytes"].items())
-    return f"{found['start']} start: {found['seconds']:.2f} s, {parts}"
+    result = {"start": start, "seconds": loaded.seconds, "bytes": loaded.nbytes}
+    parts = ", ".join(f"{size / 1e6:,.1f} MB from {origin}" for origin, size in loaded.nbytes.items())
+    show(result, args.json, lambda _: f"{start} start: {loaded.seconds:.2f} s, {parts}")
 
 
 def _stats(args: argparse.Namespace) -> None:
     with _pool(args) as pool:
-        found = pool.stats()
-    show(found, args.json, lambda r: json.dumps(r, indent=2))
+        result = pool.stats()
+    show(result, args.json, lambda r: json.dumps(r, indent=2))

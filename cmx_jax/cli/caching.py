@@ -1,4 +1,4 @@
-"""Flags of the caching pool, for every process that has one."""
+"""Flags of the caching pool, for every command that uses one."""
 
 import argparse
 import contextlib
@@ -13,39 +13,53 @@ MIB = 1 << 20
 
 
 def add_store(group: Any) -> None:
-    """Of a store in this process."""
-    kept = "folder of its disk tier, found again behind a restart (default: a temporary one)"
-    group.add_argument("--cache-dir", type=Path, metavar="DIR", help=kept)
-    group.add_argument("--cache-dram-mb", type=int, default=256, help="of its DRAM tier, MiB (default 256)")
-    group.add_argument("--cache-disk-mb", type=int, default=1024, help="of its disk tier, MiB (default 1024)")
-    quota = "MiB that a namespace may have on disk; may be given several times"
+    """Adds the flags of a store in this process."""
+    folder = "folder of the disk tier, whose blocks survive a restart (default: a temporary folder)"
+    group.add_argument("--cache-dir", type=Path, metavar="DIR", help=folder)
+    group.add_argument(
+        "--cache-dram-mb", type=int, default=256, help="size of the DRAM tier in MiB (default 256)"
+    )
+    group.add_argument(
+        "--cache-disk-mb", type=int, default=1024, help="size of the disk tier in MiB (default 1024)"
+    )
+    quota = "largest size of a namespace on disk, in MiB; may be given several times"
     group.add_argument("--cache-quota", action="append", metavar="NAMESPACE=MB", default=[], help=quota)
 
 
 def add_pool(group: Any) -> None:
-    """Of a pool: in this process, or elsewhere."""
-    group.add_argument("--no-context-cache", action="store_true", help="run every prompt as a whole")
-    group.add_argument("--cache-block", type=int, default=128, help="tokens of a block (default 128)")
-    generated = "keep what was generated, too; not for models whose thinking is left out of the next turn"
+    """Adds the flags of a pool of context blocks."""
+    group.add_argument(
+        "--no-context-cache", action="store_true", help="use no caching pool: compute every prompt as a whole"
+    )
+    group.add_argument(
+        "--cache-block", type=int, default=128, help="tokens per block of the caching pool (default 128)"
+    )
+    generated = "store generated tokens, too; not for models whose next turn leaves the thinking out"
     group.add_argument("--cache-generated", action="store_true", help=generated)
     add_where(group)
 
 
 def add_where(group: Any) -> None:
-    """Where it is."""
-    server = "a cache server (cmx serve --role cache); may be given several times"
+    """Adds the flags that choose the pool's stores, in this process or in others."""
+    server = "address of a cache server (cmx serve --role cache); may be given several times"
     group.add_argument("--cache-server", action="append", metavar="HOST:PORT", default=[], help=server)
-    group.add_argument("--cache-valkey", metavar="URL", help="a Redis or Valkey server")
-    group.add_argument("--cache-mooncake", metavar="HOST:PORT", help="the master of a Mooncake store")
+    group.add_argument(
+        "--cache-valkey", metavar="URL", help="URL of a Redis or Valkey server that stores the blocks"
+    )
+    group.add_argument(
+        "--cache-mooncake",
+        metavar="HOST:PORT",
+        help="address of the master of a Mooncake store that stores the blocks",
+    )
     add_store(group)
 
 
 @contextlib.contextmanager
 def store(args: argparse.Namespace) -> Iterator[Any]:
-    """A store in this process, as told; a temporary folder is gone afterwards.
+    """Opens the store of this process. A temporary folder is removed afterwards.
 
     Raises:
-      CmxError: a size or quota is none, or the folder or memory cannot be had.
+      CmxError: A size or quota is invalid, or the folder or the memory cannot be used.
     """
     from cmx_jax.serving.ems import MPServer
 
@@ -56,14 +70,14 @@ def store(args: argparse.Namespace) -> Iterator[Any]:
         folder = args.cache_dir
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmx-cache-")))
-        made = MPServer(
+        server = MPServer(
             folder,
             dram=args.cache_dram_mb * MIB,
             disk=args.cache_disk_mb * MIB,
             quotas=dict(map(_quota, args.cache_quota)),
         )
-        stack.callback(made.close)
-        yield made
+        stack.callback(server.close)
+        yield server
 
 
 def _quota(text: str) -> tuple[str, int]:
@@ -75,26 +89,27 @@ def _quota(text: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def pool(args: argparse.Namespace, secret: str) -> Iterator[Any]:
-    """The caching pool, as told.
+    """Opens the caching pool.
 
     Raises:
-      CmxError: as `store`; or an address is none, or a package is missing, or a server cannot be reached.
+      CmxError: The store cannot be opened (see `store`), an address is invalid, a package is missing, or a
+        server cannot be reached.
     """
-    from cmx_jax.serving.ems import Pool, RemoteStore
+    from cmx_jax.serving.ems import Pool, RemoteStore, Store
 
-    elsewhere: dict[str, Any] = {at: RemoteStore(at, secret=secret) for at in args.cache_server}
+    stores: dict[str, Store] = {address: RemoteStore(address, secret=secret) for address in args.cache_server}
     if args.cache_valkey:
         from cmx_jax.serving.ems.valkey import ValkeyStore
 
-        elsewhere[args.cache_valkey] = ValkeyStore(args.cache_valkey)
+        stores[args.cache_valkey] = ValkeyStore(args.cache_valkey)
     if args.cache_mooncake:
         from cmx_jax.serving.ems.mooncake import MooncakeStore
 
         try:
-            elsewhere[args.cache_mooncake] = MooncakeStore(args.cache_mooncake)
+            stores[args.cache_mooncake] = MooncakeStore(args.cache_mooncake)
         except OSError as error:
             raise CmxError(f"--cache-mooncake {args.cache_mooncake}: {error}") from None
     with contextlib.ExitStack() as stack:
-        made = Pool(elsewhere or {"here": stack.enter_context(store(args))})
-        stack.callback(made.close)
-        yield made
+        blocks = Pool(stores or {"here": stack.enter_context(store(args))})
+        stack.callback(blocks.close)
+        yield blocks

@@ -5,20 +5,22 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from cmx_jax.serving.deploy.engine_args import EngineArgs
 
+T = TypeVar("T")
+
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Parser that reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def progress() -> Callable[[str], None]:
-    """Overwrites one line of stderr, if that is a terminal."""
+    """Returns a function that shows progress on one line of stderr, if that is a terminal."""
     if not sys.stderr.isatty():
         return lambda _: None
 
@@ -29,16 +31,16 @@ def progress() -> Callable[[str], None]:
     return tell
 
 
-def show(result: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], str]) -> None:
-    """Prints a result, as JSON or rendered for people."""
+def show(result: T, as_json: bool, render: Callable[[T], str]) -> None:
+    """Prints a result, as JSON or as the text that `render` makes of it."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\033[K")
     print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else render(result))
 
 
 def add_json(verb: argparse.ArgumentParser) -> None:
-    """`--json`."""
-    verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    """Adds `--json`."""
+    verb.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 
 def add_engine_options(verb: Any, *groups: str, **defaults: Any) -> None:

@@ -1,4 +1,4 @@
-"""`cmx compare`."""
+"""`cmx compare`: layouts of a model side by side."""
 
 import argparse
 from typing import Any
@@ -7,28 +7,39 @@ from cmx_jax.cli.common import add_json, progress, show
 
 
 def add(verbs: Any) -> None:
-    """The verb and its flags."""
-    verb = verbs.add_parser("compare", help="layouts side by side: what a step moves, computes and holds")
+    """Adds the verb and its flags."""
+    verb = verbs.add_parser("compare", help="compare layouts: traffic, computation and memory of a step")
     verb.set_defaults(run=_compare)
-    verb.add_argument("model", metavar="MODEL", help="a directory, tiny, or a preset such as deepseek-r1")
     verb.add_argument(
-        "--layouts", required=True, metavar="A,B,...", help="as of cmx trace, such as ep320,ep160"
+        "model", metavar="MODEL", help="checkpoint directory, tiny, or a preset such as deepseek-r1"
     )
-    verb.add_argument("--step", choices=("decode", "prefill"), help="default: what the first layout is for")
-    verb.add_argument("--batch", type=int, help="sequences of an NPU (default: the first layout's)")
     verb.add_argument(
-        "--context", type=int, help="tokens of a sequence (default 4096, or the model's if less)"
+        "--layouts",
+        required=True,
+        metavar="A,B,...",
+        help="layouts to compare, named as for cmx trace, such as ep320,ep160",
     )
-    verb.add_argument("--num-speculative-tokens", type=int, default=0, help="MTP drafts (default 0)")
-    sources = "jaxpr (what was written, default), stablehlo, or hlo (what the compiler made of it)"
+    verb.add_argument(
+        "--step",
+        choices=("decode", "prefill"),
+        help="step to trace (default: the one that the first layout is for)",
+    )
+    verb.add_argument("--batch", type=int, help="sequences per NPU (default: the first layout's)")
+    verb.add_argument(
+        "--context", type=int, help="tokens per sequence (default 4096, or the model's limit if less)"
+    )
+    verb.add_argument(
+        "--num-speculative-tokens", type=int, default=0, help="MTP drafts per decode step (default 0)"
+    )
+    sources = "form of the program to read: jaxpr (as written, default), stablehlo, or hlo (as compiled)"
     verb.add_argument("--source", default="jaxpr", help=sources)
-    target = "for hlo: cpu (default) or a TPU topology such as v5p:8x8x6"
+    target = "target of the compiler, for --source hlo: cpu (default), or a TPU topology such as v5p:8x8x6"
     verb.add_argument("--target", default="cpu", help=target)
     verb.add_argument(
-        "--runner", default="lanes", help="what a step runs on here: lanes (default) or devices"
+        "--runner", default="lanes", help="execution of ranks on this machine: lanes (default) or devices"
     )
-    verb.add_argument("--html", metavar="FILE", help="a report of one page, tables and plots")
-    verb.add_argument("--plots", metavar="DIR", help="plots, each as PNG and SVG")
+    verb.add_argument("--html", metavar="FILE", help="write a report with tables and plots to FILE")
+    verb.add_argument("--plots", metavar="DIR", help="write the plots to DIR, as PNG and SVG")
     add_json(verb)
 
 

@@ -1,4 +1,4 @@
-"""`cmx eval`."""
+"""`cmx eval`: quality of a model, alone or compared with another one."""
 
 import argparse
 from typing import Any
@@ -7,19 +7,27 @@ from cmx_jax.cli.common import add_engine_options, add_json, engine_options, pro
 
 
 def add(verbs: Any) -> None:
-    """The verb and its flags."""
-    verb = verbs.add_parser("eval", help="how well a model does, and what another one changes")
+    """Adds the verb and its flags."""
+    verb = verbs.add_parser("eval", help="measure the quality of a model, alone or compared with another one")
     verb.set_defaults(run=_eval)
-    verb.add_argument("model", metavar="MODEL", help="a Hugging Face or Orbax directory, or tiny")
-    verb.add_argument("--against", metavar="OTHER", help="compared with MODEL on the same items")
-    quants = "how OTHER is computed: auto, int8 or none; alone it compares MODEL with itself"
+    verb.add_argument("model", metavar="MODEL", help="Hugging Face or Orbax directory, or tiny")
+    verb.add_argument(
+        "--against", metavar="OTHER", help="second model, compared with MODEL on the same items"
+    )
+    quants = "quantization of OTHER: auto, int8 or none; without --against, MODEL is compared with itself"
     verb.add_argument("--against-quant", help=quants)
-    suites = "skills, text, all (default: both), or lm-eval:TASK[,TASK] of lm-evaluation-harness"
+    suites = (
+        "tests to run: skills, text, all (default: both), or lm-eval:TASK[,TASK] of lm-evaluation-harness"
+    )
     verb.add_argument("--suite", default="all", help=suites)
-    verb.add_argument("--items", type=int, default=200, help="of each skill or task (default 200)")
-    verb.add_argument("--seed", type=int, default=0, help="of the skills' items (default 0)")
-    verb.add_argument("--text", metavar="FILE", help="UTF-8 (default: documentation held out of tiny)")
-    verb.add_argument("--window", type=int, help="tokens of a window of text (default 256)")
+    verb.add_argument("--items", type=int, default=200, help="items per skill or task (default 200)")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the skills' items (default 0)")
+    verb.add_argument(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text to score (default: documentation that tiny was not trained on)",
+    )
+    verb.add_argument("--window", type=int, help="tokens per window of the text (default 256)")
     add_engine_options(verb, "model", "exchange")
     add_json(verb)
 

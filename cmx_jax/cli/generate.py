@@ -1,4 +1,4 @@
-"""`cmx demo` and `cmx generate`: requests in, text out."""
+"""`cmx demo` and `cmx generate`: text of a model on this machine."""
 
 import argparse
 import sys
@@ -9,24 +9,42 @@ from cmx_jax.cli.common import add_engine_options, add_json, engine_options, pro
 
 
 def add(verbs: Any) -> None:
-    """The verbs and their flags."""
+    """Adds the verbs and their flags."""
     demo = verbs.add_parser("demo", help="serve built-in prompts on the whole 384-device mesh")
     demo.set_defaults(run=_demo)
-    demo.add_argument("--model", default="tiny", help="a directory, or tiny (default)")
-    demo.add_argument("--max-tokens", type=int, default=32, help="tokens to generate for each prompt")
-    demo.add_argument("--prefill-instances", type=int, default=6, help="how many of the six to start")
+    demo.add_argument("--model", default="tiny", help="checkpoint directory, or tiny (default)")
+    demo.add_argument(
+        "--max-tokens", type=int, default=32, help="tokens to generate for each prompt (default 32)"
+    )
+    demo.add_argument(
+        "--prefill-instances",
+        type=int,
+        default=6,
+        help="number of prefill instances to start, of six (default 6)",
+    )
     add_engine_options(demo, "exchange", "decode", exchange="hierarchical", num_speculative_tokens=1)
     add_json(demo)
 
     generate = verbs.add_parser("generate", help="continue prompts")
     generate.set_defaults(run=_generate)
-    generate.add_argument("model", metavar="MODEL", help="a Hugging Face directory, or tiny")
-    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    generate.add_argument("--max-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("model", metavar="MODEL", help="Hugging Face directory, or tiny")
+    generate.add_argument(
+        "--prompt", action="append", required=True, help="text to continue; may be given several times"
+    )
+    generate.add_argument("--max-tokens", type=int, default=64, help="tokens to generate (default 64)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature, 0 is greedy (default 0)"
+    )
+    generate.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="number of most likely tokens to sample from, 0 for all (default 0)",
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="probability mass to sample from (default 1)"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampler (default 0)")
     add_engine_options(generate, "model", "exchange", "decode")
     add_json(generate)
 

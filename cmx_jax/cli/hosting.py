@@ -1,4 +1,4 @@
-"""Parts of `cmx serve` that all of its roles share: the deployment, the caching pool, the API and the end."""
+"""Parts of `cmx serve` that all of its roles share: deployment, caching pool, API and exit."""
 
 import argparse
 import contextlib
@@ -16,31 +16,31 @@ LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_ttl_s")
 
 
 def cached(args: argparse.Namespace) -> Any:
-    """The caching pool, or None."""
+    """Opens the caching pool, or yields None."""
     return contextlib.nullcontext() if args.no_context_cache else caching.pool(args, args.cluster_secret)
 
 
 def answer_api(args: argparse.Namespace, sock: Any, deployment: Any, service: Any) -> None:
-    """OpenAI's API over a service or router, until it is told to stop."""
+    """Serves OpenAI's API over a service or router, until a signal."""
     from cmx_jax.serving.api.app import make_app
-    from cmx_jax.serving.api.served import Limits, Served
+    from cmx_jax.serving.api.context import ApiContext, Limits
     from cmx_jax.serving.api.template import ChatTemplate
     from cmx_jax.serving.http.server import Server, url
 
-    served = Served(
+    context = ApiContext(
         name=args.served_model_name or Path(args.model).resolve().name,
         deployment=deployment,
         service=service,
         template=ChatTemplate.read(deployment.model.directory),
         limits=Limits(max_body_bytes=args.max_body_bytes, max_choices=args.max_choices),
     )
-    server = Server(make_app(served, args.api_key, args.admin_key), service, args.shutdown_timeout_s)
-    ready = f"cmx: {served.name} is served at {url(sock)}/v1, its status at {url(sock)}/"
+    server = Server(make_app(context, args.api_key, args.admin_key), service, args.shutdown_timeout_s)
+    ready = f"cmx: {context.name} is served at {url(sock)}/v1, its status at {url(sock)}/"
     server.run_on(sock, lambda: print(ready, flush=True))
 
 
 def leave(service: Any) -> None:
-    """Ends the process, also where XLA still compiles in a thread that does not survive an orderly end."""
+    """Ends the process, even while XLA compiles in a thread that crashes at an orderly exit."""
     if not service.stop(0):
         sys.stderr.flush()
         os._exit(0)
@@ -80,7 +80,7 @@ def _sequences(max_num_seqs: int | None) -> int:
     return 1 if max_num_seqs is None else -(-max_num_seqs // DECODE_NPUS)
 
 
-def _check_unused(args: argparse.Namespace, names: Any, of: str) -> None:
+def _check_unused(args: argparse.Namespace, names: Any, deployment: str) -> None:
     for name in names:
         if getattr(args, name) is not None:
-            raise CmxError(f"--{name.replace('_', '-')} is of --deployment {of}: leave it out")
+            raise CmxError(f"--{name.replace('_', '-')} is for --deployment {deployment}: leave it out")

@@ -1,4 +1,4 @@
-"""`cmx plan`: which deployment serves a load within an SLO."""
+"""`cmx plan`: search for the deployment that serves a load within an SLO."""
 
 import argparse
 from typing import Any
@@ -7,20 +7,30 @@ from cmx_jax.cli.common import add_json, progress, show
 
 
 def add(verbs: Any) -> None:
-    """The verb and its flags."""
-    verb = verbs.add_parser("plan", help="which deployment serves a load within an SLO")
+    """Adds the verb and its flags."""
+    verb = verbs.add_parser("plan", help="find the deployment that serves a load within an SLO")
     verb.set_defaults(run=_plan)
-    model = "a directory, tiny, or a preset such as deepseek-r1"
+    model = "checkpoint directory, tiny, or a preset (default deepseek-r1)"
     verb.add_argument("model", metavar="MODEL", nargs="?", default="deepseek-r1", help=model)
-    verb.add_argument("--prompt", type=int, required=True, help="tokens of a prompt")
-    verb.add_argument("--output", type=int, required=True, help="tokens of its answer")
-    verb.add_argument("--slo-ttft-ms", type=float, required=True, help="time to the first token")
-    verb.add_argument("--slo-tpot-ms", type=float, required=True, help="time per output token")
-    verb.add_argument("--rate", type=float, help="requests a second (default: as many as can be)")
-    verb.add_argument("--hardware", default="cloudmatrix384", help="cloudmatrix384 (default), h800 or h100")
-    verb.add_argument("--npus", type=int, default=384, help="that there are (default 384)")
-    verb.add_argument("--mtp-acceptance", type=float, default=0.7, help="of a draft (default 0.7)")
-    verb.add_argument("--plots", metavar="DIR", help="the candidates and their front, as PNG and SVG")
+    verb.add_argument("--prompt", type=int, required=True, help="tokens per prompt")
+    verb.add_argument("--output", type=int, required=True, help="tokens per answer")
+    verb.add_argument(
+        "--slo-ttft-ms", type=float, required=True, help="limit of the time to the first token, in ms"
+    )
+    verb.add_argument(
+        "--slo-tpot-ms", type=float, required=True, help="limit of the time per output token, in ms"
+    )
+    verb.add_argument("--rate", type=float, help="requests per second (default: as many as possible)")
+    verb.add_argument(
+        "--hardware", default="cloudmatrix384", help="machine: cloudmatrix384 (default), h800 or h100"
+    )
+    verb.add_argument("--npus", type=int, default=384, help="number of NPUs available (default 384)")
+    verb.add_argument(
+        "--mtp-acceptance", type=float, default=0.7, help="probability that a draft is accepted (default 0.7)"
+    )
+    verb.add_argument(
+        "--plots", metavar="DIR", help="plot the candidates and their Pareto front in DIR, as PNG and SVG"
+    )
     add_json(verb)
 
 
@@ -32,8 +42,8 @@ def _plan(args: argparse.Namespace) -> None:
 
     to = Folder(args.plots)
     load = Load(args.prompt, args.output, args.slo_ttft_ms, args.slo_tpot_ms)
-    given = {name: getattr(args, name) for name in ("hardware", "npus", "rate", "mtp_acceptance")}
-    result = plan(config_of(args.model), load, progress=progress(), **given)
+    options = {name: getattr(args, name) for name in ("hardware", "npus", "rate", "mtp_acceptance")}
+    result = plan(config_of(args.model), load, progress=progress(), **options)
     if args.plots:
         to.write("plan", front(result))
     show(result, args.json, render)

@@ -1,4 +1,4 @@
-"""`cmx pools`: how a running server's instances are carved, and carving them anew."""
+"""`cmx pools`: the instances of a running server, and changes of their number."""
 
 import argparse
 import os
@@ -9,17 +9,21 @@ from cmx_jax.errors import CmxError
 
 
 def add(verbs: Any) -> None:
-    """The verb and its flags."""
-    verb = verbs.add_parser("pools", help="the instances of a running server; changes their number")
+    """Adds the verb and its flags."""
+    verb = verbs.add_parser("pools", help="show the instances of a running server, or change their number")
     verb.set_defaults(run=_pools)
     verb.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="of the server (default: port 8000 here)"
+        "--url", default="http://127.0.0.1:8000", help="URL of the server (default http://127.0.0.1:8000)"
     )
-    verb.add_argument("--api-key", help="or CMX_API_KEY")
-    verb.add_argument("--admin-key", help="to change something; or CMX_ADMIN_KEY")
-    verb.add_argument("--prefill", type=int, metavar="N", help="prefill instances from now on")
-    verb.add_argument("--decode", type=int, metavar="N", help="decode instances from now on (default 1)")
-    grace = "that running requests have where instances leave (default 30)"
+    verb.add_argument("--api-key", help="API key of the server (default: CMX_API_KEY)")
+    verb.add_argument(
+        "--admin-key", help="admin key of the server, needed for changes (default: CMX_ADMIN_KEY)"
+    )
+    verb.add_argument("--prefill", type=int, metavar="N", help="number of prefill instances from now on")
+    verb.add_argument(
+        "--decode", type=int, metavar="N", help="number of decode instances from now on (default 1)"
+    )
+    grace = "seconds that running requests on removed instances have to finish (default 30)"
     verb.add_argument("--grace-s", type=float, default=30.0, help=grace)
     add_json(verb)
 
@@ -32,10 +36,10 @@ def _pools(args: argparse.Namespace) -> None:
     keys = {"GET": args.api_key or os.environ.get("CMX_API_KEY")}
     keys["POST"] = args.admin_key or os.environ.get("CMX_ADMIN_KEY")
 
-    def ask(method: str, path: str, **given: Any) -> Any:
+    def ask(method: str, path: str, **options: Any) -> Any:
         headers = {"Authorization": f"Bearer {keys[method]}"} if keys[method] else {}
         try:
-            answer = httpx.request(method, args.url + path, headers=headers, timeout=600, **given)
+            answer = httpx.request(method, args.url + path, headers=headers, timeout=600, **options)
             document = answer.json()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise CmxError(f"--url {args.url}: no server answers there ({error})") from None

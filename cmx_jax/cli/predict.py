@@ -1,4 +1,4 @@
-"""`cmx predict`: what a step would cost on a machine, and the paper's figures beside their predictions."""
+"""`cmx predict`: the predicted cost of a step on a machine, and predictions of the paper's figures."""
 
 import argparse
 from typing import Any
@@ -8,24 +8,38 @@ from cmx_jax.errors import CmxError
 
 
 def add(verbs: Any) -> None:
-    """The verb and its flags."""
-    verb = verbs.add_parser("predict", help="what a step would cost on a machine, from the traced program")
+    """Adds the verb and its flags."""
+    verb = verbs.add_parser("predict", help="predict the cost of a step on a machine from the traced program")
     verb.set_defaults(run=_predict)
-    model = "a directory, tiny, or a preset such as deepseek-r1"
+    model = "checkpoint directory, tiny, or a preset (default deepseek-r1)"
     verb.add_argument("model", metavar="MODEL", nargs="?", default="deepseek-r1", help=model)
-    verb.add_argument("--paper", action="store_true", help="every published figure beside its prediction")
-    verb.add_argument("--hardware", default="cloudmatrix384", help="cloudmatrix384 (default), h800 or h100")
-    verb.add_argument("--layout", default="ep320", help="as of cmx trace (default ep320)")
-    verb.add_argument("--step", choices=("decode", "prefill"), help="default: what the layout is for")
-    verb.add_argument("--batch", type=int, help="sequences of an NPU (default: the layout's)")
-    verb.add_argument("--context", type=int, default=4096, help="tokens of a sequence (default 4096)")
-    verb.add_argument("--microbatches", type=int, default=2, help="streams of a step (default 2)")
-    verb.add_argument("--num-speculative-tokens", type=int, default=1, help="MTP drafts (default 1)")
-    verb.add_argument("--mtp-acceptance", type=float, default=0.7, help="of a draft (default 0.7)")
-    busiest = "load of the busiest expert rank over the mean (default: what chance makes of even experts)"
+    verb.add_argument(
+        "--paper", action="store_true", help="show every published figure beside its prediction"
+    )
+    verb.add_argument(
+        "--hardware", default="cloudmatrix384", help="machine: cloudmatrix384 (default), h800 or h100"
+    )
+    verb.add_argument("--layout", default="ep320", help="layout, named as for cmx trace (default ep320)")
+    verb.add_argument(
+        "--step",
+        choices=("decode", "prefill"),
+        help="step to predict (default: the one that the layout is for)",
+    )
+    verb.add_argument("--batch", type=int, help="sequences per NPU (default: the layout's)")
+    verb.add_argument("--context", type=int, default=4096, help="tokens per sequence (default 4096)")
+    verb.add_argument("--microbatches", type=int, default=2, help="microbatches per step (default 2)")
+    verb.add_argument(
+        "--num-speculative-tokens", type=int, default=1, help="MTP drafts per decode step (default 1)"
+    )
+    verb.add_argument(
+        "--mtp-acceptance", type=float, default=0.7, help="probability that a draft is accepted (default 0.7)"
+    )
+    busiest = "load of the busiest expert rank over the mean (default: expected for equally likely experts)"
     verb.add_argument("--imbalance", type=float, help=busiest)
-    verb.add_argument("--sensitivity", action="store_true", help="the step with each constant 10 %% larger")
-    verb.add_argument("--plots", metavar="DIR", help="with --paper: the errors, as PNG and SVG")
+    verb.add_argument(
+        "--sensitivity", action="store_true", help="show the step time with each constant 10 %% larger"
+    )
+    verb.add_argument("--plots", metavar="DIR", help="plot the errors in DIR, as PNG and SVG; needs --paper")
     add_json(verb)
 
 
@@ -52,7 +66,7 @@ def _predict(args: argparse.Namespace) -> None:
             f"layout {args.layout} has one rank an NPU; a cloudmatrix384 rank is a die, as of ep320"
         )
     layout = replace(found.make(c.n_routed_experts), microbatches=args.microbatches)
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "batch": found.batch if args.batch is None else args.batch,
         "context": args.context,
         "drafts": args.num_speculative_tokens,
@@ -60,9 +74,9 @@ def _predict(args: argparse.Namespace) -> None:
         "imbalance": args.imbalance,
     }
     step = args.step or found.step
-    result = predict(c, args.hardware, layout, step, **given)
+    result = predict(c, args.hardware, layout, step, **options)
     if args.sensitivity:
-        result["sensitivity"] = sensitivity(c, args.hardware, layout, step, **given)
+        result["sensitivity"] = sensitivity(c, args.hardware, layout, step, **options)
     show(
         {"model": args.model, "layout": args.layout, **result},
         args.json,

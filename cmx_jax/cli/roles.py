@@ -1,4 +1,4 @@
-"""The roles of `cmx serve` that are processes of their own."""
+"""The roles of `cmx serve` besides `all`, and instances that span several processes."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from cmx_jax.serving.deploy.engine_args import EngineArgs
 
 
 def router(args: argparse.Namespace) -> None:
-    """OpenAI's API in front of workers."""
+    """Serves OpenAI's API in front of workers."""
     from cmx_jax.serving.deploy.deployment import ModelInfo
     from cmx_jax.serving.deploy.model import Model
     from cmx_jax.serving.http.server import bind
@@ -33,32 +33,32 @@ def router(args: argparse.Namespace) -> None:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """An instance that prefills or decodes."""
+    """Serves an instance that prefills or decodes."""
     from cmx_jax.serving.http.server import Server, bind, url
     from cmx_jax.serving.roles.worker import Worker, make_worker
     from cmx_jax.serving.service.service import Service
 
     if args.role == "decode" and not args.cache_generated:
-        args.no_context_cache = True  # it never looks anything up
+        args.no_context_cache = True  # a decode worker never looks up blocks
     with bind(args.host, args.port) as sock, hosting.cached(args) as pool:
         deployment = hosting.deployed(args)
         if pool is not None:
             deployment.cache(pool, args.cache_block, args.cache_generated)
-        made = Worker(
+        state = Worker(
             role=args.role,
             deployment=deployment,
             service=Service(deployment.engine),
             fingerprint=deployment.fingerprint,
             secret=args.cluster_secret,
         )
-        server = Server(make_worker(made), made.service, args.shutdown_timeout_s)
+        server = Server(make_worker(state), state.service, args.shutdown_timeout_s)
         ready = f"cmx: {args.role} worker at {url(sock)}"
         server.run_on(sock, lambda: print(ready, flush=True))
-    hosting.leave(made.service)
+    hosting.leave(state.service)
 
 
 def spanning(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]) -> Any:
-    """What a process of several does: the first one runs, the others follow it."""
+    """Returns the function for a process of several: the first one runs `run`, the others follow it."""
     from cmx_jax.serving.executor.spanning import Leader, Span, follow
 
     span = Span(coordinator=args.distributed, processes=args.num_processes, index=args.process_id)
@@ -82,7 +82,7 @@ def spanning(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]
         with contextlib.suppress(Followed):
             (hosting.deployed if span.index else run)(args)
         sys.stderr.flush()
-        os._exit(0)  # JAX would wait for the others, which may be gone
+        os._exit(0)  # an orderly exit would wait for the other processes, which may be gone
 
     args.joined = follows if span.index else lead
     return ends
@@ -93,7 +93,7 @@ class Followed(Exception):
 
 
 def cache(args: argparse.Namespace) -> None:
-    """A cache server, until SIGTERM or SIGINT."""
+    """Runs a cache server until SIGTERM or SIGINT."""
     from cmx_jax.serving.ems import serve as listen
 
     ended = threading.Event()

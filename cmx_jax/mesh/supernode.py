@@ -64,10 +64,6 @@ class Supernode:
     def dies(self) -> int:
         return self.npus * self.npu.dies
 
-    @property
-    def cpus(self) -> int:
-        return self.nodes * self.cpus_per_node
-
     def node_of(self, npu: int) -> int:
         """Returns the node of an NPU (a device of the virtual mesh). NPUs are numbered node by node."""
         return npu // self.npus_per_node

@@ -126,8 +126,8 @@ def test_the_command_predicts_what_a_lone_request_takes(times: Predicted, capsys
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--decode-ms", "3"], "--decode-ms is given, but --predict says what it is"),
-        (["--decode-npus", "3"], "--decode-npus is given, but --predict says what it is"),
+        (["--decode-ms", "3"], "--decode-ms is given, but --predict determines it"),
+        (["--decode-npus", "3"], "--decode-npus is given, but --predict determines it"),
         (["--hardware", "abacus"], "hardware 'abacus', expected one of"),
         (["--hardware", "h800"], "layout ep32 has 2 rank(s) an NPU, expected 1 on h800, as of h800-ep144"),
         (["--decode-layout", "ep77"], "layout ep77 has 1 rank(s) an NPU, expected 2 on cloudmatrix384"),

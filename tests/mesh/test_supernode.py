@@ -13,7 +13,7 @@ PLANES = {plane.name: plane.npu_gb_s for plane in MACHINE.planes}
     [
         pytest.param(MACHINE.npus, 384, 0, id="NPUs"),
         pytest.param(MACHINE.dies, 768, 0, id="dies"),
-        pytest.param(MACHINE.cpus, 192, 0, id="CPUs"),
+        pytest.param(MACHINE.nodes * MACHINE.cpus_per_node, 192, 0, id="CPUs"),
         pytest.param(MACHINE.dies * NPU.int8_tops_per_die / 1e3, 578, 0.5, id="INT8 POPS"),
         pytest.param(NPU.dies * NPU.int8_tops_per_die, 1504, 0, id="INT8 TOPS of an NPU"),
         pytest.param(NPU.dies * NPU.bf16_tflops_per_die, 707, 1, id="BF16 TFLOPS of an NPU"),

@@ -1,1 +1,1 @@
-"""OpenAI's HTTP API over `serving.service.Service`."""
+"""OpenAI's HTTP API over a `serving.service.frontend.Frontend`: an engine here, or a router with workers."""

@@ -1,12 +1,11 @@
-"""Routes for whoever runs the server: what it does, and changing it."""
-
-from typing import Any
+"""Routes for the operator of a server: its requests and events, and changes while it runs."""
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.api.served import Served
+from cmx_jax.serving.api.context import ApiContext
+from cmx_jax.serving.api.schemas import Document
 from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.engine.timeline import together
 
@@ -14,7 +13,7 @@ router = APIRouter(prefix="/admin")
 
 
 class PoolsRequest(BaseModel):
-    """How many instances of each kind there shall be."""
+    """Number of instances of each kind from now on, and the seconds that removed instances have to finish."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -24,16 +23,16 @@ class PoolsRequest(BaseModel):
 
 
 @router.post("/drain")
-async def drain(request: Request) -> dict[str, Any]:
-    """Takes no new request from now on; those that run go on."""
-    service = request.app.state.served.service
+async def drain(request: Request) -> Document:
+    """Refuses new requests from now on; running requests continue."""
+    service = request.app.state.context.service
     service.draining = True
     return {"status": "draining", "running": len(service.live)}
 
 
 @router.get("/requests")
-async def requests(request: Request) -> dict[str, Any]:
-    """Every request that is not finished: its state, and how far it is."""
+async def requests(request: Request) -> Document:
+    """Returns the state and progress of every request that is not finished."""
     return {
         "requests": [
             {
@@ -45,26 +44,27 @@ async def requests(request: Request) -> dict[str, Any]:
                 "generated_tokens": len(r.tokens),
                 "max_tokens": r.params.max_tokens,
             }
-            for r in list(request.app.state.served.service.live)
+            for r in list(request.app.state.context.service.live)
         ]
     }
 
 
 @router.post("/pools")
-async def pools(body: PoolsRequest, request: Request) -> dict[str, Any]:
-    """Changes the ratio of prefill to decode while serving: instances drain and are carved anew.
+async def pools(body: PoolsRequest, request: Request) -> Document:
+    """Changes the numbers of prefill and decode instances while serving.
 
-    The answer comes when the new instances are ready; those that leave have `grace_s` seconds from then on.
+    Instances drain and are carved again. The answer is sent when the new instances are ready; removed ones
+    have `grace_s` seconds from then on.
     """
-    served: Served = request.app.state.served
-    deployment = served.deployment
+    context: ApiContext = request.app.state.context
+    deployment = context.deployment
     if not isinstance(deployment, Deployment):
         raise CmxError("the workers are processes of their own: start or stop some of them instead")
-    await served.service.call(lambda: deployment.recarve(body.prefill, body.decode, body.grace_s))
+    await context.service.call(lambda: deployment.recarve(body.prefill, body.decode, body.grace_s))
     return {"prefill": body.prefill, "decode": body.decode, "grace_s": body.grace_s}
 
 
 @router.get("/trace")
-async def trace(request: Request) -> dict[str, Any]:
-    """The newest events of requests and steps, for ui.perfetto.dev; of all workers, where there are some."""
-    return together(await request.app.state.served.service.timelines())
+async def trace(request: Request) -> Document:
+    """Returns the newest events of requests and steps, of all workers if any, for ui.perfetto.dev."""
+    return together(await request.app.state.context.service.timelines())

@@ -1,66 +1,93 @@
-"""An answer while it grows: what completions and chat completions have in common."""
+"""A growing answer: the common part of completions and chat completions."""
 
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 from cmx_jax.serving.api.choice import Choice, Delta
-from cmx_jax.serving.api.schemas import Generate
-from cmx_jax.serving.api.served import Served
+from cmx_jax.serving.api.context import ApiContext
+from cmx_jax.serving.api.schemas import Document, Generate
 from cmx_jax.serving.scheduling.request import SamplingParams
 from cmx_jax.serving.service.generation import Generation
 
 
+class PromptTokensDetails(TypedDict):
+    """Number of prompt tokens that came out of the caching pool."""
+
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    """Number of tokens of an answer so far; each prompt counts once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
 class Answer:
-    """Choices `n` by `n` behind each prompt.
+    """The choices of one API call, `n` for each prompt.
 
     Attributes:
-      served: the model.
-      prompts: token ids.
-      n: choices of each.
-      choices: all of them, in OpenAI's order.
-      generation: where their tokens come from.
+      context: Served model.
+      prompts: Token ids of each prompt.
+      n: Number of choices per prompt.
+      choices: Every choice, in OpenAI's order.
+      generation: Generation that yields the tokens of the choices.
     """
 
     def __init__(
-        self, served: Served, body: Generate, kind: str, prompts: Sequence[list[int]], generation: Generation
+        self,
+        context: ApiContext,
+        body: Generate,
+        kind: str,
+        prompts: Sequence[list[int]],
+        generation: Generation,
     ):
-        self.served, self.prompts, self.generation = served, prompts, generation
+        self.context, self.prompts, self.generation = context, prompts, generation
         self.n = body.n or 1
-        self.choices = [Choice(served.tokenizer, body.stop) for _ in range(len(prompts) * self.n)]
+        self.choices = [Choice(context.tokenizer, body.stop) for _ in range(len(prompts) * self.n)]
         self._head = {
             "id": f"{kind}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": served.name,
+            "model": context.name,
         }
         self._usage_in_stream = body.stream_options is not None and body.stream_options.include_usage
 
     @classmethod
     async def start(
         cls,
-        served: Served,
+        context: ApiContext,
         body: Generate,
         kind: str,
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
     ) -> "Answer":
-        """Submits all choices, whose parameters are given in order; with none, the prompts are the answer.
+        """Submits all choices.
+
+        Args:
+          context: Served model.
+          body: Body of the API call.
+          kind: Prefix of the answer's id.
+          prompts: Token ids of each prompt.
+          params: Sampling parameters of each choice, in order; without any, the prompts are the whole answer.
 
         Raises:
-          CmxError: as `Service.generate`.
+          CmxError: A request cannot be served, as in `Frontend.generate`.
         """
         n = body.n or 1
-        asked = [(prompts[i // n], of) for i, of in enumerate(params)]
+        requests = [(prompts[i // n], choice) for i, choice in enumerate(params)]
         salt = body.cache_salt or ""
-        generation = await served.service.generate(asked, priority=body.priority, namespace=salt)
-        return cls(served, body, kind, prompts, generation)
+        generation = await context.service.generate(requests, priority=body.priority, namespace=salt)
+        return cls(context, body, kind, prompts, generation)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """What each choice grows by, as it comes.
+        """Yields the index of a choice and its new part, in the order of generation.
 
         Raises:
-          Interrupted: the service ended one of them.
+          Interrupted: The service ended one of the requests.
         """
         async for chunk in self.generation:
             choice = self.choices[chunk.index]
@@ -69,21 +96,21 @@ class Answer:
                 self.generation.stop(chunk.index)
             yield chunk.index, delta
 
-    def document(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The whole answer."""
+    def document(self, kind: str, choices: list[Document]) -> Document:
+        """Makes the document of the whole answer."""
         return {**self._head, "object": kind, "choices": choices, "usage": self.usage()}
 
-    def event(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-        """One event of a stream."""
-        found = {**self._head, "object": kind, "choices": [choice]}
-        return found | {"usage": None} if self._usage_in_stream else found
+    def event(self, kind: str, choice: Document) -> Document:
+        """Makes one event of a stream."""
+        event = {**self._head, "object": kind, "choices": [choice]}
+        return event | {"usage": None} if self._usage_in_stream else event
 
-    def last_events(self, kind: str) -> list[dict[str, Any]]:
-        """The one with the usage, if it was asked for."""
+    def last_events(self, kind: str) -> list[Document]:
+        """Makes the last event of a stream, which has the usage, if it was asked for."""
         return [self.document(kind, [])] if self._usage_in_stream else []
 
-    def usage(self) -> dict[str, Any]:
-        """Tokens so far; each prompt counts once."""
+    def usage(self) -> Usage:
+        """Counts the tokens so far."""
         prompt = sum(len(ids) for ids in self.prompts)
         completion = sum(choice.tokens for choice in self.choices)
         cached = sum(choice.reused_tokens for choice in self.choices[:: self.n])

@@ -1,4 +1,4 @@
-"""One choice of an answer while it grows: tokens in, text and log-probabilities out."""
+"""One growing choice of an answer: tokens in, text and log-probabilities out."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,13 @@ from cmx_jax.serving.service.generation import Chunk
 
 
 class Delta(NamedTuple):
-    """What is new of a choice: text to give out, the tokens taken, and what was said of them."""
+    """New part of a choice.
+
+    Attributes:
+      text: Text that is complete now.
+      tokens: Tokens of the choice.
+      logprobs: Log-probabilities of the tokens, if they were asked for.
+    """
 
     text: str
     tokens: list[int]
@@ -24,9 +30,9 @@ class Choice:
     An end token belongs to the tokens and their log-probabilities, not to the text (as in vLLM).
 
     Attributes:
-      finish_reason: None while it grows.
-      tokens: how many were taken.
-      reused_tokens: of the prompt, that came out of the caching pool.
+      finish_reason: Reason why the choice ended, or None while it grows.
+      tokens: Number of tokens so far.
+      reused_tokens: Number of prompt tokens that came out of the caching pool.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
@@ -35,7 +41,7 @@ class Choice:
         self.tokens = self.reused_tokens = 0
 
     def take(self, chunk: Chunk) -> Delta:
-        """Goes on by a chunk, up to the token that completes a stop string."""
+        """Adds a chunk, up to the token that completes a stop string. Returns the new part of the choice."""
         self.reused_tokens = chunk.request.cached_tokens
         text, taken = "", 0
         ended = len(chunk.tokens) - (chunk.finish_reason == "stop")  # the last one is an end token

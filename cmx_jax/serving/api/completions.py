@@ -1,28 +1,44 @@
 """`POST /v1/completions`."""
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from cmx_jax.serving.api.answer import Answer
-from cmx_jax.serving.api.schemas import CompletionRequest
-from cmx_jax.serving.api.served import Scores, Served
+from cmx_jax.serving.api.context import ApiContext, Scores
+from cmx_jax.serving.api.schemas import CompletionRequest, Document
 from cmx_jax.serving.http.streaming import EventStream, unless_gone
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
 
 router = APIRouter()
 KIND = "text_completion"
-MAX_TOKENS = 16  # OpenAI's, where nothing is asked for
-Said = Sequence[TokenLogprob | None]
-Echoed = tuple[str, Sequence[int], Said]  # a text, its tokens, and what is said of them
+MAX_TOKENS = 16  # OpenAI's default
+TokenScores = Sequence[TokenLogprob | None]
+Echoed = tuple[str, Sequence[int], TokenScores]  # text, its tokens, and their log-probabilities
+
+
+class Logprobs(TypedDict):
+    """OpenAI's `logprobs` of a completion; each list has an entry for each token.
+
+    Attributes:
+      tokens: Text of each token by itself.
+      token_logprobs: Log-probability of each token, or None.
+      top_logprobs: Log-probabilities of the token and of the most likely ones, by their text, or None.
+      text_offset: Offset of each token's text in the choice's text.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
 
 
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continues prompts, given as text or token ids."""
-    answer, echoed = await unless_gone(request, _start(request.app.state.served, body))
+    answer, echoed = await unless_gone(request, _start(request.app.state.context, body))
     if body.stream:
         return EventStream(_events(answer, echoed, body), answer.generation)
     try:
@@ -32,86 +48,84 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 
 class Part:
-    """Text of a choice, and of its tokens what OpenAI's `logprobs` says of them.
+    """Converts a choice's text and tokens to OpenAI's form, part by part.
 
-    `offset` is where the next token's text begins, if every token is written by itself.
+    Text offsets are those of the tokens' own texts, one after the other.
     """
 
-    def __init__(self, served: Served, logprobs: bool):
-        self._served, self._logprobs, self._offset = served, logprobs, 0
+    def __init__(self, context: ApiContext, logprobs: bool):
+        self._context, self._logprobs, self._offset = context, logprobs, 0
 
-    def document(self, text: str, tokens: Sequence[int], said: Said) -> dict[str, Any]:
-        """A choice's text and log-probabilities."""
-        return {"text": text, "logprobs": self._of(tokens, said) if self._logprobs else None}
+    def document(self, text: str, tokens: Sequence[int], scores: TokenScores) -> Document:
+        """Makes the fields of a choice for its next part."""
+        return {"text": text, "logprobs": self._scores(tokens, scores) if self._logprobs else None}
 
-    def _of(self, tokens: Sequence[int], said: Said) -> dict[str, list[Any]]:
-        texts = [self._served.token_text(token) for token in tokens]
+    def _scores(self, tokens: Sequence[int], scores: TokenScores) -> Logprobs:
+        texts = [self._context.token_text(token) for token in tokens]
         offsets = []
         for text in texts:
             offsets.append(self._offset)
             self._offset += len(text)
-        pairs = list(zip(tokens, said, strict=True))
+        pairs = list(zip(tokens, scores, strict=True))
         return {
             "tokens": texts,
-            "token_logprobs": [None if of is None else of.logprob for of in said],
-            "top_logprobs": [None if of is None else self._top(token, of) for token, of in pairs],
+            "token_logprobs": [None if score is None else score.logprob for score in scores],
+            "top_logprobs": [None if score is None else self._top(token, score) for token, score in pairs],
             "text_offset": offsets,
         }
 
-    def _top(self, token: int, said: TokenLogprob) -> dict[str, float]:
-        """The token taken and the likeliest ones; of several with the same text the likeliest counts."""
-        found: dict[str, float] = {}
-        for other, logprob in ((token, said.logprob), *said.top):
-            text = self._served.token_text(other)
-            found[text] = max(logprob, found.get(text, logprob))
-        return found
+    def _top(self, token: int, score: TokenLogprob) -> dict[str, float]:
+        """Returns log-probabilities by text; of tokens with the same text, the most likely one counts."""
+        by_text: dict[str, float] = {}
+        for other, logprob in ((token, score.logprob), *score.top):
+            text = self._context.token_text(other)
+            by_text[text] = max(logprob, by_text.get(text, logprob))
+        return by_text
 
 
-async def _start(served: Served, body: CompletionRequest) -> tuple[Answer, list[Echoed]]:
-    """The answer, and what stands before each of its choices: nothing, or with `echo` the prompt."""
-    served.check(body, len(body.prompt))
-    prompts = await served.encode(body.prompt)
+async def _start(context: ApiContext, body: CompletionRequest) -> tuple[Answer, list[Echoed]]:
+    """Submits the request. Returns the answer, and the text before each choice: with `echo` the prompt."""
+    context.check(body, len(body.prompt))
+    prompts = await context.encode(body.prompt)
     params: list[SamplingParams] = []
     if body.echo and body.max_tokens == 0:
         SamplingParams(logprobs=body.logprobs)
     else:
         for ids in prompts:
-            params += served.params(body, ids, body.max_tokens, MAX_TOKENS, body.logprobs)
+            params += context.params(body, ids, body.max_tokens, MAX_TOKENS, body.logprobs)
     echoed: list[Echoed] = [("", [], [])] * len(prompts)
     if body.echo:
         scores: Scores = [[] for _ in prompts]
         if body.logprobs is not None:
-            scores = await served.service.score(prompts, body.logprobs)
-        texts = [x if isinstance(x, str) else served.text(x) for x in body.prompt]
+            scores = await context.service.score(prompts, body.logprobs)
+        texts = [x if isinstance(x, str) else context.text(x) for x in body.prompt]
         echoed = list(zip(texts, prompts, scores, strict=True))
-    answer = await Answer.start(served, body, "cmpl", prompts, params)
-    return answer, [of for of in echoed for _ in range(answer.n)]
+    answer = await Answer.start(context, body, "cmpl", prompts, params)
+    return answer, [prefix for prefix in echoed for _ in range(answer.n)]
 
 
-async def _whole(answer: Answer, echoed: list[Echoed], body: CompletionRequest) -> dict[str, Any]:
-    grown = [(text, [*tokens], [*said]) for text, tokens, said in echoed]
+async def _whole(answer: Answer, echoed: list[Echoed], body: CompletionRequest) -> Document:
+    grown = [(text, [*tokens], [*scores]) for text, tokens, scores in echoed]
     async for index, delta in answer.deltas():
-        text, tokens, said = grown[index]
-        grown[index] = (text + delta.text, [*tokens, *delta.tokens], [*said, *delta.logprobs])
-    parts = [Part(answer.served, body.logprobs is not None).document(*of) for of in grown]
+        text, tokens, scores = grown[index]
+        grown[index] = (text + delta.text, [*tokens, *delta.tokens], [*scores, *delta.logprobs])
+    parts = [Part(answer.context, body.logprobs is not None).document(*choice) for choice in grown]
     ends = [choice.finish_reason or "length" for choice in answer.choices]
     choices = [{"index": i, **part, "finish_reason": ends[i]} for i, part in enumerate(parts)]
     return answer.document(KIND, choices)
 
 
-async def _events(
-    answer: Answer, echoed: list[Echoed], body: CompletionRequest
-) -> AsyncIterator[dict[str, Any]]:
+async def _events(answer: Answer, echoed: list[Echoed], body: CompletionRequest) -> AsyncIterator[Document]:
     logprobs = body.logprobs is not None
-    parts = [Part(answer.served, logprobs) for _ in answer.choices]
+    parts = [Part(answer.context, logprobs) for _ in answer.choices]
 
-    def event(index: int, text: str, tokens: Sequence[int], said: Said, end: str | None) -> dict[str, Any]:
-        part = parts[index].document(text, tokens, said)
+    def event(index: int, text: str, tokens: Sequence[int], scores: TokenScores, end: str | None) -> Document:
+        part = parts[index].document(text, tokens, scores)
         return answer.event(KIND, {"index": index, **part, "finish_reason": end})
 
     if body.echo:
-        for index, of in enumerate(echoed):
-            yield event(index, *of, None if index in answer.generation.running else "length")
+        for index, prefix in enumerate(echoed):
+            yield event(index, *prefix, None if index in answer.generation.running else "length")
     async for index, delta in answer.deltas():
         end = answer.choices[index].finish_reason
         if delta.text or end or (logprobs and delta.tokens):

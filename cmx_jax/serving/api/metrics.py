@@ -1,16 +1,16 @@
 """Prometheus metrics: vLLM's suffixes and buckets under `cmx:`.
 
-With MTP a step gives several tokens at once: the inter-token latency is the gap between steps' chunks.
+With MTP, a step yields several tokens at once: the inter-token latency is the gap between the steps' chunks.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypedDict
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cmx_jax.serving.api.served import Served
+from cmx_jax.serving.api.context import ApiContext
 from cmx_jax.serving.service.generation import Chunk
 
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
@@ -20,20 +20,34 @@ LONG = (40.0, 80.0)
 LABEL = ("model_name",)
 
 
-class Metrics:
-    """Counts chunks as they come; reads gauges when it is scraped.
+class Totals(TypedDict):
+    """Counters for the status page.
 
     Attributes:
-      registry: of its own, so that several may live in one process.
+      prompt_tokens: Number of prompt tokens of requests that began to answer.
+      generation_tokens: Number of generated tokens.
+      finished: Number of finished requests, by finish reason.
     """
 
-    def __init__(self, served: Served):
-        self.registry, self._name = CollectorRegistry(), served.name
+    prompt_tokens: int
+    generation_tokens: int
+    finished: dict[str, int]
+
+
+class Metrics:
+    """Counts chunks when they are made; reads gauges at each scrape.
+
+    Attributes:
+      registry: Registry of these metrics alone, so that one process may have several.
+    """
+
+    def __init__(self, context: ApiContext):
+        self.registry, self._name = CollectorRegistry(), context.name
         name = self._name
 
         def histogram(suffix: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(f"cmx:{suffix}", about, LABEL, buckets=buckets, registry=self.registry)
-            return made.labels(name)
+            metric = Histogram(f"cmx:{suffix}", about, LABEL, buckets=buckets, registry=self.registry)
+            return metric.labels(name)
 
         def counter(suffix: str, about: str) -> Counter:
             return Counter(f"cmx:{suffix}", about, LABEL, registry=self.registry).labels(name)
@@ -56,7 +70,7 @@ class Metrics:
         labels = (*LABEL, "finished_reason")
         ended = Counter("cmx:request_success", "Requests by how they ended.", labels, registry=self.registry)
         self._ended = {reason: ended.labels(name, reason) for reason in ("stop", "length", "abort", "error")}
-        self.registry.register(_Now(served))
+        self.registry.register(_ServiceCollector(context))
 
     def watch(self, chunk: Chunk) -> None:
         """Counts a chunk."""
@@ -70,14 +84,14 @@ class Metrics:
             self._e2e.observe(chunk.age_s)
             self._ended[chunk.finish_reason].inc()
 
-    def totals(self) -> dict[str, Any]:
-        """Counters for the status page."""
+    def totals(self) -> Totals:
+        """Returns counters for the status page."""
 
         def total(suffix: str, **labels: str) -> int:
-            found = self.registry.get_sample_value(
+            value = self.registry.get_sample_value(
                 f"cmx:{suffix}_total", {"model_name": self._name, **labels}
             )
-            return int(found or 0)
+            return int(value or 0)
 
         return {
             "prompt_tokens": total("prompt_tokens"),
@@ -86,14 +100,14 @@ class Metrics:
         }
 
 
-class _Now(Collector):
-    """What is true at the moment of a scrape."""
+class _ServiceCollector(Collector):
+    """Reads the service's counters and gauges at each scrape."""
 
-    def __init__(self, served: Served):
-        self._served = served
+    def __init__(self, context: ApiContext):
+        self._context = context
 
     def collect(self) -> Iterator[Metric]:
-        served, now = self._served, self._served.service.counts()
+        context, now = self._context, self._context.service.counts()
         gauges = (
             ("num_requests_running", "Requests that have pages.", now["running"]),
             ("num_requests_waiting", "Requests that have none yet.", now["waiting"]),
@@ -107,17 +121,17 @@ class _Now(Collector):
             ("mtp_draft_tokens", "Drafts that decode steps verified.", now["drafts"]),
             ("mtp_accepted_tokens", "Drafts that were right.", now["accepted"]),
             ("num_preemptions", "Requests that lost their pages to more urgent ones.", now["preemptions"]),
-            ("pd_transfers", "Prompts whose pages came to decode.", now["kv_moved"]),
-            ("pd_transfers_lost", "Prompts whose pages did not.", now["kv_lost"]),
-            ("eplb_rebalances", "Times that experts were placed anew.", now["eplb_moves"]),
+            ("pd_transfers", "Prompts whose pages were moved to decode.", now["kv_moved"]),
+            ("pd_transfers_lost", "Prompts whose pages did not reach decode.", now["kv_lost"]),
+            ("eplb_rebalances", "Times that experts were placed again.", now["eplb_moves"]),
         )
-        yield from _families(GaugeMetricFamily, served.name, gauges)
-        yield from _families(CounterMetricFamily, served.name, counters)
-        yield from _pool(served.name, served.service.cache())
+        yield from _families(GaugeMetricFamily, context.name, gauges)
+        yield from _families(CounterMetricFamily, context.name, counters)
+        yield from _pool(context.name, context.service.cache())
 
 
-def _pool(name: str, stats: dict[str, Any]) -> Iterator[Metric]:
-    """Of the caching pool: what this process asked for, and what became of it."""
+def _pool(name: str, stats: Mapping[str, Any]) -> Iterator[Metric]:
+    """Yields the metrics of the caching pool, as this process sees it."""
     if not stats:
         return
     hits = CounterMetricFamily("cmx:ems_hits", "Blocks found, by tier.", labels=(*LABEL, "tier"))
@@ -140,7 +154,7 @@ def _pool(name: str, stats: dict[str, Any]) -> Iterator[Metric]:
 
 
 def _families(kind: Any, name: str, rows: Iterable[tuple[str, str, float]]) -> Iterator[Metric]:
-    """A metric for each row: suffix, what it is, and its value for the model of that name."""
+    """Yields a metric for each row of suffix, description and value, labelled with the model's name."""
     for suffix, about, value in rows:
         family = kind(f"cmx:{suffix}", about, labels=LABEL)
         family.add_metric([name], value)

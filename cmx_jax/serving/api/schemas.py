@@ -1,18 +1,18 @@
-"""What the API takes: OpenAI's names, and vLLM's further ones.
+"""Request bodies of the API: OpenAI's fields, and vLLM's additional ones.
 
-A field that would change the answer and is not implemented is refused, unless it has the value that changes
-nothing. So is a name that nobody knows: a misspelt one would be ignored otherwise.
+A field that is not implemented and would change the answer is refused, unless it has the value that changes
+nothing. An unknown field is refused, too: a misspelt one would be ignored otherwise.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-# change nothing in the answer
+# fields that change nothing in the answer
 IGNORED = frozenset(
     ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user", "verbosity")
 )
-# not implemented: the values, beside null, that ask for nothing
+# fields that are not implemented, and the values, besides null, with which they change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -36,14 +36,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 MAX_STOPS = 4  # OpenAI's limit
 
+Document = dict[str, Any]
+"""JSON object of a response, as OpenAI's API or this server's status defines it."""
+
 
 def _listed(value: Any) -> Any:
-    """One value as a list of it."""
+    """Converts a single value to a list."""
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
 def _prompts(value: Any) -> Any:
-    """The four forms of a prompt as a list of texts or of lists of ids."""
+    """Converts the four forms of a prompt to a list of texts or of lists of ids."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -66,17 +69,17 @@ Stops = Annotated[list[Text], Field(max_length=MAX_STOPS), BeforeValidator(_list
 
 
 class StreamOptions(BaseModel):
-    """Of a stream: a last event with the usage."""
+    """Options of a stream: `include_usage` adds a last event with the usage."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = False
 
 
 class Generate(BaseModel):
-    """What both ways to generate have in common. Sampling parameters are checked by `SamplingParams`.
+    """Common fields of completions and chat completions. Sampling parameters are checked by `SamplingParams`.
 
     Raises:
-      ValueError: a field is unknown or not implemented.
+      ValueError: A field is unknown or not implemented.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -104,7 +107,7 @@ class Generate(BaseModel):
             if value is not None and value not in NEUTRAL[name]:
                 raise ValueError(f"field {name!r} is not supported: leave it out")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("field 'stream_options' is of streams only: set stream, or leave it out")
+            raise ValueError("field 'stream_options' is for streams only: set stream, or leave it out")
         return self
 
 
@@ -118,7 +121,7 @@ class CompletionRequest(Generate):
 
 
 class Part(BaseModel):
-    """A part of a message's content; only text is understood."""
+    """A part of a message's content; only text is supported."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     type: Literal["text"]
@@ -126,7 +129,7 @@ class Part(BaseModel):
 
 
 def _parts(value: Any) -> Any:
-    """A text as its one part."""
+    """Converts a text to a list of one part."""
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -149,9 +152,9 @@ class Message(BaseModel):
     name: str | None = None
 
     def as_dict(self) -> dict[str, str]:
-        """For a template: the content as one text."""
-        found = {"role": self.role, "content": "".join(part.text for part in self.content)}
-        return found if self.name is None else found | {"name": self.name}
+        """Converts the message for a chat template, with its content as one text."""
+        message = {"role": self.role, "content": "".join(part.text for part in self.content)}
+        return message if self.name is None else message | {"name": self.name}
 
 
 class ChatRequest(Generate):

@@ -1,42 +1,42 @@
-"""What a server is doing now: `GET /status`, a page that draws it, and whether it is healthy."""
+"""The state of a server: `GET /status`, a page that draws it, and a health check."""
 
 from importlib.resources import files
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
-from cmx_jax.serving.api.served import Served
+from cmx_jax.serving.api.context import ApiContext
+from cmx_jax.serving.api.schemas import Document
 
 router = APIRouter()
 
 
 @router.get("/status")
-async def status(request: Request) -> dict[str, Any]:
-    """Instances, queues, totals since the start, and the engine's seconds."""
-    served: Served = request.app.state.served
+async def status(request: Request) -> Document:
+    """Returns instances, queues, totals since the start, and the engine's seconds."""
+    context: ApiContext = request.app.state.context
     return {
-        "model": served.name,
-        "deployment": served.deployment.name,
-        "max_model_len": served.deployment.max_model_len,
+        "model": context.name,
+        "deployment": context.deployment.name,
+        "max_model_len": context.deployment.max_model_len,
         "supernode": {"name": CLOUDMATRIX384.name, "npus": CLOUDMATRIX384.npus},
-        "state": served.service.broken or ("draining" if served.service.draining else "serving"),
-        "instances": served.service.instances(served.deployment.npus),
-        **served.service.counts(),
+        "state": context.service.broken or ("draining" if context.service.draining else "serving"),
+        "instances": context.service.instances(context.deployment.npus),
+        **context.service.counts(),
         **request.app.state.metrics.totals(),
     }
 
 
 @router.get("/", response_class=HTMLResponse)
 async def page() -> HTMLResponse:
-    """The status as a page; it asks `/status` each second."""
+    """Returns a page that shows the status and asks `/status` each second."""
     return HTMLResponse((files("cmx_jax") / "serving" / "api" / "status.html").read_text(encoding="utf-8"))
 
 
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
-    """200 while requests are taken, 503 when the server drains or its engine is broken."""
-    service = request.app.state.served.service
+    """Answers 200 while requests are taken, 503 when the server drains or its engine is broken."""
+    service = request.app.state.context.service
     well = not (service.draining or service.broken)
     return JSONResponse({"status": "ok" if well else service.broken or "draining"}, 200 if well else 503)

@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: a conversation as one prompt, as Hugging Face's tokenizers render it."""
+"""A checkpoint's chat template: renders a conversation as a prompt, as Hugging Face's tokenizers do."""
 
 import json
 import time
@@ -16,7 +16,7 @@ class ChatTemplate:
     """`chat_template.jinja`, or `chat_template` of `tokenizer_config.json`, in a sandbox.
 
     Raises:
-      CmxError: it is not a template.
+      CmxError: The source is not a template.
     """
 
     def __init__(self, source: str, tokens: dict[str, str]):
@@ -32,10 +32,10 @@ class ChatTemplate:
 
     @classmethod
     def read(cls, directory: Path) -> "ChatTemplate | None":
-        """The template of a checkpoint; None if it has none.
+        """Reads the template of a checkpoint. Returns None if it has none.
 
         Raises:
-          CmxError: a file of it cannot be read.
+          CmxError: A file of the checkpoint cannot be read.
         """
         try:
             path = directory / "tokenizer_config.json"
@@ -44,7 +44,7 @@ class ChatTemplate:
             source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
         except (OSError, ValueError) as error:
             raise CmxError(f"{path}: cannot be read ({error})") from None
-        if isinstance(source, list):  # several by name
+        if isinstance(source, list):  # several templates with names
             source = next((named["template"] for named in source if named["name"] == "default"), None)
         names = [name for name in config if name.endswith("_token") and config[name]]
         values = {name: config[name] for name in names}
@@ -52,14 +52,14 @@ class ChatTemplate:
         return None if source is None else cls(source, tokens)
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that asks for the assistant's next turn.
+        """Returns the prompt for the assistant's next turn.
 
         Raises:
-          CmxError: the template refuses the messages.
+          CmxError: The template refuses the messages.
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the checkpoint's: it may raise anything
+        except Exception as error:  # a template is a program from the checkpoint: it may raise anything
             raise CmxError(f"the model's chat template refuses the messages: {error}") from None
 
 

@@ -14,7 +14,7 @@ from cmx_jax.serving.deploy.site import NpuRange, Site
 from cmx_jax.serving.ems import Fingerprint, Pool
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.stats import Traffic
-from cmx_jax.serving.kv import JaxTransport, Outbox
+from cmx_jax.serving.kv import JaxTransport, LeasedPages
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import SamplingParams
 
@@ -110,7 +110,7 @@ def worker(role: str, name_or_path: str, *, host: str, **options: Any) -> Deploy
     """
     deployment = _single_instance(role, name_or_path, options)
     [instance] = deployment.engine.instances
-    outbox = Outbox(JaxTransport(host), deployment.fingerprint)
+    outbox = LeasedPages(JaxTransport(host), deployment.fingerprint)
     pools = ([instance], []) if role == "prefill" else ([], [instance])
     deployment.engine = Engine(*pools, outbox=outbox)
     return deployment

@@ -53,27 +53,33 @@ class EngineArgs:
       CmxError: `max_num_seqs` or `max_num_batched_tokens` is below 1.
     """
 
-    runner: str = _option("lanes", "model", "lanes or devices")
-    ranks: int = _option(8, "model", "expert-parallel ranks")
-    dtype: str = _option("float32", "model", "float32 or bfloat16")
-    quant: str = _option("auto", "model", "auto (as stored), int8 or none")
+    runner: str = _option("lanes", "model", "execution of ranks on this machine: lanes or devices")
+    ranks: int = _option(8, "model", "number of expert-parallel ranks")
+    dtype: str = _option("float32", "model", "dtype of weights, cache and arithmetic: float32 or bfloat16")
+    quant: str = _option("auto", "model", "quantization of weights: auto (as stored), int8 or none")
     kv_cache_dtype: str = _option(
-        "auto", "exchange", "cached rows: auto (the model's), int8, bfloat16 or float32"
+        "auto", "exchange", "dtype of KV cache rows: auto (the model's), int8, bfloat16 or float32"
     )
     wire: str | None = _option(
-        None, "exchange", "dispatched tokens: float32, bfloat16 or int8 (default: the model's)"
+        None, "exchange", "dtype of tokens sent to experts: float32, bfloat16 or int8 (default: the model's)"
     )
     exchange: str = _option(
-        "flat", "exchange", "flat, hierarchical, allgather, or ragged (accelerators only)"
+        "flat",
+        "exchange",
+        "exchange of tokens with experts: flat, hierarchical, allgather, or ragged (accelerators only)",
     )
-    max_num_seqs: int = _option(32, "size", "sequences decoded at once")
-    max_model_len: int | None = _option(None, "size", "tokens of the longest sequence")
+    max_num_seqs: int = _option(32, "size", "largest number of sequences that decode at once")
+    max_model_len: int | None = _option(
+        None, "size", "most tokens per sequence (default: the model's context, limited)"
+    )
     max_num_batched_tokens: int = _option(2048, "size", "tokens per row of a prefill step")
     num_speculative_tokens: int | None = _option(0, "decode", "MTP drafts verified in each decode step")
-    microbatches: int = _option(1, "decode", "streams of a step")
-    redundant_slots: int = _option(0, "decode", "further replicas of busy experts")
+    microbatches: int = _option(1, "decode", "microbatches per decode step")
+    redundant_slots: int = _option(0, "decode", "slots for further replicas of busy experts")
     shared_slots: int = _option(0, "decode", "slots for copies of the shared expert")
-    eplb_interval: int = _option(0, "decode", "decode steps between rebalancings of the experts, 0: never")
+    eplb_interval: int = _option(
+        0, "decode", "decode steps between two rebalancings of the experts, 0: never"
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens"):

@@ -6,38 +6,39 @@ from cmx_jax.errors import CmxError
 
 
 class Arena:
-    """Who has which bytes of `[0, capacity)`.
+    """Allocator of the bytes `[0, capacity)`.
 
     * Every byte is in exactly one partition or hole.
     * No two holes touch: memory flows between sizes without compaction.
-    * A partition lies in the first hole that is large enough.
+    * A partition is placed in the first hole that is large enough.
     """
 
     def __init__(self, capacity: int):
         self._holes = [(0, capacity)]  # offset, size; in order
-        self._held: dict[int, int] = {}  # size by offset
+        self._sizes: dict[int, int] = {}  # of each partition, by its offset
 
     @property
     def free(self) -> int:
+        """Number of free bytes."""
         return sum(size for _, size in self._holes)
 
     @property
     def largest(self) -> int:
-        """The longest partition that can be had now."""
+        """Size of the largest partition that can be allocated now."""
         return max((size for _, size in self._holes), default=0)
 
     def take(self, size: int) -> int | None:
-        """The offset of a partition of `size` bytes, None if no hole is as large.
+        """Allocates a partition of `size` bytes. Returns its offset, or None if no hole is large enough.
 
         Raises:
-          CmxError: `size` is not above zero.
+          CmxError: `size` is less than 1.
         """
         if size < 1:
             raise CmxError(f"partition of {size} bytes, expected 1 or more")
         for i, (offset, hole) in enumerate(self._holes):
             if hole >= size:
                 self._holes[i : i + 1] = [(offset + size, hole - size)] if hole > size else []
-                self._held[offset] = size
+                self._sizes[offset] = size
                 return offset
         return None
 
@@ -45,11 +46,11 @@ class Arena:
         """Frees a partition.
 
         Raises:
-          CmxError: none starts there.
+          CmxError: No partition starts at `offset`.
         """
-        if offset not in self._held:
+        if offset not in self._sizes:
             raise CmxError(f"no partition starts at {offset}: freed twice?")
-        end = offset + self._held.pop(offset)
+        end = offset + self._sizes.pop(offset)
         start = i = bisect(self._holes, (offset,))
         if i and sum(self._holes[i - 1]) == offset:
             offset, start = self._holes[i - 1][0], i - 1

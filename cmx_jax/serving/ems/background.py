@@ -1,4 +1,4 @@
-"""Work that nobody waits for: one thread, and a bounded queue before it."""
+"""Background work: one thread with a bounded queue."""
 
 import threading
 import time
@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 
 class Background:
-    """Runs what it is given, in that order.
+    """Runs jobs in the order in which they were submitted.
 
-    * The queue is bounded: what does not fit is refused, and the caller goes on.
-    * What raises ends neither the thread nor the program; `error` has the last one.
+    * The queue is bounded: a job that does not fit is refused, and the caller continues.
+    * A job that raises ends neither the thread nor the program.
+
+    Attributes:
+      error: Type and text of the last exception of a job, or "".
     """
 
     def __init__(self, limit: int):
@@ -25,11 +28,11 @@ class Background:
 
     @property
     def waiting(self) -> int:
-        """Jobs that are not done."""
+        """Number of jobs that are not done."""
         return self._waiting
 
     def submit(self, job: Callable[[], object]) -> bool:
-        """Whether there was room for it."""
+        """Queues a job. Returns whether there was room for it."""
         with self._changed:
             if self._ended or len(self._jobs) >= self._limit:
                 return False
@@ -39,28 +42,28 @@ class Background:
             return True
 
     def flush(self, timeout: float) -> bool:
-        """Waits until all is done; whether it was, within `timeout` seconds."""
+        """Waits until all jobs are done. Returns False if that takes more than `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, timeout)
 
     def close(self, timeout: float) -> int:
-        """Ends the thread when all is done, or after `timeout` seconds; the jobs that were given up."""
+        """Ends the thread after all jobs, or after `timeout` seconds. Returns the number of dropped jobs."""
         deadline = time.monotonic() + timeout
         self.flush(timeout)
         with self._changed:
-            given_up = len(self._jobs)
+            dropped = len(self._jobs)
             self._jobs.clear()
-            self._waiting -= given_up
+            self._waiting -= dropped
             self._ended = True
             self._changed.notify_all()
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        return given_up
+        return dropped
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
             try:
                 job()
-            except Exception as error:  # of one job; the next ones are done all the same
+            except Exception as error:  # one job failed; the others still run
                 self.error = f"{type(error).__name__}: {error}"
             with self._changed:
                 self._waiting -= 1

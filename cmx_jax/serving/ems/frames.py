@@ -1,14 +1,14 @@
-"""What cache servers and their clients send: frames of a header, JSON that says what is meant, and raw bytes.
+"""Frames between cache servers and their clients: a header, a JSON object, and raw bytes.
 
-| bytes | what |
+| bytes | content |
 |---|---|
 | 4 | `CMX1` |
-| 4 | length of the JSON object, little-endian as all numbers |
-| 8 | length of the bytes behind it |
+| 4 | length of the JSON object, little-endian like all numbers |
+| 8 | length of the bytes after the JSON object |
 
 A connection begins with two challenges: each side sends a nonce and answers the other's with an HMAC-SHA256
-under the shared secret, which itself never travels. What follows is neither encrypted nor signed: this is for
-networks whose wires are trusted.
+under the shared secret, which itself is never sent. The frames after that are neither encrypted nor signed:
+the protocol is for trusted networks.
 """
 
 import hashlib
@@ -25,31 +25,35 @@ META_LIMIT = 1 << 20
 BODY_LIMIT = 64 << 20
 _HEAD = struct.Struct("<4sIQ")
 
+Meta = dict[str, Any]
+"""JSON object of a frame: an operation and its arguments, or its results."""
+
 
 class FrameError(ConnectionError):
-    """What came is not a frame of this protocol, or larger than allowed."""
+    """The received bytes are not a frame of this protocol, or the frame is larger than allowed."""
 
 
-def send(sock: socket.socket, meta: dict[str, Any], body: bytes, timeout: float) -> None:
+def send(sock: socket.socket, meta: Meta, body: bytes, timeout: float) -> None:
     """Sends a frame within `timeout` seconds.
 
     Raises:
-      OSError: the other side is gone, or too slow.
+      OSError: The other side is gone, or too slow.
     """
     text = json.dumps(meta).encode()
     sock.settimeout(timeout)
     sock.sendall(b"".join((_HEAD.pack(MAGIC, len(text), len(body)), text, body)))
 
 
-def receive(sock: socket.socket, timeout: float, body_limit: int) -> tuple[dict[str, Any], bytes]:
-    """A frame that is whole within `timeout` seconds.
+def receive(sock: socket.socket, timeout: float, body_limit: int) -> tuple[Meta, bytes]:
+    """Receives a whole frame within `timeout` seconds.
 
     Raises:
-      EOFError: the other side closed the connection before its first byte.
-      OSError: it is gone, or too slow; `FrameError`: it does not speak this protocol.
+      EOFError: The other side closed the connection before the frame's first byte.
+      FrameError: The other side does not speak this protocol, or the frame is too large.
+      OSError: The other side is gone, or too slow.
     """
     deadline = time.monotonic() + timeout
-    magic, meta_size, body_size = _HEAD.unpack(_exactly(sock, _HEAD.size, deadline))
+    magic, meta_size, body_size = _HEAD.unpack(_receive_exactly(sock, _HEAD.size, deadline))
     if magic != MAGIC:
         raise FrameError(f"a frame begins with {magic!r}, expected {MAGIC!r}")
     if meta_size > META_LIMIT or body_size > body_limit:
@@ -57,30 +61,37 @@ def receive(sock: socket.socket, timeout: float, body_limit: int) -> tuple[dict[
             f"a frame of {meta_size} and {body_size} bytes, at most {META_LIMIT} and {body_limit}"
         )
     try:
-        meta = json.loads(_exactly(sock, meta_size, deadline))
+        meta = json.loads(_receive_exactly(sock, meta_size, deadline))
     except (ValueError, RecursionError):
-        raise FrameError("a frame's head is no JSON") from None
+        raise FrameError("a frame's head is not JSON") from None
     if not isinstance(meta, dict):
-        raise FrameError("a frame's head is no JSON object")
-    return meta, _exactly(sock, body_size, deadline)
+        raise FrameError("a frame's head is not a JSON object")
+    return meta, _receive_exactly(sock, body_size, deadline)
 
 
 def knows(secret: bytes, role: str, nonce: str, answer: object) -> bool:
-    """Whether a challenge was answered by who knows the secret, in its role (`client` or `server`)."""
+    """Returns whether `answer` proves that its sender knows the secret.
+
+    Args:
+      secret: Shared secret.
+      role: Role of the sender, `client` or `server`.
+      nonce: Challenge that was sent.
+      answer: Answer that was received.
+    """
     expected = proof(secret, role, nonce)
     return isinstance(answer, str) and answer.isascii() and hmac.compare_digest(answer, expected)
 
 
 def proof(secret: bytes, role: str, nonce: str) -> str:
-    """The answer to a challenge."""
+    """Returns the answer to a challenge."""
     return hmac.new(secret, f"{role} {nonce}".encode(errors="replace"), hashlib.sha256).hexdigest()
 
 
 def accept(sock: socket.socket, secret: bytes, timeout: float) -> bool:
-    """The challenges, by the side that was connected to; whether the other one knows the secret.
+    """Exchanges challenges, as the server. Returns whether the client knows the secret.
 
     Raises:
-      EOFError, OSError: as `receive`.
+      EOFError, OSError: The connection failed, as in `receive`.
     """
     nonce = secrets.token_hex(32)
     send(sock, {"nonce": nonce}, b"", timeout)
@@ -91,10 +102,10 @@ def accept(sock: socket.socket, secret: bytes, timeout: float) -> bool:
 
 
 def join(sock: socket.socket, secret: bytes, timeout: float) -> bool:
-    """The challenges, by the side that connected; whether the other one knows the secret.
+    """Exchanges challenges, as the client. Returns whether the server knows the secret.
 
     Raises:
-      EOFError, OSError: as `receive`.
+      EOFError, OSError: The connection failed, as in `receive`.
     """
     challenge, _ = receive(sock, timeout, 0)
     nonce = secrets.token_hex(32)
@@ -107,13 +118,13 @@ def join(sock: socket.socket, secret: bytes, timeout: float) -> bool:
     return knows(secret, "server", nonce, receive(sock, timeout, 0)[0].get("answer"))
 
 
-def _exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
+def _receive_exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
     parts, missing = [], size
     while missing:
-        left = deadline - time.monotonic()
-        if left <= 0:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError("a frame did not arrive in time")
-        sock.settimeout(left)
+        sock.settimeout(remaining)
         part = sock.recv(min(missing, 1 << 20))
         if not part:
             raise (

@@ -1,9 +1,9 @@
-"""Keys of context blocks (section 4.4.2): what a block's rows depend on, and nothing else.
+"""Keys of context blocks (section 4.4.2): they depend on all that a block's rows depend on, and nothing else.
 
-A key is a hash of the block's tokens and of the key before it, so equal keys mean equal prefixes: blocks are
-shared by whoever has the same prefix, and a lookup never needs the tokens. The chain starts at a hash of all
-that changes a row's bytes. No seed of the process takes part: keys are the same after a restart and on other
-machines.
+A key is a hash of the block's tokens and of the key before it, so equal keys mean equal prefixes: requests
+with the same prefix share its blocks, and a lookup never needs the tokens. The chain starts at a hash of
+everything that changes a row's bytes. No random seed of the process is involved: keys are the same after a
+restart and on other machines.
 """
 
 import hashlib
@@ -15,21 +15,21 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 
-SCHEME = 1  # of these keys; another one finds none of the blocks that are stored
+SCHEME = 1  # version of the key scheme; with another version no stored block is found
 BLOCK = 128  # tokens; the paper has 128 to 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """All that a cached row depends on beside its tokens.
+    """Everything that a cached row depends on besides its tokens.
 
     Attributes:
-      model: the model's weights, by a digest or an id that changes with them.
-      page: shape of one page, `[L, W, C]`.
-      dtype: of the activations that rows are computed in.
-      kv_cache_dtype: of the rows.
-      block: tokens of a block.
-      tenant: a salt; tenants with different ones never share a block.
+      model: Digest of the model's weights, or an id that changes with them.
+      page: Shape of one page, `[L, W, C]`.
+      dtype: Dtype of the activations from which rows are computed.
+      kv_cache_dtype: Dtype of the rows.
+      block: Number of tokens per block.
+      tenant: Salt; tenants with different salts never share a block.
     """
 
     model: str
@@ -40,23 +40,24 @@ class Fingerprint:
     tenant: str = ""
 
     def of(self, block: int) -> "Fingerprint":
-        """The same of other blocks."""
+        """Returns a copy with another block size."""
         return replace(self, block=block)
 
 
 def root(fingerprint: Fingerprint) -> bytes:
-    """The key that stands before a prompt's first block: 32 bytes."""
+    """Returns the 32-byte key that precedes the key of a prompt's first block."""
     text = json.dumps({"scheme": SCHEME, **asdict(fingerprint)}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()
 
 
 def chain(root: bytes, tokens: Sequence[int] | np.ndarray, block: int = BLOCK) -> list[bytes]:
-    """Keys of full blocks: `key[i] = sha256(key[i - 1] || tokens of block i as little-endian int32)`.
+    """Returns the keys of full blocks.
 
-    `key[-1]` is the root. What is left behind the last full block has no key.
+    `key[i] = sha256(key[i - 1] || tokens of block i as little-endian int32)`;
+    `key[-1]` is the root. Tokens after the last full block have no key.
 
     Raises:
-      CmxError: `block` is not above zero, or a token is no int32.
+      CmxError: `block` is less than 1, or a token is not an int32.
     """
     if block < 1:
         raise CmxError(f"blocks of {block} tokens, expected 1 or more")

@@ -1,4 +1,4 @@
-"""A cache server as a process of its own: any `Store` over TCP."""
+"""A cache server: any `Store` over TCP."""
 
 import contextlib
 import socket
@@ -9,17 +9,16 @@ from typing import Any
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.ems import frames
-from cmx_jax.serving.ems.block import opened, sealed
-from cmx_jax.serving.ems.store import Store
+from cmx_jax.serving.ems.store import Store, seal, unseal
 
 CONNECTIONS = 256
 
 
 class CacheServer(socketserver.ThreadingTCPServer):
-    """Answers for a store, each connection in a thread of its own, until `stop`.
+    """Answers requests for a store until `stop`; each connection has its own thread.
 
     Attributes:
-      port: where it listens.
+      port: TCP port on which the server listens.
     """
 
     allow_reuse_address = True
@@ -38,17 +37,17 @@ class CacheServer(socketserver.ThreadingTCPServer):
         self._thread.start()
 
     def stop(self) -> None:
-        """Takes no more connections, answers what was asked, and ends; the store stays open."""
+        """Accepts no more connections, answers the received requests, and ends. The store stays open."""
         self.shutdown()
         self._thread.join()
         with self._lock:
             for connection in self._connections:
-                with contextlib.suppress(OSError):  # it ended by itself
+                with contextlib.suppress(OSError):  # it was closed already
                     connection.shutdown(socket.SHUT_RD)
-        self.server_close()  # waits for the connections' threads, none of which waits without a limit
+        self.server_close()  # waits for the connections' threads, each of which has time limits
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is a place for one more connection."""
+        """Returns whether one more connection is accepted, and counts it if so."""
         with self._lock:
             if len(self._connections) >= CONNECTIONS:
                 return False
@@ -62,7 +61,7 @@ class CacheServer(socketserver.ThreadingTCPServer):
             super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that left, or that is not one, is no error of this process."""
+        """Ignores errors of clients that disconnect or that do not speak the protocol."""
         if not isinstance(sys.exc_info()[1], (OSError, EOFError)):
             super().handle_error(request, client_address)
 
@@ -80,13 +79,16 @@ def serve(
     """Starts a server of a store; clients are `RemoteStore`s with the same secret.
 
     Args:
-      port: 0 takes a free one.
-      timeout: seconds in which a client takes an answer, or proves that it knows the secret.
-      idle: seconds in which a client's next request has come as a whole; its connection is closed after that.
-      body_limit: bytes of the largest frame that is read.
+      store: Store to serve; the caller closes it.
+      secret: Secret that the clients share.
+      host: Address to listen on.
+      port: TCP port; 0 takes a free one.
+      timeout: Seconds in which a client must take an answer, or prove that it knows the secret.
+      idle: Seconds in which a client's next request must be complete, else its connection is closed.
+      body_limit: Size of the largest accepted frame body in bytes.
 
     Raises:
-      CmxError: there is no secret, or the address cannot be listened on.
+      CmxError: The secret is empty, or the address cannot be listened on.
     """
     if not secret:
         raise CmxError("a cache server needs a secret that its clients share")
@@ -108,27 +110,27 @@ class _Connection(socketserver.BaseRequestHandler):
         except frames.FrameError as error:
             self._send({"error": str(error)})
 
-    def _answer(self, meta: dict[str, Any], body: bytes) -> None:
+    def _answer(self, meta: frames.Meta, body: bytes) -> None:
         try:
-            self._send(*_done(self.server.store, meta, body))
+            self._send(*_run(self.server.store, meta, body))
         except (CmxError, KeyError, TypeError, ValueError) as error:
             self._send({"error": str(error)})
 
-    def _send(self, meta: dict[str, Any], body: bytes = b"") -> None:
+    def _send(self, meta: frames.Meta, body: bytes = b"") -> None:
         frames.send(self.request, meta, body, self.server.operation_timeout)
 
 
-def _done(store: Store, meta: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-    """Does what a frame asks for; the answer."""
+def _run(store: Store, meta: frames.Meta, body: bytes) -> tuple[frames.Meta, bytes]:
+    """Runs the operation of a frame. Returns the frame that answers it."""
     if meta["op"] == "stats":
         return {"stats": store.stats()}, b""
     namespace, key = meta["namespace"], bytes.fromhex(meta["key"])
     match meta["op"]:
         case "get":
             hit = store.get(namespace, key)
-            return ({"tier": hit.tier}, sealed(key, hit.payload)) if hit else ({"tier": None}, b"")
+            return ({"tier": hit.tier}, seal(key, hit.payload)) if hit else ({"tier": None}, b"")
         case "put":
-            payload = opened(key, body)
+            payload = unseal(key, body)
             return {"done": payload is not None and store.put(namespace, key, payload)}, b""
         case "exists":
             return {"done": store.exists(namespace, key)}, b""

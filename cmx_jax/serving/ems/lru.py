@@ -1,4 +1,4 @@
-"""Which blocks a tier holds, and which of them leaves next: the one used longest ago."""
+"""Least-recently-used order of a tier's blocks, and the choice of blocks to evict."""
 
 from collections import OrderedDict, defaultdict
 from itertools import accumulate, takewhile
@@ -8,13 +8,18 @@ from cmx_jax.serving.ems.store import Name
 
 
 class Lru:
-    """Sizes of a tier's blocks in the order of their last use, as a whole and by namespace.
+    """Sizes of a tier's blocks in the order of their last use, over all and by namespace.
 
-    * Above the high watermark blocks leave until the low one is reached, so that not every put evicts.
-    * Nothing is evicted here: methods name who has to leave.
+    * Above the high watermark, blocks are evicted until the low one is reached, so that not every put evicts.
+    * This class evicts nothing: its methods return the blocks to evict.
+
+    Attributes:
+      low: Low watermark in bytes.
+      high: High watermark in bytes.
+      bytes: Total size of the blocks in bytes.
 
     Raises:
-      CmxError: the capacity is not above zero, or not 0 < low <= high <= 1.
+      CmxError: The capacity is less than 1, or `0 < low <= high <= 1` does not hold.
     """
 
     def __init__(self, capacity: int, low: float, high: float):
@@ -37,18 +42,20 @@ class Lru:
 
     @property
     def namespaces(self) -> dict[str, dict[str, int]]:
-        """Bytes and blocks of each namespace that has some."""
+        """Number of bytes and of blocks of each namespace that has blocks."""
         spaces = self._spaces.items()
-        return {space: {"bytes": self._used[space], "blocks": len(held)} for space, held in spaces if held}
+        return {
+            space: {"bytes": self._used[space], "blocks": len(blocks)} for space, blocks in spaces if blocks
+        }
 
     def add(self, name: Name, size: int) -> None:
-        """A block that was not there, as the newest."""
+        """Adds a block that is not there yet, as the most recently used one."""
         self._order[name] = self._spaces[name[0]][name] = size
         self._used[name[0]] += size
         self.bytes += size
 
     def touch(self, name: Name) -> None:
-        """Makes a block the newest."""
+        """Marks a block as the most recently used one."""
         self._order.move_to_end(name)
         self._spaces[name[0]].move_to_end(name)
 
@@ -65,21 +72,21 @@ class Lru:
             self.drop(name)
 
     def oldest(self) -> Name:
-        """The block used longest ago."""
+        """Returns the least recently used block."""
         return next(iter(self._order))
 
     def crowded(self, size: int) -> list[Name]:
-        """Who leaves so that `size` bytes more fit below the watermarks, oldest first."""
+        """Returns the blocks to evict so that `size` more bytes fit below the watermarks, oldest first."""
         after = self.bytes + size
-        return _leaving(self._order, after - self.low) if after > self.high else []
+        return _oldest(self._order, after - self.low) if after > self.high else []
 
     def beyond(self, namespace: str, size: int, quota: int) -> list[Name]:
-        """Who of a namespace leaves so that `size` bytes more are within its quota, oldest first."""
-        return _leaving(self._spaces[namespace], self._used[namespace] + size - quota)
+        """Returns the blocks to evict so that `size` more bytes fit the namespace's quota, oldest first."""
+        return _oldest(self._spaces[namespace], self._used[namespace] + size - quota)
 
 
-def _leaving(order: OrderedDict[Name, int], excess: int) -> list[Name]:
-    """The shortest run of oldest blocks that holds `excess` bytes."""
-    before = accumulate(order.values(), initial=0)  # bytes of those older than each
+def _oldest(order: OrderedDict[Name, int], excess: int) -> list[Name]:
+    """Returns the shortest run of oldest blocks whose sizes add up to at least `excess` bytes."""
+    before = accumulate(order.values(), initial=0)  # bytes of all older blocks, for each block
     pairs = takewhile(lambda pair: pair[1] < excess, zip(order, before, strict=False))
     return [name for name, _ in pairs]

@@ -1,7 +1,7 @@
 """Model caching (section 4.4.3): a checkpoint directory as blocks of the pool.
 
-A block's key is the hash of its bytes, and a model's id that of its manifest, which has each file's keys: so
-another version is another id, and versions share the blocks that they have in common.
+A block's key is the hash of its bytes. A model's id is the hash of its manifest, which lists the keys of each
+file. So another version has another id, and versions share the blocks that they have in common.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from cmx_jax.serving.ems.pool import Pool
 
 BLOCK_BYTES = 4 << 20
 
-Files = dict[str, list[str]]  # keys in hex of each file's blocks, by its path below the directory
-Piece = tuple[str, bytes, str]  # of which file, the next bytes of it, where they were
+Files = dict[str, list[str]]  # hexadecimal keys of each file's blocks, by its path below the directory
+Piece = tuple[str, bytes, str]  # file, its next bytes, and the tier or `source` that held them
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """How a model came.
+    """Measurements of a model's loading.
 
     Attributes:
-      seconds: all in all.
-      nbytes: bytes by where they were: a tier of the pool (warm), or `source` (cold).
+      seconds: Total time in seconds.
+      nbytes: Number of bytes by origin: a tier of the pool (warm), or `source` (cold).
     """
 
     seconds: float
@@ -36,10 +36,10 @@ class Loaded:
 
 
 def store_model(pool: Pool, directory: Path, namespace: str) -> str:
-    """Puts all files of a directory into the pool; the model's id, 64 hex digits.
+    """Stores all files of a directory in the pool. Returns the model's id, 64 hexadecimal digits.
 
     Raises:
-      CmxError: there are no files, they cannot be read, or the pool does not keep all blocks.
+      CmxError: There are no files, they cannot be read, or the pool does not keep all blocks.
     """
     files: Files = {}
     for _ in _from_source(pool, directory, namespace, files):
@@ -56,11 +56,15 @@ def load_model(pool: Pool, model: str, directory: Path, namespace: str, source: 
     """Writes a stored model to a directory, bit for bit, or nothing at all.
 
     Args:
-      model: its id.
-      source: where blocks are read that the pool has no more; they are put there again.
+      pool: Pool that stores the model.
+      model: Id of the model.
+      directory: Directory to write, empty or new.
+      namespace: Namespace of the pool.
+      source: Directory from which to read blocks that the pool no longer has; they are stored in the pool
+        again.
 
     Raises:
-      CmxError: the directory is not empty or cannot be written, a block is nowhere, or the source is another
+      CmxError: The directory is not empty or cannot be written, a block is missing, or the source is another
         version.
     """
     start, nbytes = time.perf_counter(), Counter[str]()
@@ -70,12 +74,12 @@ def load_model(pool: Pool, model: str, directory: Path, namespace: str, source: 
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        for name, data, where in _pieces(pool, model, namespace, source):
+        for name, data, origin in _pieces(pool, model, namespace, source):
             path = unfinished / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 file.write(data)
-            nbytes[where] += len(data)
+            nbytes[origin] += len(data)
         unfinished.rename(directory)
     except OSError as error:
         raise CmxError(f"{directory}: the model cannot be written ({error})") from None
@@ -85,7 +89,7 @@ def load_model(pool: Pool, model: str, directory: Path, namespace: str, source: 
 
 
 def _pieces(pool: Pool, model: str, namespace: str, source: Path | None) -> Iterator[Piece]:
-    """All of a model, file by file."""
+    """Yields all bytes of a model, file by file."""
     manifest = _fetch(pool, namespace, model)
     if manifest:
         yield from _from_pool(pool, namespace, _read_manifest(model, manifest[0]), source)
@@ -94,9 +98,9 @@ def _pieces(pool: Pool, model: str, namespace: str, source: Path | None) -> Iter
     else:
         files: Files = {}
         yield from _from_source(pool, source, namespace, files)
-        found = _put(pool, namespace, _manifest(files))
-        if found != model:
-            raise CmxError(f"{source}: holds model {found}, expected {model[:80]}")
+        stored = _put(pool, namespace, _manifest(files))
+        if stored != model:
+            raise CmxError(f"{source}: holds model {stored}, expected {model[:80]}")
 
 
 def _from_pool(pool: Pool, namespace: str, files: Files, source: Path | None) -> Iterator[Piece]:
@@ -115,7 +119,7 @@ def _from_pool(pool: Pool, namespace: str, files: Files, source: Path | None) ->
 
 
 def _from_source(pool: Pool, source: Path, namespace: str, files: Files) -> Iterator[Piece]:
-    """What is read goes to the pool too, and its keys to `files`."""
+    """Yields all files of a directory; stores their blocks in the pool and adds their keys to `files`."""
     paths = sorted(path for path in source.rglob("*") if path.is_file())
     if not paths:
         raise CmxError(f"{source}: no files there, expected a model's directory")
@@ -144,7 +148,7 @@ def _put(pool: Pool, namespace: str, data: bytes) -> str:
 
 
 def _fetch(pool: Pool, namespace: str, key: str) -> tuple[bytes, str] | None:
-    """Bytes that have this hash, and their tier."""
+    """Returns the bytes with this hash, and their tier, or None."""
     try:
         hit = pool.fetch(namespace, bytes.fromhex(key))
     except ValueError:
@@ -161,7 +165,7 @@ def _read_manifest(model: str, data: bytes) -> Files:
         files: Files = dict(json.loads(data)["files"])
         names = [PurePosixPath(name) for name in files]
     except (ValueError, KeyError, TypeError):
-        raise CmxError(f"block {model} is no model's manifest") from None
+        raise CmxError(f"block {model} is not a model's manifest") from None
     if any(name.is_absolute() or ".." in name.parts for name in names):
         raise CmxError(f"model {model}: has files outside its directory")
     return files

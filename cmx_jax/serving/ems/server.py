@@ -1,42 +1,41 @@
-"""The memory pool's server of one node (section 4.4.1): blocks in DRAM, all of them on disk too."""
+"""One node's server of the memory pool (section 4.4.1): all blocks on disk, some of them in DRAM, too."""
 
 import hashlib
 import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.ems.block import opened, sealed
 from cmx_jax.serving.ems.disk import Disk
 from cmx_jax.serving.ems.dram import Dram
-from cmx_jax.serving.ems.store import Hit, Name, named
+from cmx_jax.serving.ems.store import Hit, Name, StoreStats, block_name, seal, unseal
 
 
 class MPServer:
     """A `Store` of two tiers.
 
-    * Every block is on disk; some are in DRAM too: those that were used last. Each tier has its own LRU order
-      and watermarks; a block that leaves the disk leaves DRAM with it.
-    * A block is verified whenever it is read. A damaged copy is dropped and counted; if it was the one in
-      DRAM, the one on disk answers.
+    * Every block is on disk; the most recently used ones are in DRAM, too. Each tier has its own LRU order
+      and watermarks; a block evicted from the disk is removed from DRAM as well.
+    * A block is verified whenever it is read. A damaged copy is dropped and counted; if it was the copy in
+      DRAM, the block is read from disk.
     * A put that the disk does not take, or that is too large for the tier or its namespace's quota, is
-      refused and counted. What is there can still be read.
-    * Beyond its quota a namespace loses its own blocks, those used longest ago. Only a full disk makes it
-      lose blocks for another one.
+      refused and counted. Stored blocks can still be read.
+    * A namespace beyond its quota loses its own least recently used blocks. It loses blocks to another
+      namespace only when the disk is full.
     * Files are read and written outside the lock, so that DRAM answers meanwhile.
 
     Args:
-      folder: of the disk tier, for this server alone.
-      dram: bytes of the DRAM tier.
-      disk: bytes of the disk tier, of files as a whole.
-      quotas: bytes that a namespace may have on this server's disk; others have no limit.
-      low, high: watermarks, of both tiers.
+      folder: Folder of the disk tier, used by this server alone.
+      dram: Size of the DRAM tier in bytes.
+      disk: Size of the disk tier in bytes, counting whole files.
+      quotas: Largest number of bytes on this server's disk, by namespace; other namespaces have no limit.
+      low: Low watermark of both tiers, as a fraction of their size.
+      high: High watermark of both tiers, as a fraction of their size.
 
     Raises:
-      CmxError: the folder, or as much shared memory, cannot be had; sizes, watermarks or quotas make no
-        sense. Of methods: the namespace or key cannot be one, or the server is closed.
+      CmxError: The folder cannot be used, there is not enough shared memory, or sizes, watermarks or quotas
+        are invalid. Methods raise it for an invalid namespace or key, or if the server is closed.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class MPServer:
     ):
         self._quotas = dict(quotas or {})
         for namespace, quota in self._quotas.items():
-            named(namespace, bytes(32))
+            block_name(namespace, bytes(32))
             if quota < 1:
                 raise CmxError(f"quota of {namespace} is {quota} bytes, expected 1 or more")
         self._disk = Disk(folder, disk, low, high)
@@ -66,13 +65,13 @@ class MPServer:
         self._closed = False
 
     def get(self, namespace: str, key: bytes) -> Hit | None:
-        """A block, None if there is none that is whole."""
-        name = self._named(namespace, key)
+        """Returns a block, or None if there is no intact copy."""
+        name = self._name(namespace, key)
         with self._lock:
             block = self._dram.get(name)
         if block is not None:
-            if (payload := opened(key, block)) is not None:
-                return self._found(name, Hit(payload, "dram"))
+            if (payload := unseal(key, block)) is not None:
+                return self._record_hit(name, Hit(payload, "dram"))
             with self._lock:
                 self._dram.drop(name)
                 self._counts["bad"] += 1
@@ -80,8 +79,8 @@ class MPServer:
             stored = name in self._disk.lru
         if stored:
             block = self._disk.read(name)
-            if block is not None and (payload := opened(key, block)) is not None:
-                return self._found(name, Hit(payload, "disk"), block)
+            if block is not None and (payload := unseal(key, block)) is not None:
+                return self._record_hit(name, Hit(payload, "disk"), block)
         with self._lock:
             self._counts["misses"] += 1
             if stored:
@@ -89,11 +88,11 @@ class MPServer:
         return None
 
     def put(self, namespace: str, key: bytes, payload: bytes) -> bool:
-        """Whether the block is there now; one that was there already becomes the newest."""
-        name = self._named(namespace, key)
-        if self._present(name):
+        """Stores a block, or marks a stored one as used. Returns whether it is stored now."""
+        name = self._name(namespace, key)
+        if self._touch_stored(name):
             return True
-        block = sealed(key, payload)
+        block = seal(key, payload)
         limit = min(self._disk.lru.low, self._quotas.get(namespace, self._disk.lru.low))
         staged = self._disk.stage(name, block) if len(block) <= limit else None
         with self._lock:
@@ -103,70 +102,79 @@ class MPServer:
             return self._publish(name, staged, block)
 
     def exists(self, namespace: str, key: bytes) -> bool:
-        """Whether a block is there; it is not read, nor made newer."""
-        name = self._named(namespace, key)
+        """Returns whether a block is stored; does not read it, nor mark it as used."""
+        name = self._name(namespace, key)
         with self._lock:
             return name in self._disk.lru
 
     def delete(self, namespace: str, key: bytes) -> bool:
-        """Removes a block; whether there was one."""
-        name = self._named(namespace, key)
+        """Removes a block. Returns whether it was stored."""
+        name = self._name(namespace, key)
         with self._lock:
-            there = name in self._disk.lru
-            if there:
+            stored = name in self._disk.lru
+            if stored:
                 self._remove(name, "deleted")
-            return there
+            return stored
 
-    def stats(self) -> dict[str, Any]:
-        """Counters since the start, and what the tiers and namespaces hold now, in bytes and blocks."""
+    def stats(self) -> StoreStats:
+        """Returns counters since the start, and the present content of the tiers and namespaces."""
         with self._lock:
             count, disk, dram = self._counts, self._disk, self._dram
             spaces = disk.lru.namespaces
             return {
                 "hits": {"dram": count["dram"], "disk": count["disk"]},
-                **{
-                    what: count[what]
-                    for what in ("misses", "bad", "puts", "duplicates", "refused", "deleted")
-                },
+                "misses": count["misses"],
+                "bad": count["bad"],
+                "puts": count["puts"],
+                "duplicates": count["duplicates"],
+                "refused": count["refused"],
+                "deleted": count["deleted"],
                 "evictions": {"dram": dram.evictions, "disk": count["evicted"], "quota": count["quota"]},
                 "dram": {"bytes": dram.lru.bytes, "blocks": len(dram.lru), "segment": dram.segment},
                 "disk": {"bytes": disk.lru.bytes, "blocks": len(disk.lru), "error": disk.error},
-                "namespaces": {s: {**held, "quota": self._quotas.get(s)} for s, held in spaces.items()},
+                "namespaces": {
+                    space: {
+                        "bytes": content["bytes"],
+                        "blocks": content["blocks"],
+                        "quota": self._quotas.get(space),
+                    }
+                    for space, content in spaces.items()
+                },
             }
 
     def close(self) -> None:
-        """Removes the DRAM tier; the disk tier's blocks stay for the next server."""
+        """Frees the DRAM tier; the disk tier's blocks stay for the next server."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._dram.close()
                 self._disk.close()
 
-    def _named(self, namespace: str, key: bytes) -> Name:
+    def _name(self, namespace: str, key: bytes) -> Name:
         if self._closed:
             raise CmxError("this cache server is closed")
-        return named(namespace, key)
+        return block_name(namespace, key)
 
-    def _found(self, name: Name, hit: Hit, block: bytes | None = None) -> Hit:
-        """Counts a hit and makes the block the newest; one that DRAM has not is copied there."""
+    def _record_hit(self, name: Name, hit: Hit, block: bytes | None = None) -> Hit:
+        """Counts a hit and marks the block as used; copies a block that was read from disk to DRAM."""
         with self._lock:
             self._counts[hit.tier] += 1
-            if name in self._disk.lru:  # it may have left since it was read
+            if name in self._disk.lru:  # it may have been evicted since it was read
                 self._disk.touch(name)
                 if block is not None and name not in self._dram.lru:
                     self._dram.put(name, block)
         return hit
 
-    def _present(self, name: Name) -> bool:
+    def _touch_stored(self, name: Name) -> bool:
         with self._lock:
-            there = name in self._disk.lru
-            if there:
+            stored = name in self._disk.lru
+            if stored:
                 self._disk.touch(name)
                 self._counts["duplicates"] += 1
-            return there
+            return stored
 
     def _publish(self, name: Name, staged: Path, block: bytes) -> bool:
-        """Makes room for a staged block and puts it in its place; whether it is there then."""
+        """Makes room for a staged block and publishes it. Returns whether it is stored now."""
         if name in self._disk.lru or self._closed:
             self._disk.discard(staged)
             return not self._closed  # another thread was faster
@@ -183,12 +191,12 @@ class MPServer:
         return True
 
     def _verify(self, name: Name) -> None:
-        """Drops a block that is damaged, and was not just evicted or put anew while it was read."""
+        """Drops a damaged block, unless it was evicted or stored again since it was read."""
         block = self._disk.read(name) if name in self._disk.lru else None
-        if block is not None and opened(name[1], block) is None:
+        if block is not None and unseal(name[1], block) is None:
             self._remove(name, "bad")
 
-    def _remove(self, name: Name, why: str) -> None:
+    def _remove(self, name: Name, reason: str) -> None:
         self._disk.drop(name)
         self._dram.drop(name)
-        self._counts[why] += 1
+        self._counts[reason] += 1

@@ -1,7 +1,7 @@
 """Blocks on a Redis or Valkey server, as a `Store`: values under `cmx:namespace:key`.
 
-Memory, eviction and persistence are the server's, by its own configuration (`maxmemory`, `maxmemory-policy`);
-there are no quotas.
+The server's own configuration (`maxmemory`, `maxmemory-policy`) rules memory, eviction and persistence; there
+are no quotas.
 """
 
 import contextlib
@@ -10,22 +10,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.ems.block import opened, sealed
-from cmx_jax.serving.ems.store import Hit, named
-
-COUNTS = ("misses", "bad", "puts", "duplicates", "refused")
+from cmx_jax.serving.ems.store import Hit, StoreStats, TierStats, block_name, seal, unseal
 
 
 class ValkeyStore:
     """A client of one server.
 
     Args:
-      url: `valkey://[[user]:password@]host[:port][/database]`, `redis://...`, or `unix://` and a path.
-      timeout: seconds for connecting, and for each answer.
+      url: URL of the server: `valkey://[[user]:password@]host[:port][/database]`, `redis://...`, or `unix://`
+        and a path.
+      timeout: Seconds for connecting, and for each answer.
 
     Raises:
-      CmxError: the client is not installed, or the URL is none. Of methods: the namespace or key cannot be
-        one, `OSError`: the server cannot be reached in time, or answers with an error.
+      CmxError: The client is not installed, or the URL is invalid. Methods raise it for an invalid namespace
+        or key, and `OSError` if the server cannot be reached in time or answers with an error.
     """
 
     def __init__(self, url: str, *, timeout: float = 5.0):
@@ -43,11 +41,11 @@ class ValkeyStore:
             raise CmxError(f"{url[:80]}: not the URL of a Valkey server ({error})") from None
 
     def get(self, namespace: str, key: bytes) -> Hit | None:
-        """A block, None if there is none; a damaged one is removed."""
+        """Returns a block, or None if there is none; a damaged block is removed."""
         name = _name(namespace, key)
-        with self._reached():
+        with self._connection_errors():
             block = self._client.get(name)
-            payload = None if block is None else opened(key, block)
+            payload = None if block is None else unseal(key, block)
             if payload is not None:
                 self._counts["hits"] += 1
                 return Hit(payload, "valkey")
@@ -58,11 +56,11 @@ class ValkeyStore:
         return None
 
     def put(self, namespace: str, key: bytes, payload: bytes) -> bool:
-        """Whether the block is there now; False if the server has no memory for it."""
+        """Stores a block. Returns whether it is stored now; False if the server has no memory for it."""
         name = _name(namespace, key)
-        with self._reached():
+        with self._connection_errors():
             try:
-                new = self._client.set(name, sealed(key, payload), nx=True)
+                new = self._client.set(name, seal(key, payload), nx=True)
             except self._errors.OutOfMemoryError:
                 self._counts["refused"] += 1
                 return False
@@ -70,28 +68,38 @@ class ValkeyStore:
         return True
 
     def exists(self, namespace: str, key: bytes) -> bool:
-        """Whether a block is there."""
-        with self._reached():
+        """Returns whether a block is stored."""
+        with self._connection_errors():
             return self._client.exists(_name(namespace, key)) == 1
 
     def delete(self, namespace: str, key: bytes) -> bool:
-        """Removes a block; whether there was one."""
-        with self._reached():
+        """Removes a block. Returns whether it was stored."""
+        with self._connection_errors():
             return self._client.delete(_name(namespace, key)) == 1
 
-    def stats(self) -> dict[str, Any]:
-        """This client's counters, and the bytes and values that the server holds of everybody."""
-        with self._reached():
-            held = {"bytes": self._client.info("memory")["used_memory"], "blocks": self._client.dbsize()}
-        counts = {what: self._counts[what] for what in COUNTS}
-        return {"hits": {"valkey": self._counts["hits"]}, **counts, "valkey": held}
+    def stats(self) -> StoreStats:
+        """Returns the counters of this client, and the bytes and values of all clients on the server."""
+        with self._connection_errors():
+            content: TierStats = {
+                "bytes": self._client.info("memory")["used_memory"],
+                "blocks": self._client.dbsize(),
+            }
+        return {
+            "hits": {"valkey": self._counts["hits"]},
+            "misses": self._counts["misses"],
+            "bad": self._counts["bad"],
+            "puts": self._counts["puts"],
+            "duplicates": self._counts["duplicates"],
+            "refused": self._counts["refused"],
+            "valkey": content,
+        }
 
     def close(self) -> None:
         """Closes the connections."""
         self._client.close()
 
     @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
+    def _connection_errors(self) -> Iterator[None]:
         try:
             yield
         except self._errors.ValkeyError as error:
@@ -99,5 +107,5 @@ class ValkeyStore:
 
 
 def _name(namespace: str, key: bytes) -> str:
-    named(namespace, key)
+    block_name(namespace, key)
     return f"cmx:{namespace}:{key.hex()}"

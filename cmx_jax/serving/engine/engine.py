@@ -21,7 +21,7 @@ from cmx_jax.serving.engine.checks import check_context, check_pages, check_prom
 from cmx_jax.serving.engine.page_mover import PageMover
 from cmx_jax.serving.engine.timeline import Timeline
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.kv import Local, Outbox, Parcel, Ticket
+from cmx_jax.serving.kv import LeasedPages, Local, RemotePages, Ticket
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, State, TokenLogprob
 from cmx_jax.serving.scheduling.scheduler import Scheduler
@@ -71,7 +71,7 @@ class Engine:
         eplb_interval: int = 0,
         *,
         context: ContextCache | None = None,
-        outbox: Outbox | None = None,
+        outbox: LeasedPages | None = None,
         recompute: bool = True,
         limits: QueueLimits | None = None,
     ):
@@ -107,7 +107,7 @@ class Engine:
         lookahead = 1 + max(instance.programs.num_speculative_tokens for instance in instances)
         self.scheduler = Scheduler(list(prefill), decoders, time.perf_counter, lookahead)
         self.timeline = Timeline()
-        self.outbox = outbox or Outbox(Local(), instances[0].programs.fingerprint())
+        self.outbox = outbox or LeasedPages(Local(), instances[0].programs.fingerprint())
         self.mover = PageMover(self.scheduler, self.timeline, self.outbox, context, recompute)
         self.scheduler.subscribe(self.timeline.on_change)
 
@@ -212,7 +212,7 @@ class Engine:
         request.tokens, request.drafts = [first], drafts
         request.logprobs = [] if logprob is None else [logprob]
         request.arrived = request.first_token = self.clock()
-        self.scheduler.enqueue_transfer(Parcel(pages), request)
+        self.scheduler.enqueue_transfer(RemotePages(pages), request)
         return request
 
     def cancel(self, request: Request, reason: str = "abort", error: str | None = None) -> None:

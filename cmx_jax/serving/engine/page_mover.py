@@ -9,7 +9,7 @@ import jax
 
 from cmx_jax.serving.engine.timeline import Timeline
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.kv import Outbox, Parcel, Ticket, TransferError, carry
+from cmx_jax.serving.kv import LeasedPages, RemotePages, Ticket, TransferError, transfer_locally
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import Request, State
 from cmx_jax.serving.scheduling.scheduler import Scheduler
@@ -34,7 +34,7 @@ class PageMover:
         self,
         scheduler: Scheduler[Instance],
         timeline: Timeline,
-        outbox: Outbox,
+        outbox: LeasedPages,
         context: ContextCache | None = None,
         recompute: bool = True,
     ):
@@ -145,7 +145,9 @@ class PageMover:
             received = {}
             for request, pages in zip(requests, sent, strict=True):
                 try:
-                    received[request] = pages if isinstance(source, Parcel) else carry(self.outbox, pages)
+                    received[request] = (
+                        pages if isinstance(source, RemotePages) else transfer_locally(self.outbox, pages)
+                    )
                 except TransferError as error:
                     failed += self._lose(source, target, request, error)
             if received:

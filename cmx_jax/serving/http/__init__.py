@@ -1,1 +1,1 @@
-"""HTTP parts that the OpenAI API and the workers share: request guard, errors, streaming, server."""
+"""HTTP parts shared by the OpenAI API and the workers: keys and body limit, errors, streaming, server."""

@@ -1,7 +1,7 @@
-"""Every failure in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`, one line each."""
+"""Errors in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`, each message one line."""
 
 import math
-from typing import Any
+from typing import TypedDict
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,31 +27,53 @@ TYPES = {
 }
 
 
+class ErrorBody(TypedDict):
+    """Description of an error.
+
+    Attributes:
+      message: One line of text.
+      type: Class of the error, one of `TYPES`.
+      param: Name of the field that caused the error, or None.
+      code: Code of the error, or None.
+    """
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorDocument(TypedDict):
+    """JSON body of an error response."""
+
+    error: ErrorBody
+
+
 class NotFound(CmxError):
-    """There is no such model."""
+    """The requested model does not exist here."""
 
 
 class Gone(Exception):
-    """The client left: nobody reads an answer."""
+    """The client disconnected, so an answer is useless."""
 
 
-def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error's document; its message is one line, and Unicode whatever was given."""
+def body(status: int, message: str, param: str | None = None, code: str | None = None) -> ErrorDocument:
+    """Makes an error document; its message is one line of valid Unicode, whatever `message` contains."""
     line = " ".join(message.split()).encode(errors="backslashreplace").decode()
-    named = None if param is None else param.encode(errors="backslashreplace").decode()
-    return {"error": {"message": line, "type": TYPES[status], "param": named, "code": code}}
+    field = None if param is None else param.encode(errors="backslashreplace").decode()
+    return {"error": {"message": line, "type": TYPES[status], "param": field, "code": code}}
 
 
 def response(
     status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
 ) -> JSONResponse:
-    """An error's answer; names of headers have `_` for `-`."""
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return JSONResponse(body(status, message, param, code), status, headers=named)
+    """Makes an error response; names of `headers` have `_` in place of `-`."""
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    return JSONResponse(body(status, message, param, code), status, headers=fields)
 
 
 def answer(error: Exception) -> JSONResponse:
-    """What a client is told of an exception."""
+    """Makes the response to an exception."""
     if isinstance(error, Overloaded):
         return response(429, str(error), Retry_After=str(math.ceil(error.retry_after_s)))
     if isinstance(error, StepFailed):
@@ -64,11 +86,11 @@ def answer(error: Exception) -> JSONResponse:
         return response(404, str(error), "model", "model_not_found")
     if isinstance(error, CmxError):
         return response(400, str(error))
-    return response(500, "the server failed to answer: its log says why")  # uvicorn writes it there
+    return response(500, "the server failed to answer: its log says why")  # uvicorn logs the exception
 
 
 def handle(app: FastAPI) -> None:
-    """Makes an app answer like that."""
+    """Makes an app answer every error in this form."""
 
     async def failed(_: Request, error: Exception) -> JSONResponse:
         return answer(error)
@@ -83,14 +105,14 @@ def handle(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        found = error.errors()[0]
-        where = ".".join(str(x) for x in found["loc"][1:] if not str(x).startswith("function-"))
-        if found["type"] == "json_invalid":
-            return response(400, f"the body is not JSON ({found['ctx']['error']}), expected an object")
-        if found["loc"] == ("body",) and found["type"] == "model_attributes_type":
-            return response(400, "the body is no object, expected one in JSON, sent as application/json")
-        message = found["msg"].removeprefix("Value error, ")
-        return response(400, f"{where}: {message}" if where else message, where or None)
+        first = error.errors()[0]
+        field = ".".join(str(x) for x in first["loc"][1:] if not str(x).startswith("function-"))
+        if first["type"] == "json_invalid":
+            return response(400, f"the body is not JSON ({first['ctx']['error']}), expected an object")
+        if first["loc"] == ("body",) and first["type"] == "model_attributes_type":
+            return response(400, "the body is not an object, expected one in JSON, sent as application/json")
+        message = first["msg"].removeprefix("Value error, ")
+        return response(400, f"{field}: {message}" if field else message, field or None)
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)

@@ -1,7 +1,8 @@
-"""The process around the app: one socket, signals, and an end that loses nothing silently.
+"""The process around the app: one socket, signals, and a shutdown in which no request is lost silently.
 
-SIGTERM or SIGINT: `/health` says 503 and new requests are refused, those that run have some time to finish,
-what is left then ends with an error, the socket closes. A second signal ends the wait.
+On SIGTERM or SIGINT, `/health` answers 503, new requests are refused, and running ones have some time to
+finish. Requests that still run after that end with an error, and the socket closes. A second signal ends the
+wait.
 """
 
 import asyncio
@@ -17,14 +18,14 @@ from fastapi import FastAPI
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.service.frontend import Frontend
 
-LAST_WORDS_S = 5  # for answers that are ready but not read yet
+LAST_WORDS_S = 5  # in which clients can read answers that are ready
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening address; port 0 takes a free one.
+    """Returns a listening socket; port 0 takes a free port.
 
     Raises:
-      CmxError: the address cannot be had.
+      CmxError: The address or port is invalid, or in use.
     """
     if not 0 <= port < 2**16:
         raise CmxError(f"port is {port}, expected 0 (any free one) to 65535")
@@ -33,7 +34,7 @@ def bind(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError):
         raise CmxError(
-            f"host {host!r} is no address of this machine, expected one such as 127.0.0.1"
+            f"host {host!r} is not an address of this machine, expected one such as 127.0.0.1"
         ) from None
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -49,18 +50,18 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(sock: socket.socket) -> str:
-    """Where a socket listens."""
+    """Returns the URL of a listening socket."""
     host, port = sock.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Serves an app until it is told to stop.
+    """Serves an app until a signal or `stop`.
 
     Args:
-      app: what answers.
-      service: what it asks.
-      shutdown_timeout_s: seconds that running requests have to finish.
+      app: App that answers requests.
+      service: Service of the app, which is drained before the server ends.
+      shutdown_timeout_s: Seconds that running requests have to finish.
     """
 
     def __init__(self, app: FastAPI, service: Frontend, shutdown_timeout_s: float):
@@ -76,8 +77,9 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def run_on(self, sock: socket.socket, ready: Callable[[], None]) -> None:
-        """Serves until it is told to stop; calls `ready` when it answers."""
-        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of what was sent to those who left
+        """Serves until a signal or `stop`; calls `ready` as soon as the server answers."""
+        # no warnings about data sent to clients that left
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         asyncio.run(self._run_on(sock, ready))
 
     async def _run_on(self, sock: socket.socket, ready: Callable[[], None]) -> None:
@@ -85,17 +87,17 @@ class Server(uvicorn.Server):
         await self.serve([sock])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, and says so."""
+        """Starts up, then calls `ready`."""
         await super().startup(sockets)
         self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins to stop; the second time it waits no longer."""
+        """Begins to stop at the first signal; stops waiting at the second."""
         with contextlib.suppress(RuntimeError):  # the loop is closed already
             self._loop.call_soon_threadsafe(self.stop)
 
     def stop(self) -> None:
-        """Begins to stop, on the event loop; the second time it waits no longer."""
+        """Begins to stop at the first call; stops waiting at the second. To be called on the event loop."""
         if self._draining is None:
             self._draining = self._loop.create_task(self._drain())
         else:

@@ -1,9 +1,9 @@
-"""Server-sent events, and clients that leave."""
+"""Server-sent events, and requests whose client disconnects."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 class Stream(StreamingResponse):
-    """An answer in parts; a client that leaves, be it before the first one, ends the generation behind it."""
+    """An answer in parts.
+
+    If the client disconnects, even before the first part, the generation is cancelled.
+    """
 
     def __init__(self, parts: AsyncIterator[bytes], generation: Generation, media_type: str):
         super().__init__(parts, media_type=media_type)
@@ -31,15 +34,15 @@ class Stream(StreamingResponse):
 
 
 class EventStream(Stream):
-    """Documents as events."""
+    """JSON documents as server-sent events."""
 
-    def __init__(self, documents: AsyncIterator[dict[str, Any]], generation: Generation):
+    def __init__(self, documents: AsyncIterator[Mapping[str, object]], generation: Generation):
         super().__init__(_events(documents), generation, "text/event-stream")
         self.headers["Cache-Control"] = "no-cache"
 
 
-async def _events(documents: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """The documents, or the error that ended them, and OpenAI's last event."""
+async def _events(documents: AsyncIterator[Mapping[str, object]]) -> AsyncIterator[bytes]:
+    """Yields the documents, an error if one ended them, and OpenAI's last event."""
     try:
         async for document in documents:
             yield _event(document)
@@ -48,29 +51,32 @@ async def _events(documents: AsyncIterator[dict[str, Any]]) -> AsyncIterator[byt
     yield b"data: [DONE]\n\n"
 
 
-def _event(document: dict[str, Any]) -> bytes:
+def _event(document: Mapping[str, object]) -> bytes:
     return b"data: " + json.dumps(document, ensure_ascii=False).encode() + b"\n\n"
 
 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
-    """The answer, or `errors.Gone` as soon as the client leaves; the answer is cancelled then.
+    """Returns the answer, unless the client disconnects; then the answer is cancelled.
 
     Args:
-      request: whose body was read.
-      answer: what it asks for.
+      request: Request whose body was read.
+      answer: Answer to wait for.
+
+    Raises:
+      Gone: The client disconnected.
     """
 
-    async def gone() -> None:
+    async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    wanted, left = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    result, disconnected = asyncio.ensure_future(answer), asyncio.ensure_future(disconnect())
     try:
-        await asyncio.wait((wanted, left), return_when=asyncio.FIRST_COMPLETED)
-        if not wanted.done():
+        await asyncio.wait((result, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
             raise errors.Gone
-        return wanted.result()
+        return result.result()
     finally:
-        for task in (wanted, left):
+        for task in (result, disconnected):
             task.cancel()
-        await asyncio.gather(wanted, left, return_exceptions=True)
+        await asyncio.gather(result, disconnected, return_exceptions=True)

@@ -1,34 +1,35 @@
-"""Prompts' pages on their way from prefill to decode (section 4.3.3): tickets, leases, and what carries them.
+"""Transfer of a prompt's pages from prefill to decode (section 4.3.3): tickets, leases and transports.
 
     prefill                                                        decode
-    Outbox.offer(pages) -> Ticket  --- with the first token --->   fetch(ticket, ...)
-      the pages are kept under a lease                               1. fingerprints are compared
-    Outbox.renew          <--- heartbeat, while it waits ---         2. the transport pulls the pages, in time
-    Outbox.acknowledge    <--- the pages are mine ----------         3. each page's checksum is verified
+    LeasedPages.offer(pages) -> Ticket  -- with the first token -> fetch(ticket, ...)
+      the pages are kept under a lease                               1. compares the fingerprints
+    LeasedPages.renew          <-- heartbeat, while it waits ---     2. pulls the pages, within a time limit
+    LeasedPages.acknowledge    <-- the pages have arrived ------     3. verifies the checksum of each page
       the pages are freed
 
-What is not acknowledged before its lease ends is freed by a watchdog; whoever asks for it then gets an
-error, not somebody else's pages, as ids are random and never used again. What cannot be fetched is an error
-that says why; whether the prompt is run again or the request fails is the caller's policy.
+A watchdog frees pages that are not acknowledged before their lease ends. A later request for them gets an
+error, never the pages of another prompt, because ids are random and never reused. Pages that cannot be
+fetched are an error that gives the reason; the caller's policy decides whether the prompt is run again or the
+request fails.
 """
 
-from cmx_jax.serving.kv.carry import Parcel, carry
-from cmx_jax.serving.kv.fetch import TransferError, check_fingerprint, fetch
-from cmx_jax.serving.kv.outbox import Outbox
-from cmx_jax.serving.kv.ticket import Ticket, checksums, new_id
+from cmx_jax.serving.kv.fetch import RemotePages, TransferError, check_fingerprint, fetch, transfer_locally
+from cmx_jax.serving.kv.leases import LeasedPages
+from cmx_jax.serving.kv.ticket import KvTransferParams, Ticket, checksums, new_id
 from cmx_jax.serving.kv.transport import JaxTransport, Local, Transport
 
 __all__ = [
     "JaxTransport",
+    "KvTransferParams",
+    "LeasedPages",
     "Local",
-    "Outbox",
-    "Parcel",
+    "RemotePages",
     "Ticket",
     "TransferError",
     "Transport",
-    "carry",
     "check_fingerprint",
     "checksums",
     "fetch",
     "new_id",
+    "transfer_locally",
 ]

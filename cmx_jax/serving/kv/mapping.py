@@ -1,4 +1,4 @@
-"""From which prefill rank a decode rank takes a prompt's pages (section 4.3.3).
+"""Mapping of each decode rank to the prefill rank that sends it a prompt's pages (section 4.3.3).
 
 Ranks that share sequences in prefill all hold the same rows, so any of them may send. The mapping is fixed
 and even: decode ranks form as many groups as there are prefill ranks to ask, and each group asks one of
@@ -16,7 +16,7 @@ def prefill_tp_rank(
     decode_tp_size: int,
     decode_dp_size: int,
 ) -> int:
-    """The prefill rank that sends to a decode rank; the paper's formula and names:
+    """Returns the prefill rank that sends to a decode rank, with the paper's formula and names:
 
         ratio = prefill_tp_size / decode_tp_size
         group_size = decode_dp_size / ratio
@@ -26,7 +26,7 @@ def prefill_tp_rank(
     Where the decode ranks do not divide into `ratio` groups, the last groups are smaller or empty.
 
     Raises:
-      CmxError: a rank outside its size, or prefill ranks that decode's do not divide.
+      CmxError: A rank is outside its size, or `decode_tp_size` does not divide `prefill_tp_size`.
     """
     for name, rank, size in (
         ("decode_dp_rank", decode_dp_rank, decode_dp_size),

@@ -1,12 +1,12 @@
-"""Context caching (section 4.4.2): prompts' rows as blocks in the caching pool.
+"""Context caching (section 4.4.2): the KV rows of prompts, stored as blocks in the caching pool.
 
-A block is `block` tokens of all layers, whole pages as an instance keeps them, under a key that is a chain
-of hashes over all tokens up to its end: equal beginnings have equal keys, whoever computed them. The chain's
-root is a fingerprint of all that the bytes depend on, and of the tenant. Blocks are written once and never
-changed.
+A block holds `block` tokens of all layers, as whole pages of an instance. Its key is a chain of hashes over
+all tokens up to its end, so equal prefixes have equal keys, whichever instance computed them. The chain's
+root is a fingerprint of everything that the bytes depend on, and of the tenant. Blocks are written once and
+never changed.
 
 The MTP layer's row of a block's last token was computed with the token that followed it when the block was
-stored. Another one may follow now; that makes a draft worse at times, and changes no text, as drafts are
+stored. Another token may follow now; that makes a draft worse at times, and changes no text, as drafts are
 verified.
 """
 
@@ -22,49 +22,51 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.ems.keys import Fingerprint, chain, root
+from cmx_jax.serving.ems.pool import PoolStats
 
 log = logging.getLogger(__name__)
 
 
 def space(namespace: str) -> str:
-    """A namespace as the pool has it: any text of a client becomes a name that every backend takes."""
+    """Returns the pool's name for a namespace: any text becomes a name that every backend accepts."""
     return f"t-{hashlib.sha256(namespace.encode()).hexdigest()[:32]}" if namespace else "default"
 
 
 @runtime_checkable
 class BlockPool(Protocol):
-    """What of `cmx_jax.serving.ems.Pool` is used here."""
+    """The part of `cmx_jax.serving.ems.Pool` that a context cache uses."""
 
     def get_many(self, namespace: str, keys: Sequence[bytes]) -> list[bytes]: ...
 
     def put_async(self, namespace: str, key: bytes, payload: bytes) -> Any: ...
 
-    def stats(self) -> dict[str, Any]: ...
+    def stats(self) -> PoolStats: ...
 
 
 class ContextCache:
     """Blocks of pages of one layout in a pool.
 
     Attributes:
-      pool: where the bytes are.
-      block: tokens of a block.
-      generated: whether what was generated is stored, too (section 4.4.2: not of reasoning models, whose next
+      pool: Pool that stores the bytes.
+      block: Number of tokens per block.
+      generated: True if generated tokens are stored, too (section 4.4.2: not for reasoning models, whose next
         turn leaves the thinking out).
-      hits, queries: tokens found, and asked for.
-      errors: lookups and stores that the pool answered with an error; they are misses, and are logged.
+      hits: Number of prompt tokens found in the pool.
+      queries: Number of prompt tokens looked up.
+      errors: Number of lookups and stores that failed in the pool; each counts as a miss and is logged.
     """
 
     def __init__(self, pool: BlockPool, fingerprint: Fingerprint, pages: Any, generated: bool = False):
         """Reads and writes blocks of an instance's pages.
 
         Args:
-          pool: the caching pool.
-          fingerprint: of the instance; its tenant is replaced by a request's namespace.
-          pages: arrays or shapes `[P, L, W, C]` of its cache.
-          generated: see above.
+          pool: Caching pool.
+          fingerprint: Fingerprint of the instance; its tenant is replaced by a request's namespace.
+          pages: Arrays or shapes `[P, L, W, C]` of the instance's cache.
+          generated: True to store generated tokens, too.
 
         Raises:
-          CmxError: blocks are not whole pages.
+          CmxError: A block is not a whole number of pages.
         """
         block, width = fingerprint.block, fingerprint.page[1]
         if block < 1 or block % width:
@@ -80,50 +82,50 @@ class ContextCache:
         self.hits = self.queries = self.errors = 0
 
     def keys(self, tokens: Sequence[int], namespace: str) -> list[bytes]:
-        """Of all full blocks, in order."""
+        """Returns the keys of all full blocks of a sequence, in order."""
         return chain(root(replace(self._fingerprint, tenant=namespace)), tokens, self.block)
 
     def lookup(self, tokens: Sequence[int], namespace: str) -> "Future[list[Any]]":
-        """Fetches the longest beginning that is there, in the background; one token at least is left to run.
+        """Fetches the longest stored prefix in the background; at least one token is left to run.
 
         Returns:
-          Of each block its pages.
+          Future of the pages of each block of the prefix.
         """
-        most = (len(tokens) - 1) // self.block
+        blocks = (len(tokens) - 1) // self.block
         self.queries += len(tokens)
-        return self._threads.submit(self._fetch, list(tokens[: most * self.block]), namespace)
+        return self._threads.submit(self._fetch, list(tokens[: blocks * self.block]), namespace)
 
     def _fetch(self, tokens: Sequence[int], namespace: str) -> list[Any]:
-        found: list[Any] = []
+        blocks: list[Any] = []
         try:
             for payload in self.pool.get_many(space(namespace), self.keys(tokens, namespace)):
                 if len(payload) != sum(self._sizes):
                     break
-                found.append(self._opened(payload))
+                blocks.append(self._decode(payload))
         except Exception:
-            self._failed()
-        return found
+            self._record_error()
+        return blocks
 
-    def _opened(self, payload: bytes) -> Any:
-        leaves, at = [], 0
+    def _decode(self, payload: bytes) -> Any:
+        leaves, offset = [], 0
         for (shape, dtype), size in zip(self._leaves, self._sizes, strict=True):
-            leaves.append(np.frombuffer(payload, dtype, int(np.prod(shape)), at).reshape(shape))
-            at += size
+            leaves.append(np.frombuffer(payload, dtype, int(np.prod(shape)), offset).reshape(shape))
+            offset += size
         return jax.tree.unflatten(self._tree, leaves)
 
     def store(self, tokens: Sequence[int], namespace: str, pages: Any, known: int = 0) -> None:
         """Stores the full blocks of a sequence in the background.
 
         Args:
-          tokens: whose rows the pages hold, from the first on.
-          namespace: whose they are.
-          pages: `[pages, L, W, C]`, on the host.
-          known: leading blocks that the pool has.
+          tokens: Tokens whose rows the pages hold, from the first token on.
+          namespace: Namespace of the request.
+          pages: Pages `[pages, L, W, C]`, on the host.
+          known: Number of leading blocks that the pool already has.
         """
         count = len(tokens) // self.block
         if count > known:
-            whole = list(tokens[: count * self.block])
-            future = self._threads.submit(self._put, whole, namespace, pages, known)
+            full = list(tokens[: count * self.block])
+            future = self._threads.submit(self._put, full, namespace, pages, known)
             self._storing.add(future)
             future.add_done_callback(self._storing.discard)
 
@@ -131,28 +133,32 @@ class ContextCache:
         keys, leaves = self.keys(tokens, namespace), jax.tree.leaves(pages)
         try:
             for i in range(known, len(keys)):
-                here = slice(i * self._pages, (i + 1) * self._pages)
-                payload = b"".join(leaf[here].tobytes() for leaf in leaves)
+                rows = slice(i * self._pages, (i + 1) * self._pages)
+                payload = b"".join(leaf[rows].tobytes() for leaf in leaves)
                 self.pool.put_async(space(namespace), keys[i], payload)
         except Exception:
-            self._failed()
+            self._record_error()
 
-    def _failed(self) -> None:
+    def _record_error(self) -> None:
         self.errors += 1
         log.exception("the caching pool failed")
 
     def joined(self, blocks: list[Any]) -> Any:
-        """Blocks' pages as one."""
+        """Returns the pages of several blocks as one tree of arrays."""
         return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
 
     def stats(self) -> dict[str, Any]:
-        """The pool's, and how many lookups and stores it failed."""
+        """Returns the pool's statistics, and `errors`: the number of failed lookups and stores."""
         return {**self.pool.stats(), "errors": self.errors}
 
     def settle(self, timeout_s: float = 10.0) -> bool:
-        """Waits until the pool was given all that is to be stored; whether that was in time."""
+        """Waits until the pool has received everything that is to be stored.
+
+        Returns:
+          True if that took less than `timeout_s` seconds.
+        """
         return not wait(list(self._storing), timeout_s).not_done
 
     def close(self) -> None:
-        """Ends the threads; what is under way is finished."""
+        """Ends the threads; stores and lookups under way are finished."""
         self._threads.shutdown()

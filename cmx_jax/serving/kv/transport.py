@@ -1,4 +1,4 @@
-"""What carries pages: between instances of one process, or between processes through JAX."""
+"""Transports that carry pages: between instances of one process, or between processes through JAX."""
 
 import contextlib
 import threading
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 TIMEOUT_S = 10.0
-Arrays = Sequence[tuple[tuple[int, ...], str]]  # shapes and types
+Arrays = Sequence[tuple[tuple[int, ...], str]]  # shape and dtype of each array
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """Carries arrays by id. Each is pulled at most once, or withdrawn.
+    """Carries arrays by transfer id. Arrays of an id are pulled at most once, or withdrawn.
 
     Attributes:
-      name: of the backend, as tickets have it.
-      address: where others pull from.
+      name: Name of the backend, as written in tickets.
+      address: Address from which other instances pull.
     """
 
     name: str
@@ -30,25 +30,25 @@ class Transport(Protocol):
         """Lets arrays be pulled."""
 
     def withdraw(self, transfer_id: int) -> None:
-        """Frees arrays that nobody will pull; those that were pulled already are no concern."""
+        """Frees arrays that will not be pulled; does nothing for arrays that were pulled already."""
 
     def taken(self, transfer_id: int) -> None:
-        """Notes that arrays were pulled: there is nothing to withdraw."""
+        """Records that arrays were pulled, so that there is nothing to withdraw."""
 
     def pull(self, address: str, transfer_id: int, arrays: Arrays) -> list[np.ndarray]:
         """Fetches arrays.
 
         Raises:
-          Exception: they are not there, or did not come within `TIMEOUT_S`, or who has them cannot be
-            reached. That may take for ever.
+          Exception: The arrays are not there or did not arrive within `TIMEOUT_S`, or the sender cannot be
+            reached. Waiting for an unreachable sender may take for ever.
         """
 
     def close(self) -> None:
-        """Frees what is left."""
+        """Frees all arrays that were not pulled."""
 
 
 class Local:
-    """Between instances of one process: the arrays themselves change hands."""
+    """Transport between instances of one process: it hands over the arrays themselves."""
 
     name, address = "local", "here"
 
@@ -77,21 +77,26 @@ class Local:
 
 
 class JaxTransport:
-    """Between processes, with `jax.experimental.transfer`. A peer that is dead is an error; what one does not
-    have never comes, without an error. To connect to one that hangs takes for ever, so that a caller needs a
-    limit of his own (`fetch` has it)."""
+    """Transport between processes, with `jax.experimental.transfer`.
+
+    Pulling from a dead peer raises an error. Arrays that a peer does not have never arrive, without an error.
+    Connecting to a peer that hangs takes for ever, so the caller needs a time limit of its own (`fetch` has
+    one).
+    """
 
     name = "jax"
 
     def __init__(self, host: str = "127.0.0.1"):
-        """Args:
-        host: the address of this machine under which others reach it.
+        """Starts a transfer server.
+
+        Args:
+          host: Address of this machine under which other processes reach it.
         """
         from jax.experimental import transfer
 
-        here = f"{host}:0"
+        listen = f"{host}:0"
         self._device = jax.local_devices()[0]
-        self._server = transfer.start_transfer_server(self._device.client, here, [here])
+        self._server = transfer.start_transfer_server(self._device.client, listen, [listen])
         self.address = self._server.address()
         self._peers: dict[str, Any] = {}
         self._published: dict[int, Arrays] = {}
@@ -104,30 +109,32 @@ class JaxTransport:
         self._server.await_pull(transfer_id, on_device)
 
     def withdraw(self, transfer_id: int) -> None:
-        """The server has no way to forget what it offers, but to be asked for it. Nobody waits for the
-        answer: if somebody has pulled the arrays already, it never comes."""
+        """Frees arrays by pulling them itself, as the server has no other way to forget an offer.
+
+        The answer is not awaited: if the arrays were pulled already, it never arrives.
+        """
         with self._lock:
             arrays = self._published.pop(transfer_id, None)
         if arrays is not None:
             with contextlib.suppress(Exception):  # the server ends
-                self._asked(self.address, transfer_id, arrays)
+                self._start_pull(self.address, transfer_id, arrays)
 
     def pull(self, address: str, transfer_id: int, arrays: Arrays) -> list[np.ndarray]:
-        until, pause = time.monotonic() + TIMEOUT_S, 1e-4
+        deadline, pause = time.monotonic() + TIMEOUT_S, 1e-4
         try:
-            coming = self._asked(address, transfer_id, arrays)
-            while not all(array.is_ready() for array in coming):
-                if time.monotonic() > until:
+            pending = self._start_pull(address, transfer_id, arrays)
+            while not all(array.is_ready() for array in pending):
+                if time.monotonic() > deadline:
                     raise TimeoutError(f"nothing came within {TIMEOUT_S:g} s")
                 time.sleep(pause)
                 pause = min(2 * pause, 0.01)
-            return [np.asarray(array) for array in coming]
+            return [np.asarray(array) for array in pending]
         except Exception:
-            self._peers.pop(address, None)  # the next one connects anew
+            self._peers.pop(address, None)  # the next pull connects again
             raise
 
-    def _asked(self, address: str, transfer_id: int, arrays: Arrays) -> list[jax.Array]:
-        """Arrays that may not be here yet."""
+    def _start_pull(self, address: str, transfer_id: int, arrays: Arrays) -> list[jax.Array]:
+        """Requests arrays; the returned ones may not have arrived yet."""
         peer = self._peers.get(address)
         if peer is None:  # without the lock: connecting to a peer that hangs takes for ever
             peer = self._peers[address] = self._server.connect(address)
@@ -141,6 +148,6 @@ class JaxTransport:
 
     def close(self) -> None:
         with self._lock:
-            left = list(self._published)
-        for transfer_id in left:
+            transfer_ids = list(self._published)
+        for transfer_id in transfer_ids:
             self.withdraw(transfer_id)

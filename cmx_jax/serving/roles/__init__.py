@@ -1,4 +1,4 @@
-"""Pools as processes: a router in front, workers that prefill or decode, on one host or many.
+"""Pools as processes: a router in front of workers that prefill or decode, on one host or many.
 
     client -- OpenAI's API --> router
                                  | 1. POST /internal/prefill   prompt, parameters
@@ -8,13 +8,15 @@
                                  |    <- tokens, line by line
     both <-- blocks --> cache servers (ems/)
 
-All of them are peers: any request may go to any worker, the one with the least to do. The router keeps the
-prompt and every token that it has handed on, so that whatever a worker loses, by dying or by preempting, is
-recomputed elsewhere from there: prompt and tokens so far are a prompt. Or, with the policy `fail`, it is an
-explicit error. That a worker died shows at its connections; that it hangs, as it says nothing of itself for
-some seconds. Whoever leaves closes his connection, and what was done for him ends; pages that nobody comes
-for are withdrawn by the router, under the id that it gave them, or freed at the end of their lease.
+All workers of a kind are equal: any request may go to any of them, and goes to the one with the least load.
+The router keeps the prompt and every token that it has forwarded. If a worker loses a request, by dying or by
+preempting it, the router sends prompt and tokens so far to another worker as a new prompt. With the policy
+`fail` it returns an explicit error instead. The router notices that a worker died by its connections, and
+that it hangs by missing status answers for some seconds. A client that leaves closes its connection, which
+ends its request; pages that will not be fetched are withdrawn by the router, under the id that it assigned,
+or freed at the end of their lease.
 
-`messages.py` has what is said in JSON, `worker.py` a worker's routes, `peer.py` how a worker is asked,
-`router.py` the policy. Every message needs the secret that all of them share.
+`messages.py` has the JSON messages, `worker.py` a worker's routes, `peer.py` the client of a worker,
+`members.py` the choice of a worker, `dispatch.py` the course of one request, `router.py` the service over all
+that. Every message needs the secret that all processes share.
 """

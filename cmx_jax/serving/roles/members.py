@@ -1,4 +1,4 @@
-"""The workers that a router has: who is well, who has the least to do."""
+"""The workers of a router: which of them are healthy, and which has the least load."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.roles.messages import WorkerStatus
@@ -16,11 +16,27 @@ from cmx_jax.serving.service.frontend import Unavailable
 
 log = logging.getLogger(__name__)
 POLL_S = 1.0
-PATIENCE_S = 30.0  # for a worker of a kind, when none is there
-SILENCE_S = 10.0  # without a status, after which a worker hangs and its requests go elsewhere
+PATIENCE_S = 30.0  # for which a request waits if no worker of a kind is healthy
+SILENCE_S = 10.0  # without a status after which a worker counts as hanging and its requests go elsewhere
 SUMS: tuple[str, ...] = ("transfers", "running", "prefix_queries", "prefix_hits")
 SUMS += ("drafts", "accepted", "busy_s", "step_s", "steps")
 SUMS += ("preemptions", "kv_moved", "kv_lost", "eplb_moves")
+
+
+class WorkerRow(TypedDict):
+    """A worker in the router's status.
+
+    Attributes:
+      role: Role of the worker, `prefill` or `decode`.
+      url: URL of the worker.
+      load: Number of tokens of the unfinished requests that this router has sent to the worker.
+      error: Reason why the worker gets no request, or None.
+    """
+
+    role: str
+    url: str
+    load: int
+    error: str | None
 
 
 @dataclass(eq=False)
@@ -28,12 +44,12 @@ class Member:
     """A worker, as the router knows it.
 
     Attributes:
-      role: `prefill` or `decode`.
-      peer: how it is asked.
-      load: tokens of the requests that it has from here.
-      status: what it last said of itself; None: it does not answer.
-      error: why it gets no request, or nothing.
-      heard: when it last answered, on `time.monotonic`'s clock.
+      role: Role of the worker, `prefill` or `decode`.
+      peer: Client of the worker.
+      load: Number of tokens of the unfinished requests that this router has sent to the worker.
+      status: Last status of the worker, or None if it does not answer.
+      error: Reason why the worker gets no request, or "".
+      last_answer: Time of the worker's last status answer, in seconds of `time.monotonic`.
     """
 
     role: str
@@ -41,15 +57,15 @@ class Member:
     load: int = 0
     status: WorkerStatus | None = None
     error: str = "has not answered yet"
-    heard: float = field(default_factory=time.monotonic)
+    last_answer: float = field(default_factory=time.monotonic)
     _limits: set[asyncio.Timeout] = field(default_factory=set)
 
     @contextlib.asynccontextmanager
     async def busy(self, tokens: int) -> AsyncIterator[Peer]:
-        """Counts a request as its load while it has it. A worker that fails is lost.
+        """Counts a request in the load while the worker has it. A worker that fails is marked as lost.
 
         Raises:
-          PeerError: it hangs.
+          PeerError: The worker hangs.
         """
         limit = asyncio.timeout(None)
         self.load += tokens
@@ -60,46 +76,54 @@ class Member:
         except TimeoutError:
             raise PeerError(f"{self.peer.url} hangs: no sign of it for {SILENCE_S:g} s") from None
         except PeerError as error:
-            self.lost(error)
+            self.mark_lost(error)
             raise
         finally:
             self._limits.discard(limit)
             self.load -= tokens
 
-    def lost(self, error: CmxError) -> None:
-        """It failed, and gets nothing until it answers again."""
+    def mark_lost(self, error: CmxError) -> None:
+        """Sends no request to the worker until it answers again."""
         self.status = None
-        self.says(str(error))
+        self.set_error(str(error))
 
-    def says(self, error: str) -> None:
-        """Notes why it gets no request, or, if that is empty, that it does."""
-        why = error.removeprefix(self.peer.url).lstrip(": ")
-        if why != self.error:
-            log.warning("%s worker %s %s", self.role, self.peer.url, why or "serves")
-        self.error = why
+    def set_error(self, error: str) -> None:
+        """Sets and logs the reason why the worker gets no request; "" lets it have requests."""
+        reason = error.removeprefix(self.peer.url).lstrip(": ")
+        if reason != self.error:
+            log.warning("%s worker %s %s", self.role, self.peer.url, reason or "serves")
+        self.error = reason
 
-    def silent(self) -> None:
-        """It has not answered; when that was so for too long, it hangs, and all that it has is given up."""
-        if time.monotonic() - self.heard > SILENCE_S:
+    def check_silence(self) -> None:
+        """Gives up all requests of the worker if it has not answered for `SILENCE_S` seconds."""
+        if time.monotonic() - self.last_answer > SILENCE_S:
             for limit in self._limits:
                 limit.reschedule(0)
             self._limits.clear()
 
 
 class Members:
-    """All workers, asked each second how they are.
+    """All workers of a router, which polls their status each second.
+
+    Attributes:
+      all: Every worker, prefill workers first.
+      patience_s: Seconds for which a request waits if no worker of a kind is healthy.
 
     Raises:
-      CmxError: there is none of a kind, or an address is none.
+      CmxError: There is no worker of a kind, or an address is invalid.
     """
 
     def __init__(
         self, prefill: Sequence[str], decode: Sequence[str], secret: str, patience_s: float | None = None
     ):
-        """Args:
-        prefill, decode: URLs.
-        secret: of all of them.
-        patience_s: seconds that a request waits for a worker when there is none; None: `PATIENCE_S`.
+        """Starts with workers that have not answered yet.
+
+        Args:
+          prefill: URLs of the prefill workers.
+          decode: URLs of the decode workers.
+          secret: Secret that all processes share.
+          patience_s: Seconds for which a request waits if no worker of a kind is healthy; None is
+            `PATIENCE_S`.
         """
         if not prefill or not decode:
             raise CmxError("a router needs workers, expected at least one --prefill URL and one --decode URL")
@@ -109,98 +133,106 @@ class Members:
         self._poller: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begins to ask."""
-        await self.look()
+        """Polls every worker once, then starts polling in the background."""
+        await self.refresh()
         self._poller = asyncio.create_task(self._poll())
 
     async def close(self) -> None:
-        """Asks no more."""
+        """Stops polling and closes the connections."""
         if self._poller is not None:
             self._poller.cancel()
             await asyncio.gather(self._poller, return_exceptions=True)
         for member in self.all:
             await member.peer.close()
 
-    async def least(self, role: str) -> Member:
-        """The worker with the least to do; waits for one if there is none.
+    async def least_loaded(self, role: str) -> Member:
+        """Returns the healthy worker with the least load; waits for one if there is none.
 
         Raises:
-          Unavailable: none came.
+          Unavailable: No worker became healthy within `patience_s` seconds.
         """
-        until = time.monotonic() + self.patience_s
+        deadline = time.monotonic() + self.patience_s
         while True:
-            well = [m for m in self.all if m.role == role and not m.error]
-            if well:
-                return min(well, key=lambda m: m.load)
-            if time.monotonic() > until:
+            healthy = [m for m in self.all if m.role == role and not m.error]
+            if healthy:
+                return min(healthy, key=lambda m: m.load)
+            if time.monotonic() > deadline:
                 raise Unavailable(self.missing() or f"no worker can {role} now")
             await asyncio.sleep(POLL_S / 4)
 
     def missing(self) -> str:
-        """What cannot be done now, and why no worker can; or nothing."""
+        """Returns the role that no worker has at the moment and each worker's reason, or ""."""
         for role in ("prefill", "decode"):
             errors = {m.peer.url: m.error for m in self.all if m.role == role}
             if all(errors.values()):
-                why = "; ".join(f"{url} {error}" for url, error in errors.items())
-                return f"no worker can {role} now ({why})"
+                reasons = "; ".join(f"{url} {error}" for url, error in errors.items())
+                return f"no worker can {role} now ({reasons})"
         return ""
 
-    async def look(self) -> None:
-        """Asks every worker how it is; one whose pages do not fit those of most is not used."""
+    async def refresh(self) -> None:
+        """Asks every worker for its status.
+
+        A worker whose pages differ from those of most others is not used.
+        """
         await asyncio.gather(*(self._ask(member) for member in self.all))
-        there = [m for m in self.all if m.status is not None and m.status.role == m.role]
-        kinds = Counter(str(m.status.fingerprint) for m in there if m.status)
-        usual = kinds.most_common(1)[0][0] if kinds else ""
-        whose = next((m for m in there if m.status and str(m.status.fingerprint) == usual), None)
+        present = [m for m in self.all if m.status is not None and m.status.role == m.role]
+        fingerprints = Counter(str(m.status.fingerprint) for m in present if m.status)
+        majority = fingerprints.most_common(1)[0][0] if fingerprints else ""
+        reference = next((m for m in present if m.status and str(m.status.fingerprint) == majority), None)
         for member in self.all:
             if member.status is not None:
-                member.says(_unfit(member, member.status, whose))
+                member.set_error(_unfit(member, member.status, reference))
 
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL_S)
-            await self.look()
+            await self.refresh()
 
     async def _ask(self, member: Member) -> None:
         try:
-            member.status, member.heard = await member.peer.status(), time.monotonic()
+            member.status, member.last_answer = await member.peer.status(), time.monotonic()
         except CmxError as error:
-            member.lost(error)
-            member.silent()
+            member.mark_lost(error)
+            member.check_silence()
 
-    def workers(self) -> list[dict[str, Any]]:
-        """Each worker: what it has from here, and why it gets no more, or nothing."""
+    def workers(self) -> list[WorkerRow]:
+        """Returns a row for each worker."""
         return [
             {"role": m.role, "url": m.peer.url, "load": m.load, "error": m.error or None} for m in self.all
         ]
 
-    def counts(self) -> dict[str, Any]:
-        """Sums over the workers, as they last said."""
-        said = [m.status for m in self.all if m.status]
-        each = [i for status in said for i in status.instances]
-        used, pages = (sum(i[name] for i in each) for name in ("pages_used", "pages"))
-        sums = {name: sum(status.counts.get(name, 0) for status in said) for name in SUMS}
+    def counts(self) -> dict[str, int | float]:
+        """Returns counters and gauges, summed over the last status of each worker."""
+        statuses = [m.status for m in self.all if m.status]
+        instances = [instance for status in statuses for instance in status.instances]
+        used, pages = sum(i.pages_used for i in instances), sum(i.pages for i in instances)
+        sums = {name: sum(status.counts.get(name, 0) for status in statuses) for name in SUMS}
         return {**sums, "kv_cache_usage": used / pages if pages else 0.0}
 
     def instances(self) -> list[dict[str, Any]]:
-        """Of all workers, one behind the other on the map."""
-        found: list[dict[str, Any]] = []
+        """Returns the load of all workers' instances, numbering their NPUs one worker after the other."""
+        rows: list[dict[str, Any]] = []
         for member in self.all:
-            for i in member.status.instances if member.status else ():
-                at = found[-1]["first_npu"] + found[-1]["npus"] if found else 0
-                found.append({**i, "name": f"{i['name']} at {member.peer.url}", "first_npu": at})
-        return found
+            for instance in member.status.instances if member.status else ():
+                first_npu = rows[-1]["first_npu"] + rows[-1]["npus"] if rows else 0
+                name = f"{instance.name} at {member.peer.url}"
+                rows.append({**instance.model_dump(), "name": name, "first_npu": first_npu})
+        return rows
 
 
-def _unfit(member: Member, status: WorkerStatus, other: Member | None) -> str:
-    """Why a worker that answers gets no request, or nothing; of pages that differ from another one's, both
-    sides."""
+def _unfit(member: Member, status: WorkerStatus, reference: Member | None) -> str:
+    """Returns the reason not to use a worker, or "".
+
+    If its pages differ from those of `reference`, the reason shows both values of each difference.
+    """
     if status.role != member.role:
         return f"is a {status.role} worker, expected one that can {member.role}"
     if status.broken or status.draining:
         return status.broken or "is shutting down"
-    if other is None or other.status is None:
+    if reference is None or reference.status is None:
         return ""
-    here, there = status.fingerprint, other.status.fingerprint
-    apart = (name for name in here if here[name] != there.get(name))
-    return "; ".join(f"has {name} {here[name]!r}, {other.peer.url} {there.get(name)!r}" for name in apart)
+    ours, theirs = status.fingerprint, reference.status.fingerprint
+    different = (name for name in ours if ours[name] != theirs.get(name))
+    return "; ".join(
+        f"has {name} {ours[name]!r}, {reference.peer.url} {theirs.get(name)!r}" for name in different
+    )

@@ -1,13 +1,18 @@
-"""What router and workers say to each other, in JSON."""
+"""JSON messages between router and workers."""
 
 from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cmx_jax.serving.kv import KvTransferParams
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
 
-Said = tuple[float, list[tuple[int, float]]]  # a TokenLogprob
+LogprobJson = tuple[float, list[tuple[int, float]]]
+"""A `TokenLogprob`: log-probability of the token, and pairs of token and log-probability."""
+
+TraceEvent = dict[str, Any]
+"""An event in the JSON form of Perfetto."""
 
 
 class _Message(BaseModel):
@@ -15,7 +20,7 @@ class _Message(BaseModel):
 
 
 class Params(_Message):
-    """`SamplingParams`."""
+    """`SamplingParams` as JSON."""
 
     max_tokens: int
     temperature: float
@@ -27,42 +32,63 @@ class Params(_Message):
     stop_token_ids: list[int]
 
     @classmethod
-    def of(cls, params: SamplingParams) -> "Params":
+    def from_sampling(cls, params: SamplingParams) -> "Params":
+        """Converts the engine's parameters to a message."""
         return cls(**{**asdict(params), "stop_token_ids": list(params.stop_token_ids)})
 
-    def sampling(self) -> SamplingParams:
-        """As the engine has them.
+    def to_sampling(self) -> SamplingParams:
+        """Converts the message to the engine's parameters.
 
         Raises:
-          CmxError: one is out of range.
+          CmxError: A value is out of range.
         """
         return SamplingParams(**{**self.model_dump(), "stop_token_ids": tuple(self.stop_token_ids)})
 
 
+class InstanceStatus(BaseModel):
+    """Load of one instance; see `Frontend.instances`."""
+
+    name: str
+    roles: list[str]
+    first_npu: int
+    npus: int
+    requests: int
+    prefilling: int
+    pages_used: int
+    pages: int
+
+
 class WorkerStatus(BaseModel):
-    """Who a worker is, and how much it has to do.
+    """Identity and load of a worker.
 
     Attributes:
-      fingerprint: of its pages.
-      broken: why it serves nothing any more, or None.
-      counts, instances: see `Service`.
-      kv: pages that wait to be fetched, and what became of others.
+      role: Role of the worker, `prefill` or `decode`.
+      model: Name of the model's directory.
+      max_model_len: Largest number of tokens per sequence.
+      fingerprint: Fields of the `Fingerprint` of its pages.
+      draining: True while new requests are refused.
+      broken: Reason why the worker serves nothing any more, or None.
+      instances: Load of each instance.
+      counts: Counters and gauges of the worker; see `Frontend.counts`.
+      kv: Number of transfers that are `waiting` to be fetched, and the counts of `LeasedPages`.
     """
 
     role: str
     model: str
     max_model_len: int
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, str | int | list[int]]
     draining: bool
     broken: str | None
-    instances: list[dict[str, Any]]
+    instances: list[InstanceStatus]
     counts: dict[str, int | float]
     kv: dict[str, int]
 
 
 class PrefillRequest(_Message):
-    """Run a prompt and keep its pages, under an id by which they can be withdrawn whether or not the answer
-    arrived."""
+    """Asks for a prompt to be run and its pages to be kept.
+
+    The router chooses the transfer id, so that it can withdraw the pages whether or not the answer arrives.
+    """
 
     prompt: list[int]
     params: Params
@@ -72,50 +98,50 @@ class PrefillRequest(_Message):
 
 
 class PrefillAnswer(_Message):
-    """The token behind a prompt; the ticket is missing where it was the last one."""
+    """The first token of an answer, with a ticket for the pages unless it is the last token as well."""
 
     token: int
-    logprob: Said | None = None
+    logprob: LogprobJson | None = None
     drafts: list[int] = Field(default_factory=list)
     reused_tokens: int = 0
     finish_reason: str | None = None
-    kv_transfer_params: dict[str, Any] | None = None
+    kv_transfer_params: KvTransferParams | None = None
 
 
 class DecodeRequest(_Message):
-    """Continue a prompt whose pages `control` keeps, an URL of the worker that prefilled it."""
+    """Asks for a prompt to be continued; `control` is the URL of the worker that keeps its pages."""
 
     prompt: list[int]
     params: Params
     priority: int = 0
     first: int
-    logprob: Said | None = None
+    logprob: LogprobJson | None = None
     drafts: list[int]
     control: str
-    kv_transfer_params: dict[str, Any]
+    kv_transfer_params: KvTransferParams
 
 
 class DecodeLine(_Message):
-    """A line of what a decode worker answers: tokens, then why they end."""
+    """One line of a decode worker's answer: new tokens, and in the last line the reason why they end."""
 
     tokens: list[int] = Field(default_factory=list)
-    logprobs: list[Said] = Field(default_factory=list)
+    logprobs: list[LogprobJson] = Field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
 
 
 class ScoreRequest(_Message):
-    """Say of each token how likely it was."""
+    """Asks for the log-probability of each token of prompts, and of the `top` most likely tokens."""
 
     prompts: list[list[int]]
     top: int
 
 
-def said(logprobs: list[TokenLogprob]) -> list[Said]:
-    """As JSON has them."""
-    return [(of.logprob, list(of.top)) for of in logprobs]
+def logprobs_to_json(logprobs: list[TokenLogprob]) -> list[LogprobJson]:
+    """Converts the engine's log-probabilities to JSON."""
+    return [(entry.logprob, list(entry.top)) for entry in logprobs]
 
 
-def heard(logprobs: list[Said]) -> list[TokenLogprob]:
-    """As the engine has them."""
+def logprobs_from_json(logprobs: list[LogprobJson]) -> list[TokenLogprob]:
+    """Converts log-probabilities from JSON to the engine's form."""
     return [TokenLogprob(logprob, [(token, p) for token, p in top]) for logprob, top in logprobs]

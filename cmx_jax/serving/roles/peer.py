@@ -1,8 +1,8 @@
-"""A worker as others ask it."""
+"""The client of one worker."""
 
 import json
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -15,14 +15,17 @@ from cmx_jax.serving.roles.messages import (
     PrefillAnswer,
     PrefillRequest,
     ScoreRequest,
+    TraceEvent,
     WorkerStatus,
-    heard,
+    logprobs_from_json,
 )
 from cmx_jax.serving.scheduling.request import Overloaded, TokenLogprob
 from cmx_jax.serving.service.frontend import Unavailable
 
+M = TypeVar("M", bound=BaseModel)
 CONNECT_S = 2.0
-IDLE_S = 2.0  # of a connection, less than the 5 after which the other end closes it
+IDLE_S = 2.0  # for which a connection is kept, less than the 5 s after which the worker closes it
+JSON = {"Content-Type": "application/json"}
 
 
 class PeerError(Unavailable):
@@ -30,15 +33,17 @@ class PeerError(Unavailable):
 
 
 class Refused(PeerError):
-    """A worker takes no request now, or is gone; nothing was lost."""
+    """A worker takes no request now, or is gone; no work was lost."""
 
 
 class Peer:
-    """One worker. Answers are waited for without limit, as a prompt may wait, and compile; whether a worker
-    still does anything its status says.
+    """Client of one worker.
+
+    Answers have no time limit, because a prompt may wait, and programs may be compiled for it. The worker's
+    status tells whether it still makes progress.
 
     Attributes:
-      url: where it listens.
+      url: URL of the worker.
     """
 
     def __init__(self, url: str, secret: str):
@@ -55,7 +60,7 @@ class Peer:
             )
         except httpx.InvalidURL as error:
             raise CmxError(
-                f"{url!r} is no address of a worker ({error}), expected http://HOST:PORT"
+                f"{url!r} is not the address of a worker ({error}), expected http://HOST:PORT"
             ) from None
 
     async def close(self) -> None:
@@ -63,40 +68,42 @@ class Peer:
         await self._client.aclose()
 
     async def status(self, timeout_s: float = 2.0) -> WorkerStatus:
-        """Who it is, and how much it has to do.
+        """Returns the worker's identity and load.
 
         Raises:
-          PeerError: it does not say so in time, or is no worker.
+          PeerError: The peer does not answer in time, or is not a worker.
         """
         answer = await self._answer("GET", "/internal/status", timeout=timeout_s)
-        return _parsed(WorkerStatus, answer.content, self.url)
+        return _parse(WorkerStatus, answer.content, self.url)
 
     async def prefill(self, body: PrefillRequest) -> PrefillAnswer:
-        """Runs a prompt.
+        """Runs a prompt on the worker.
 
         Raises:
-          Overloaded: its queue is full.
-          PeerError: it cannot be reached, or failed.
-          CmxError: the request cannot be served.
+          Overloaded: The worker's queue is full.
+          PeerError: The worker cannot be reached, or failed.
+          CmxError: The request cannot be served.
         """
         answer = await self._answer("POST", "/internal/prefill", body)
-        return _parsed(PrefillAnswer, answer.content, self.url)
+        return _parse(PrefillAnswer, answer.content, self.url)
 
     async def decode(self, body: DecodeRequest) -> AsyncGenerator[DecodeLine, None]:
-        """Continues a prompt; yields what each step gives. Whoever stops listening ends the request there.
+        """Continues a prompt and yields the tokens of each step. Closing the generator ends the request.
 
         Raises:
-          PeerError: it cannot be reached, or failed, or its answer ends without a reason.
-          TransferError: the pages did not come to it.
-          CmxError: the request cannot be served.
+          PeerError: The worker cannot be reached, or failed, or its answer ends without a finish reason.
+          TransferError: The worker could not fetch the pages.
+          CmxError: The request cannot be served.
         """
         ended = False
         try:
-            async with self._client.stream("POST", "/internal/decode", **_sent(body)) as answer:
+            async with self._client.stream(
+                "POST", "/internal/decode", content=body.model_dump_json(), headers=JSON
+            ) as answer:
                 if answer.status_code != 200:
-                    raise _refused(self.url, answer.status_code, await answer.aread())
+                    raise _error_of(self.url, answer.status_code, await answer.aread())
                 async for text in answer.aiter_lines():
-                    line = _parsed(DecodeLine, text, self.url)
+                    line = _parse(DecodeLine, text, self.url)
                     if line.error is not None:
                         raise PeerError(f"{self.url}: {line.error}")
                     ended = line.finish_reason is not None
@@ -107,55 +114,61 @@ class Peer:
         if not ended:
             raise PeerError(f"{self.url} ended its answer before the text")
 
-    async def kv(self, transfer_id: int, what: str) -> bool:
-        """`renew`, `acknowledge` or `withdraw` pages that it keeps; False: it has them no more.
+    async def kv(self, transfer_id: int, action: str) -> bool:
+        """Renews, acknowledges or withdraws pages that the worker keeps.
+
+        Args:
+          transfer_id: Id of the pages' ticket.
+          action: One of `renew`, `acknowledge` and `withdraw`.
+
+        Returns:
+          False if the worker no longer holds the pages.
 
         Raises:
-          PeerError: it cannot be reached.
+          PeerError: The worker cannot be reached.
         """
-        answer = await self._answer("POST", f"/internal/kv/{transfer_id}/{what}", timeout=10.0)
+        answer = await self._answer("POST", f"/internal/kv/{transfer_id}/{action}", timeout=10.0)
         return bool(answer.json()["done"])
 
-    async def timeline(self) -> list[dict[str, Any]]:
-        """Its `Timeline.events`.
+    async def timeline(self) -> list[TraceEvent]:
+        """Returns the `Timeline.events` of the worker.
 
         Raises:
-          PeerError: it cannot be reached.
+          PeerError: The worker cannot be reached.
         """
-        events: list[dict[str, Any]] = (await self._answer("GET", "/internal/trace", timeout=10.0)).json()
+        events: list[TraceEvent] = (await self._answer("GET", "/internal/trace", timeout=10.0)).json()
         return events
 
     async def score(self, prompts: Sequence[Sequence[int]], top: int) -> list[list[TokenLogprob | None]]:
-        """See `Service.score`.
+        """Returns the log-probability of each token of prompts, as `Frontend.score` does.
 
         Raises:
-          PeerError: it cannot be reached, or failed.
-          CmxError: a prompt exceeds the model's context.
+          PeerError: The worker cannot be reached, or failed.
+          CmxError: A prompt exceeds the model's context.
         """
         body = ScoreRequest(prompts=[list(prompt) for prompt in prompts], top=top)
         rows = (await self._answer("POST", "/internal/score", body)).json()
-        return [[None, *heard(row[1:])] for row in rows]
+        return [[None, *logprobs_from_json(row[1:])] for row in rows]
 
     async def _answer(
         self, method: str, path: str, body: BaseModel | None = None, timeout: float | None = None
     ) -> httpx.Response:
-        more: dict[str, Any] = {} if body is None else _sent(body)
-        if timeout is not None:
-            more["timeout"] = timeout
         try:
-            answer = await self._client.request(method, path, **more)
+            answer = await self._client.request(
+                method,
+                path,
+                content=None if body is None else body.model_dump_json(),
+                headers=None if body is None else JSON,
+                timeout=httpx.USE_CLIENT_DEFAULT if timeout is None else timeout,
+            )
         except httpx.HTTPError as error:
             raise _unreachable(self.url, error) from None
         if answer.status_code != 200:
-            raise _refused(self.url, answer.status_code, answer.content, answer.headers.get("retry-after"))
+            raise _error_of(self.url, answer.status_code, answer.content, answer.headers.get("retry-after"))
         return answer
 
 
-def _sent(body: BaseModel) -> dict[str, Any]:
-    return {"content": body.model_dump_json(), "headers": {"Content-Type": "application/json"}}
-
-
-def _parsed(kind: Any, text: str | bytes, url: str) -> Any:
+def _parse(kind: type[M], text: str | bytes, url: str) -> M:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -167,9 +180,8 @@ def _unreachable(url: str, error: httpx.HTTPError) -> PeerError:
     return kind(f"{url} cannot be reached ({str(error) or type(error).__name__})")
 
 
-def _refused(url: str, status: int, content: bytes, retry_after: str | None = None) -> CmxError:
-    """What an answer that is none means: 400 is the request's fault, 502 that of the pages' way, anything
-    else the worker's."""
+def _error_of(url: str, status: int, content: bytes, retry_after: str | None = None) -> CmxError:
+    """Maps an HTTP error to an exception: 429 queue, 400/413 request, 502 KV transfer, otherwise worker."""
     try:
         message = str(json.loads(content)["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -178,5 +190,6 @@ def _refused(url: str, status: int, content: bytes, retry_after: str | None = No
         return Overloaded(message, float(retry_after or 1))
     if status in (400, 413):
         return CmxError(message)
-    kind = {502: TransferError, 503: Refused}.get(status, PeerError)
-    return kind(f"{url}: {message}")
+    kind: Any = {502: TransferError, 503: Refused}.get(status, PeerError)
+    error: CmxError = kind(f"{url}: {message}")
+    return error

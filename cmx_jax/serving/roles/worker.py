@@ -1,4 +1,4 @@
-"""A process that prefills or decodes for a router: `Service` behind a few routes."""
+"""A worker, which prefills or decodes for a router: HTTP routes over a `Service`."""
 
 import asyncio
 import contextlib
@@ -24,12 +24,14 @@ from cmx_jax.serving.kv import Ticket, TransferError, fetch
 from cmx_jax.serving.roles.messages import (
     DecodeLine,
     DecodeRequest,
+    InstanceStatus,
     PrefillAnswer,
     PrefillRequest,
     ScoreRequest,
+    TraceEvent,
     WorkerStatus,
-    heard,
-    said,
+    logprobs_from_json,
+    logprobs_to_json,
 )
 from cmx_jax.serving.roles.peer import Peer, PeerError
 from cmx_jax.serving.scheduling.request import Request as Prompt
@@ -39,21 +41,21 @@ from cmx_jax.serving.service.service import Service
 
 routes = APIRouter(prefix="/internal")
 MAX_BODY_BYTES = 64 << 20
-FETCHES = 64  # at once; one that hangs holds up no other one
+FETCHES = 64  # at once, so that a fetch that hangs does not block others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """What a worker's routes work on.
+    """State of a worker's routes.
 
     Attributes:
-      role: `prefill` or `decode`.
-      deployment: its instances, of one kind.
-      service: over their engine.
-      fingerprint: of their pages.
-      secret: that all roles share.
-      senders: prefill workers whose pages were fetched, by URL.
-      fetching: the threads that do so.
+      role: Role of the worker, `prefill` or `decode`.
+      deployment: Instances of the worker, all of one kind.
+      service: Service over the instances' engine.
+      fingerprint: Fingerprint of the instances' pages.
+      secret: Secret that all processes share.
+      senders: Clients of the prefill workers from which pages were fetched, by URL.
+      fetching: Threads that fetch pages.
     """
 
     role: str
@@ -65,10 +67,10 @@ class Worker:
     fetching: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(FETCHES, "kv-fetch"))
 
     def sender(self, control: str) -> Peer:
-        """A prefill worker.
+        """Returns the client of a prefill worker.
 
         Raises:
-          CmxError: the URL is none.
+          CmxError: The URL is invalid.
         """
         if control not in self.senders:
             self.senders[control] = Peer(control, self.secret)
@@ -76,7 +78,7 @@ class Worker:
 
 
 def make_worker(worker: Worker) -> FastAPI:
-    """A worker's app; its lifespan is the service's."""
+    """Makes a worker's app. Its lifespan starts and stops the service."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -95,13 +97,13 @@ def make_worker(worker: Worker) -> FastAPI:
     errors.handle(app)
     app.include_router(routes)
     app.add_api_route("/health", health)
-    app.add_middleware(BodyLimit, most=MAX_BODY_BYTES)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(Keys, keys=[worker.secret], admin=[])
     return app
 
 
 async def health(request: Request) -> JSONResponse:
-    """200 while requests are taken."""
+    """Answers 200 while requests are taken, else 503."""
     service = request.app.state.worker.service
     well = not (service.draining or service.broken)
     return JSONResponse({"status": "ok" if well else service.broken or "draining"}, 200 if well else 503)
@@ -109,7 +111,7 @@ async def health(request: Request) -> JSONResponse:
 
 @routes.get("/status")
 async def status(request: Request) -> WorkerStatus:
-    """Who this is, and how much there is to do."""
+    """Returns the worker's identity and load."""
     worker: Worker = request.app.state.worker
     service = worker.service
     return WorkerStatus(
@@ -119,44 +121,47 @@ async def status(request: Request) -> WorkerStatus:
         fingerprint=vars(worker.fingerprint),
         draining=service.draining,
         broken=service.broken,
-        instances=service.instances(worker.deployment.npus),
+        instances=[
+            InstanceStatus.model_validate(row, from_attributes=True)
+            for row in service.instances(worker.deployment.npus)
+        ],
         counts=service.counts(),
         kv={"waiting": service.engine.outbox.waiting, **service.engine.outbox.counts},
     )
 
 
 @routes.get("/trace")
-async def trace(request: Request) -> list[dict[str, Any]]:
-    """What happened here."""
-    events: list[dict[str, Any]] = request.app.state.worker.service.engine.timeline.events()
+async def trace(request: Request) -> list[TraceEvent]:
+    """Returns the newest events of requests and steps."""
+    events: list[TraceEvent] = request.app.state.worker.service.engine.timeline.events()
     return events
 
 
 @routes.post("/prefill")
 async def prefill(body: PrefillRequest, request: Request) -> Response:
-    """Runs a prompt; its pages wait for whoever has the ticket."""
+    """Runs a prompt. Its pages are kept until they are fetched with the ticket in the answer."""
     service = request.app.state.worker.service
-    params, asked = body.params.sampling(), []
+    params, submitted = body.params.to_sampling(), []
 
     def submit() -> Prompt:
-        of = service.engine.submit(body.prompt, params, priority=body.priority, namespace=body.namespace)
-        of.transfer_id = body.transfer_id
-        asked.append(of)
-        return of
+        prompt = service.engine.submit(body.prompt, params, priority=body.priority, namespace=body.namespace)
+        prompt.transfer_id = body.transfer_id
+        submitted.append(prompt)
+        return prompt
 
     try:
         generation = await service.submit_all(submit)
-        chunk = await unless_gone(request, _prefilled(generation))
+        chunk = await unless_gone(request, _first_chunk(generation))
         if await request.is_disconnected():
             raise Gone
     except BaseException:
         with contextlib.suppress(Unavailable):
-            await _forgotten(service, asked)
+            await _withdraw(service, submitted)
         raise
     ticket = service.engine.tickets.pop(chunk.request, None)
     answer = PrefillAnswer(
         token=chunk.tokens[0],
-        logprob=said(chunk.logprobs)[0] if chunk.logprobs else None,
+        logprob=logprobs_to_json(chunk.logprobs)[0] if chunk.logprobs else None,
         drafts=chunk.request.drafts,
         reused_tokens=chunk.request.cached_tokens,
         finish_reason=None if ticket else chunk.finish_reason,
@@ -165,40 +170,43 @@ async def prefill(body: PrefillRequest, request: Request) -> Response:
     return JSONResponse(answer.model_dump())
 
 
-async def _prefilled(generation: Generation) -> Chunk:
+async def _first_chunk(generation: Generation) -> Chunk:
     try:
         return await anext(generation)
     finally:
         generation.close()
 
 
-async def _forgotten(service: Service, asked: list[Prompt]) -> None:
-    """Withdraws pages whose ticket nobody was given. The cancellation comes before this: at last they are
-    either there, or never will be."""
+async def _withdraw(service: Service, prompts: list[Prompt]) -> None:
+    """Withdraws pages whose ticket was not sent.
+
+    The engine handles the cancellation before this call, so the pages are either there by now, or never will
+    be.
+    """
     engine = service.engine
-    tickets = await service.call(lambda: [engine.tickets.pop(of, None) for of in asked])
+    tickets = await service.call(lambda: [engine.tickets.pop(prompt, None) for prompt in prompts])
     for ticket in filter(None, tickets):
         engine.outbox.withdraw(ticket.transfer_id)
 
 
-@routes.post("/kv/{transfer_id}/{what}")
-async def kv(transfer_id: int, what: str, request: Request) -> dict[str, bool]:
-    """`renew`, `acknowledge` or `withdraw` what was prefilled here; False: it is gone."""
+@routes.post("/kv/{transfer_id}/{action}")
+async def kv(transfer_id: int, action: str, request: Request) -> dict[str, bool]:
+    """Renews, acknowledges or withdraws pages that were prefilled here; false if they are no longer held."""
     outbox = request.app.state.worker.service.engine.outbox
     calls = {"renew": outbox.renew, "acknowledge": outbox.acknowledge, "withdraw": outbox.withdraw}
-    if what not in calls:
-        raise CmxError(f"{what!r} of a ticket, expected one of {', '.join(calls)}")
-    return {"done": await asyncio.to_thread(calls[what], transfer_id)}
+    if action not in calls:
+        raise CmxError(f"{action!r} of a ticket, expected one of {', '.join(calls)}")
+    return {"done": await asyncio.to_thread(calls[action], transfer_id)}
 
 
 @routes.post("/decode")
 async def decode(body: DecodeRequest, request: Request) -> Response:
-    """Fetches a prompt's pages and continues it, a line for each step."""
+    """Fetches a prompt's pages and continues the prompt; the answer has one line for each step."""
     worker: Worker = request.app.state.worker
     if worker.service.draining:
         raise Unavailable("the worker is shutting down: its requests go to others")
-    params, ticket = body.params.sampling(), Ticket.from_dict(body.kv_transfer_params)
-    pages = await unless_gone(request, _fetched(worker, body.control, ticket))
+    params, ticket = body.params.to_sampling(), Ticket.from_dict(body.kv_transfer_params)
+    pages = await unless_gone(request, _fetch_pages(worker, body.control, ticket))
     engine = worker.service.engine
     generation = await worker.service.submit_all(
         lambda: engine.receive(
@@ -208,35 +216,35 @@ async def decode(body: DecodeRequest, request: Request) -> Response:
             drafts=body.drafts,
             pages=pages,
             priority=body.priority,
-            logprob=heard([body.logprob])[0] if body.logprob else None,
+            logprob=logprobs_from_json([body.logprob])[0] if body.logprob else None,
         ),
         already_sent=1,
     )
     return Stream(_lines(generation), generation, "application/x-ndjson")
 
 
-async def _fetched(worker: Worker, control: str, ticket: Ticket) -> Any:
-    """Pages, and the news to their sender that it may free them."""
+async def _fetch_pages(worker: Worker, control: str, ticket: Ticket) -> Any:
+    """Fetches pages, and acknowledges them so that their sender can free them."""
     engine, sender = worker.service.engine, worker.sender(control)
     tree = jax.tree.structure(engine.decode.programs.cache.pages)
     try:
-        there = await sender.kv(ticket.transfer_id, "renew")
+        renewed = await sender.kv(ticket.transfer_id, "renew")
     except PeerError as error:
         raise TransferError(f"the pages cannot be fetched: {error}") from None
-    if not there:
+    if not renewed:
         raise TransferError(f"{control} does not have the pages any more: their lease has ended")
-    heartbeat = asyncio.create_task(_renewing(sender, ticket))
+    heartbeat = asyncio.create_task(_renew(sender, ticket))
     pull = functools.partial(fetch, ticket, engine.outbox.transport, worker.fingerprint, tree)
     try:
         pages = await asyncio.get_running_loop().run_in_executor(worker.fetching, pull)
     finally:
         heartbeat.cancel()
-    with contextlib.suppress(CmxError):  # they are here; there the lease ends
+    with contextlib.suppress(CmxError):  # the pages have arrived; at the sender, their lease ends
         await sender.kv(ticket.transfer_id, "acknowledge")
     return pages
 
 
-async def _renewing(sender: Peer, ticket: Ticket) -> None:
+async def _renew(sender: Peer, ticket: Ticket) -> None:
     while True:
         await asyncio.sleep(ticket.lease_s / 3)
         with contextlib.suppress(CmxError):
@@ -247,7 +255,9 @@ async def _lines(generation: Generation) -> AsyncIterator[bytes]:
     try:
         async for chunk in generation:
             line = DecodeLine(
-                tokens=chunk.tokens, logprobs=said(chunk.logprobs), finish_reason=chunk.finish_reason
+                tokens=chunk.tokens,
+                logprobs=logprobs_to_json(chunk.logprobs),
+                finish_reason=chunk.finish_reason,
             )
             yield line.model_dump_json().encode() + b"\n"
     except Interrupted as error:
@@ -256,7 +266,7 @@ async def _lines(generation: Generation) -> AsyncIterator[bytes]:
 
 @routes.post("/score")
 async def score(body: ScoreRequest, request: Request) -> Response:
-    """Log-probabilities of given tokens; the first one of each text has none."""
+    """Returns the log-probability of each token of prompts; the first token of a prompt has none."""
     worker: Worker = request.app.state.worker
     scores: Sequence[Sequence[Any]] = await worker.service.score(body.prompts, body.top)
-    return JSONResponse([[None, *said(list(of[1:]))] for of in scores])
+    return JSONResponse([[None, *logprobs_to_json(list(row[1:]))] for row in scores])

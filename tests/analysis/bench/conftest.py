@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 from cmx_jax.serving.deploy.deployment import Deployment, colocated, warm_up
 
@@ -26,7 +26,7 @@ def deployment() -> Deployment:
 
 @pytest.fixture(scope="module")
 def server(deployment: Deployment) -> Iterator[Running]:
-    with serving(deployment) as running:
+    with start_server(deployment) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 from cmx_jax.cli import main
 from cmx_jax.serving.ems import MPServer, Pool
@@ -175,7 +175,7 @@ def test_a_warm_cache_is_said(capsys, deployment, tmp_path: Path) -> None:
     pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 24, disk=1 << 26)})
     deployment.cache(pool, block)
     try:
-        with serving(deployment) as running:
+        with start_server(deployment) as running:
             options = [
                 "--random-input-len",
                 str(2 * block + 5),
@@ -198,7 +198,7 @@ def test_a_warm_cache_is_said(capsys, deployment, tmp_path: Path) -> None:
 
 
 def test_overload_is_failures_and_in_no_mean(capsys, server: Running, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(server.served.deployment.engine, "limits", QueueLimits(max_num_queued_reqs=2))
+    monkeypatch.setattr(server.context.deployment.engine, "limits", QueueLimits(max_num_queued_reqs=2))
     options = [*SHORT, "--num-prompts", "30", "--plot-timeline", str(tmp_path / "timeline.png")]
     d = measured(capsys, server.url, *options)
     check(d)
@@ -257,7 +257,7 @@ def test_numbers_are_printed_where_a_file_cannot_be_written(capsys, server: Runn
 
 
 def test_a_wrong_key_is_one_line(capsys, deployment) -> None:
-    with serving(deployment, api_keys=["right"]) as running:
+    with start_server(deployment, api_keys=["right"]) as running:
         line = refused(capsys, "--base-url", running.url, "--api-key", "wrong", *SHORT)
         assert "refuses the API key (the key is missing or wrong" in line
         d = measured(capsys, running.url, "--api-key", "right", *SHORT, "--num-prompts", "2")
@@ -265,7 +265,7 @@ def test_a_wrong_key_is_one_line(capsys, deployment) -> None:
 
 
 def test_keys_may_come_from_the_environment(capsys, deployment, monkeypatch) -> None:
-    with serving(deployment, api_keys=["right"]) as running:
+    with start_server(deployment, api_keys=["right"]) as running:
         for name in ("OPENAI_API_KEY", "CMX_API_KEY"):
             monkeypatch.setenv(name, "right")
             assert measured(capsys, running.url, *SHORT, "--num-prompts", "1")["completed"] == 1
@@ -307,7 +307,7 @@ def test_what_does_not_fit_the_server_is_one_line(capsys, server, arguments, mes
         (("--burstiness", "-1"), "burstiness is -1, expected above zero"),
         (("--random-range-ratio", "1"), "range_ratio is 1, expected zero or more, below 1"),
         (("--random-input-len", "0"), "a prompt's length is 0, expected at least 1"),
-        (("--prefix-len", "3"), "--prefix-len is of --dataset-name shared-prefix: leave it out"),
+        (("--prefix-len", "3"), "--prefix-len is for --dataset-name shared-prefix: leave it out"),
         (("--dataset-name", "mooncake"), "needs --dataset-path FILE"),
         (("--dataset-name", "mooncake", "--dataset-path", "/no"), "--dataset-path /no: No such file"),
         (("--dataset-name", "mooncake", "--dataset-path", "/no", "--request-rate", "1"), "has its own times"),

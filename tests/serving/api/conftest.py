@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 import cmx_jax
 from cmx_jax.serving.deploy.deployment import Deployment, colocated
@@ -14,17 +14,17 @@ from cmx_jax.serving.ems import MPServer, Pool
 
 @pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """With a caching pool, as `cmx serve` has one."""
-    made = colocated("tiny")
+    """The model with a caching pool, as `cmx serve` starts it."""
+    served_model = colocated("tiny")
     pool = Pool({"here": MPServer(tmp_path_factory.mktemp("pool"), dram=1 << 24, disk=1 << 26)})
-    made.cache(pool, block=128)
-    yield made
+    served_model.cache(pool, block=128)
+    yield served_model
     pool.close()
 
 
 @pytest.fixture(scope="module")
 def server(deployment: Deployment) -> Iterator[Running]:
-    with serving(deployment) as running:
+    with start_server(deployment) as running:
         yield running
 
 

@@ -10,7 +10,7 @@ import httpx
 import openai
 
 from cmx_jax.serving.api.app import make_app
-from cmx_jax.serving.api.served import Limits, Served
+from cmx_jax.serving.api.context import ApiContext, Limits
 from cmx_jax.serving.api.template import ChatTemplate
 from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.http.server import Server, bind, url
@@ -22,7 +22,7 @@ class Running:
     """A server that answers."""
 
     url: str
-    served: Served
+    context: ApiContext
     http: httpx.Client
 
     @property
@@ -30,11 +30,11 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def idle(self) -> bool:
-        """Whether nothing is left in the engine; what is cancelled may take a step to go."""
-        engine, until = self.served.deployment.engine, time.monotonic() + 20
+        """Returns whether the engine becomes empty; a cancelled request may take one more step to end."""
+        engine, until = self.context.deployment.engine, time.monotonic() + 20
         while time.monotonic() < until:
             if not (
-                self.served.service.live
+                self.context.service.live
                 or engine.waiting
                 or any(i.allocator.places for i in engine.instances)
             ):
@@ -44,22 +44,27 @@ class Running:
 
 
 @contextmanager
-def serving(deployment: Deployment, limits: Limits | None = None, **keys: list[str]) -> Iterator[Running]:
+def start_server(
+    deployment: Deployment, limits: Limits | None = None, **keys: list[str]
+) -> Iterator[Running]:
     """Serves a deployment on a thread until the block ends."""
-    served = Served(
+    context = ApiContext(
         name="tiny",
         deployment=deployment,
         service=Service(deployment.engine),
         template=ChatTemplate.read(deployment.model.directory),
         limits=limits or Limits(),
     )
-    server, ready = Server(make_app(served, **keys), served.service, shutdown_timeout_s=5), threading.Event()
+    server, ready = (
+        Server(make_app(context, **keys), context.service, shutdown_timeout_s=5),
+        threading.Event(),
+    )
     with bind("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=server.run_on, args=(sock, ready.set), daemon=True)
         thread.start()
         assert ready.wait(30)
         with httpx.Client(base_url=url(sock), timeout=120) as http:
-            yield Running(url(sock), served, http)
+            yield Running(url(sock), context, http)
         server._loop.call_soon_threadsafe(server.stop)
         thread.join(30)
         assert not thread.is_alive()

@@ -22,16 +22,18 @@ def expected(llm: LLM):
     return llm.generate(PROMPT, max_new_tokens=12)[0]
 
 
-def test_a_conversation_is_continued_as_one_text(client, expected) -> None:
-    found = client.chat.completions.create(messages=TURNS, max_completion_tokens=12, **GREEDY)
-    message = found.choices[0].message
+def test_chat_greedy(client, expected) -> None:
+    """A conversation is continued as one text."""
+    result = client.chat.completions.create(messages=TURNS, max_completion_tokens=12, **GREEDY)
+    message = result.choices[0].message
     assert (message.role, message.content) == ("assistant", expected.text)
-    assert found.choices[0].finish_reason == expected.finish_reason
-    assert found.usage.prompt_tokens == len(expected.prompt_tokens)
-    assert found.usage.completion_tokens == len(expected.tokens)
+    assert result.choices[0].finish_reason == expected.finish_reason
+    assert result.usage.prompt_tokens == len(expected.prompt_tokens)
+    assert result.usage.completion_tokens == len(expected.tokens)
 
 
-def test_a_stream_begins_with_the_role(client, expected) -> None:
+def test_chat_stream(client, expected) -> None:
+    """A stream begins with the role."""
     events = list(
         client.chat.completions.create(
             messages=TURNS, max_tokens=12, n=2, stream=True, stream_options={"include_usage": True}, **GREEDY
@@ -46,24 +48,26 @@ def test_a_stream_begins_with_the_role(client, expected) -> None:
     assert events[-1].usage.completion_tokens == 2 * len(expected.tokens)
 
 
-def test_the_rest_of_the_context_is_the_default(client, llm) -> None:
-    found = client.chat.completions.create(
+def test_chat_default_max_tokens(client, llm) -> None:
+    """The rest of the context is the default."""
+    result = client.chat.completions.create(
         messages=[{"role": "user", "content": "the " * 500}], extra_body={"ignore_eos": True}, **GREEDY
     )
-    assert found.usage.total_tokens == 512
-    assert found.choices[0].finish_reason == "length"
+    assert result.usage.total_tokens == 512
+    assert result.choices[0].finish_reason == "length"
 
 
-def test_logprobs_are_those_of_completions(client) -> None:
+def test_chat_logprobs(client) -> None:
+    """Log-probabilities equal those of `/v1/completions`."""
     of_chat = client.chat.completions.create(
         messages=TURNS, max_tokens=6, logprobs=True, top_logprobs=2, **GREEDY
     )
     [plain] = client.completions.create(prompt=PROMPT, max_tokens=6, logprobs=2, **GREEDY).choices
-    said = of_chat.choices[0].logprobs.content
-    assert [of.token for of in said] == plain.logprobs.tokens
-    assert [of.logprob for of in said] == plain.logprobs.token_logprobs
-    assert [{t.token: t.logprob for t in of.top_logprobs} for of in said] == plain.logprobs.top_logprobs
-    assert all(bytes(of.bytes).decode() == of.token for of in said)
+    scores = of_chat.choices[0].logprobs.content
+    assert [item.token for item in scores] == plain.logprobs.tokens
+    assert [item.logprob for item in scores] == plain.logprobs.token_logprobs
+    assert [{t.token: t.logprob for t in item.top_logprobs} for item in scores] == plain.logprobs.top_logprobs
+    assert all(bytes(item.bytes).decode() == item.token for item in scores)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,8 @@ RENDERED = '<s><user>"é\\n"\n<assistant>'
         },
     ],
 )
-def test_a_checkpoint_s_template_is_found_and_rendered_as_hugging_face_does(tmp_path, files) -> None:
+def test_chat_template_matches_hugging_face(tmp_path, files) -> None:
+    """The checkpoint's template is found, and renders the same text as Hugging Face's tokenizers."""
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     template = ChatTemplate.read(tmp_path)
@@ -124,7 +129,8 @@ def test_a_checkpoint_s_template_is_found_and_rendered_as_hugging_face_does(tmp_
         template.render([{"role": "tool", "content": ""}])
 
 
-def test_a_template_cannot_leave_its_sandbox() -> None:
+def test_chat_template_sandbox() -> None:
+    """A template cannot leave its sandbox."""
     escape = ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}", {})
     with pytest.raises(CmxError, match="unsafe"):
         escape.render([])
@@ -139,11 +145,13 @@ def test_a_template_cannot_leave_its_sandbox() -> None:
         ("tokenizer_config.json", "{", "tokenizer_config.json: cannot be read"),
     ],
 )
-def test_a_broken_template_is_refused_in_one_line(tmp_path, name, text, message) -> None:
+def test_chat_template_broken(tmp_path, name, text, message) -> None:
+    """A broken template is refused with one line."""
     (tmp_path / name).write_text(text)
     with pytest.raises(CmxError, match=message):
         ChatTemplate.read(tmp_path)
 
 
-def test_no_template_is_none(tmp_path) -> None:
+def test_chat_template_missing(tmp_path) -> None:
+    """A checkpoint without a template has none."""
     assert ChatTemplate.read(tmp_path) is None

@@ -23,26 +23,29 @@ def log_softmax(rows: np.ndarray) -> np.ndarray:
     return rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
 
 
-def test_greedy_text_equals_the_python_api(client, expected) -> None:
-    found = client.completions.create(prompt=PROMPTS, max_tokens=24, **GREEDY)
-    assert [c.index for c in found.choices] == [0, 1, 2]
-    assert [c.text for c in found.choices] == [e.text for e in expected]
-    assert [c.finish_reason for c in found.choices] == [e.finish_reason for e in expected]
-    usage = found.usage
+def test_completion_greedy(client, expected) -> None:
+    """Greedy text equals that of the Python API."""
+    result = client.completions.create(prompt=PROMPTS, max_tokens=24, **GREEDY)
+    assert [c.index for c in result.choices] == [0, 1, 2]
+    assert [c.text for c in result.choices] == [e.text for e in expected]
+    assert [c.finish_reason for c in result.choices] == [e.finish_reason for e in expected]
+    usage = result.usage
     assert usage.prompt_tokens == sum(len(e.prompt_tokens) for e in expected)
     assert usage.completion_tokens == sum(len(e.tokens) for e in expected)
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     assert usage.prompt_tokens_details.cached_tokens == 0
 
 
-def test_token_ids_are_prompts_too(client, expected) -> None:
+def test_completion_token_ids(client, expected) -> None:
+    """Prompts may be token ids."""
     ids = [e.prompt_tokens for e in expected]
     for prompt, texts in ((ids, expected), (ids[1], expected[1:2])):
-        found = client.completions.create(prompt=prompt, max_tokens=24, **GREEDY)
-        assert [c.text for c in found.choices] == [e.text for e in texts]
+        result = client.completions.create(prompt=prompt, max_tokens=24, **GREEDY)
+        assert [c.text for c in result.choices] == [e.text for e in texts]
 
 
-def test_a_stream_s_pieces_are_the_same_text(client, expected) -> None:
+def test_completion_stream(client, expected) -> None:
+    """The pieces of a stream form the same text."""
     texts, ends, usages = [""] * 3, [None] * 3, []
     options = {"include_usage": True}
     for event in client.completions.create(
@@ -59,9 +62,10 @@ def test_a_stream_s_pieces_are_the_same_text(client, expected) -> None:
     assert usages[-1].completion_tokens == sum(len(e.tokens) for e in expected)
 
 
-def test_choices_are_those_of_seeds_in_order(client, llm) -> None:
+def test_completion_choices_and_seeds(client, llm) -> None:
+    """Choices are those of consecutive seeds, in order."""
     draw = {"temperature": 0.9, "top_p": 0.95}
-    found = client.completions.create(
+    result = client.completions.create(
         model="tiny", prompt=PROMPTS[:2], max_tokens=8, n=2, seed=2**32 - 1, **draw
     )
     expected = [
@@ -69,51 +73,56 @@ def test_choices_are_those_of_seeds_in_order(client, llm) -> None:
         for prompt in PROMPTS[:2]
         for seed in (2**32 - 1, 0)
     ]
-    assert [c.text for c in found.choices] == expected
+    assert [c.text for c in result.choices] == expected
 
 
-def test_without_a_seed_answers_differ(client) -> None:
+def test_completion_without_seed(client) -> None:
+    """Answers without a seed differ."""
     ask = {"model": "tiny", "prompt": "It is", "max_tokens": 12}
     assert len({client.completions.create(**ask).choices[0].text for _ in range(3)}) > 1
 
 
-def test_max_tokens_is_16_by_default(client) -> None:
-    found = client.completions.create(prompt="It is", extra_body={"ignore_eos": True}, **GREEDY)
-    assert found.usage.completion_tokens == 16
+def test_completion_default_max_tokens(client) -> None:
+    """The default of `max_tokens` is 16."""
+    result = client.completions.create(prompt="It is", extra_body={"ignore_eos": True}, **GREEDY)
+    assert result.usage.completion_tokens == 16
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_text_ends_before_a_stop_string_and_the_request_with_it(server: Running, expected, stream) -> None:
-    whole = expected[0].text
-    stop = whole[10:13]
-    found = server.openai.completions.create(
+def test_completion_stop_string(server: Running, expected, stream) -> None:
+    """The text ends before a stop string, and the request ends with it."""
+    full = expected[0].text
+    stop = full[10:13]
+    result = server.openai.completions.create(
         prompt=PROMPTS[0], max_tokens=500, stop=["\x00", stop], stream=stream, **GREEDY
     )
-    events = list(found) if stream else [found]
-    assert "".join(e.choices[0].text for e in events) == whole[: whole.index(stop)]
+    events = list(result) if stream else [result]
+    assert "".join(e.choices[0].text for e in events) == full[: full.index(stop)]
     assert events[-1].choices[0].finish_reason == "stop"
     assert server.idle()
 
 
-def test_stop_token_ids_end_a_text(client, expected) -> None:
+def test_completion_stop_token_ids(client, expected) -> None:
+    """Stop token ids end the text."""
     tokens = expected[0].tokens
     stop = tokens[5]
-    found = client.completions.create(
+    result = client.completions.create(
         prompt=PROMPTS[0], max_tokens=24, extra_body={"stop_token_ids": [stop]}, **GREEDY
     )
-    assert found.usage.completion_tokens == tokens.index(stop) + 1
-    assert found.choices[0].finish_reason == "stop"
+    assert result.usage.completion_tokens == tokens.index(stop) + 1
+    assert result.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_of_generated_tokens_are_the_dense_reference_s(client, expected, stream) -> None:
+def test_completion_logprobs(client, expected, stream) -> None:
+    """Log-probabilities of generated tokens equal those of the dense reference."""
     prompt, tokens = expected[0].prompt_tokens, expected[0].tokens[:10]
     events = client.completions.create(prompt=prompt, max_tokens=10, logprobs=3, stream=stream, **GREEDY)
     parts = [e.choices[0].logprobs for e in (events if stream else [events]) if e.choices[0].logprobs]
-    said = log_softmax(logits(locate("tiny"), np.asarray(prompt + tokens)))[len(prompt) - 1 : -1]
+    scores = log_softmax(logits(locate("tiny"), np.asarray(prompt + tokens)))[len(prompt) - 1 : -1]
     got = [x for p in parts for x in p.token_logprobs]
-    np.testing.assert_allclose(got, said[np.arange(10), tokens], atol=1e-4)
-    for top, row in zip([x for p in parts for x in p.top_logprobs], said, strict=True):
+    np.testing.assert_allclose(got, scores[np.arange(10), tokens], atol=1e-4)
+    for top, row in zip([x for p in parts for x in p.top_logprobs], scores, strict=True):
         np.testing.assert_allclose(sorted(top.values()), np.sort(row)[-3:], atol=1e-4)
     texts = [x for p in parts for x in p.tokens]
     offsets = [x for p in parts for x in p.text_offset]
@@ -122,7 +131,8 @@ def test_logprobs_of_generated_tokens_are_the_dense_reference_s(client, expected
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
 @pytest.mark.parametrize("stream", [False, True])
-def test_echo_scores_prompts_as_lm_evaluation_harness_asks(client, llm, max_tokens, stream) -> None:
+def test_completion_echo_logprobs(client, llm, max_tokens, stream) -> None:
+    """`echo` scores prompts in the way that lm-evaluation-harness uses."""
     prompts = [llm.model.encode(p) for p in ("The json module", "Open a file" * 20)]
     events = client.completions.create(
         prompt=prompts, max_tokens=max_tokens, logprobs=1, echo=True, seed=1234, stream=stream, **GREEDY
@@ -141,19 +151,20 @@ def test_echo_scores_prompts_as_lm_evaluation_harness_asks(client, llm, max_toke
         assert len(tokens) == len(top) == len(ids) + max_tokens
         assert tokens[0] is None
         assert top[0] is None
-        said = log_softmax(logits(locate("tiny"), np.asarray(ids)))
-        np.testing.assert_allclose(tokens[1 : len(ids)], said[np.arange(len(ids) - 1), ids[1:]], atol=1e-4)
+        scores = log_softmax(logits(locate("tiny"), np.asarray(ids)))
+        np.testing.assert_allclose(tokens[1 : len(ids)], scores[np.arange(len(ids) - 1), ids[1:]], atol=1e-4)
         np.testing.assert_allclose(
-            [max(of.values()) for of in top[1 : len(ids)]], said[:-1].max(axis=1), atol=1e-4
+            [max(item.values()) for item in top[1 : len(ids)]], scores[:-1].max(axis=1), atol=1e-4
         )
         assert offsets == [len("".join(texts[:n])) for n in range(len(texts))]
 
 
-def test_echo_without_logprobs_repeats_the_prompt(client, expected) -> None:
-    found = client.completions.create(prompt=PROMPTS[0], max_tokens=4, echo=True, **GREEDY)
-    assert found.choices[0].text.startswith(PROMPTS[0])
-    assert expected[0].text.startswith(found.choices[0].text.removeprefix(PROMPTS[0]))
-    assert found.choices[0].logprobs is None
+def test_completion_echo(client, expected) -> None:
+    """`echo` without `logprobs` repeats the prompt."""
+    result = client.completions.create(prompt=PROMPTS[0], max_tokens=4, echo=True, **GREEDY)
+    assert result.choices[0].text.startswith(PROMPTS[0])
+    assert expected[0].text.startswith(result.choices[0].text.removeprefix(PROMPTS[0]))
+    assert result.choices[0].logprobs is None
 
 
 MISTAKES = [
@@ -163,9 +174,9 @@ MISTAKES = [
     ({"prompt": [True]}, "prompt: expected text, token ids, or a list"),
     ({"prompt": ["a", [1]]}, "prompt: expected text, token ids, or a list"),
     ({"prompt": [2048]}, r"token id 2048, expected ids in \[0, 2048\)"),
-    ({"prompt": "x " * 600}, "there is room for"),
+    ({"prompt": "x " * 600}, "exceeds max_model_len, 512 tokens"),
     ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),
-    ({"max_tokens": 512}, "exceed the 512 tokens that there is room for"),
+    ({"max_tokens": 512}, "and max_tokens 512 exceeds max_model_len, 512 tokens"),
     ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
     ({"temperature": -1}, "temperature is -1.0, expected zero or more"),
     ({"top_p": 0}, "top_p is 0.0, expected in"),
@@ -180,12 +191,13 @@ MISTAKES = [
     ({"logit_bias": {"5": 1}}, "field 'logit_bias' is not supported"),
     ({"best_of": 2}, "field 'best_of' is not supported"),
     ({"max_token": 5}, "field 'max_token' is unknown: leave it out"),
-    ({"stream_options": {"include_usage": True}}, "field 'stream_options' is of streams only"),
+    ({"stream_options": {"include_usage": True}}, "field 'stream_options' is for streams only"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "message"), MISTAKES)
-def test_a_mistake_is_one_line_in_openai_s_form(client, fields, message) -> None:
+def test_completion_invalid(client, fields, message) -> None:
+    """A mistake is reported in one line, in OpenAI's form."""
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         client.post("/completions", body={"prompt": "x", **GREEDY, **fields}, cast_to=object)
     error = caught.value.response.json()["error"]
@@ -194,12 +206,14 @@ def test_a_mistake_is_one_line_in_openai_s_form(client, fields, message) -> None
     assert set(error) == {"message", "type", "param", "code"}
 
 
-def test_fields_that_change_nothing_are_taken(client) -> None:
+def test_completion_neutral_fields(client) -> None:
+    """Fields that change nothing are accepted."""
     harmless = {"user": "me", "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "suffix": None}
     client.post("/completions", body={"prompt": "x", "max_tokens": 1, **GREEDY, **harmless}, cast_to=object)
 
 
-def test_another_model_is_not_found(client) -> None:
+def test_completion_another_model(client) -> None:
+    """A request for another model gets 404."""
     with pytest.raises(openai.NotFoundError, match="model 'gpt-4' is not served here, expected 'tiny'"):
         client.completions.create(model="gpt-4", prompt="x")
     with pytest.raises(openai.NotFoundError, match="is not served here"):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 from cmx_jax.serving.scheduling.waiting import QueueLimits
 
@@ -18,7 +18,7 @@ SHORT = LONG | {"max_tokens": 4}
 
 @pytest.fixture(scope="module")
 def server(deployment) -> Iterator[Running]:
-    with serving(deployment, admin_keys=["root"]) as running:
+    with start_server(deployment, admin_keys=["root"]) as running:
         assert running.http.post("/v1/completions", json=SHORT).status_code == 200  # compiles
         yield running
 
@@ -40,7 +40,8 @@ def until(condition) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_client_that_leaves_a_stream_ends_its_requests(server, n) -> None:
+def test_disconnect_during_stream(server, n) -> None:
+    """The requests of a client that leaves a stream end."""
     before = ended(server, "abort")
     with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": n}) as answer:
         lines = answer.iter_lines()  # which leaves when it is forgotten
@@ -50,7 +51,8 @@ def test_a_client_that_leaves_a_stream_ends_its_requests(server, n) -> None:
     assert ended(server, "abort") == before + n
 
 
-def test_a_client_that_leaves_an_answer_ends_it(server) -> None:
+def test_disconnect_before_answer(server) -> None:
+    """A request ends when its client leaves before the answer."""
     before = ended(server, "abort")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=0.3)
@@ -58,7 +60,7 @@ def test_a_client_that_leaves_an_answer_ends_it(server) -> None:
     assert ended(server, "abort") == before + 1
 
 
-def test_a_client_that_leaves_the_queue_is_forgotten_and_others_go_on(server) -> None:
+def test_disconnect_while_queued(server) -> None:
     """Forty choices are more than there are rows: the last ones wait."""
     before = ended(server, "abort")
     with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 32}) as answer:
@@ -72,8 +74,9 @@ def test_a_client_that_leaves_the_queue_is_forgotten_and_others_go_on(server) ->
     assert server.idle()
 
 
-def test_a_full_queue_is_429_and_says_when_to_come_again(server, monkeypatch) -> None:
-    engine = server.served.deployment.engine
+def test_full_queue(server, monkeypatch) -> None:
+    """A full queue answers 429 with a Retry-After header."""
+    engine = server.context.deployment.engine
     with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 33}) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -88,16 +91,17 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(server, monkeypatch) ->
     assert server.idle()
 
 
-def test_prompts_of_a_refused_call_are_not_served_in_part(server, monkeypatch) -> None:
-    engine = server.served.deployment.engine
+def test_full_queue_refuses_all_prompts(server, monkeypatch) -> None:
+    """No prompt of a refused call is served."""
+    engine = server.context.deployment.engine
     monkeypatch.setattr(engine, "limits", QueueLimits(max_num_queued_reqs=2))
     refused = server.http.post("/v1/completions", json=LONG | {"n": 5})
     assert refused.status_code == 429
     assert not engine.busy
 
 
-def test_who_waits_too_long_gets_an_error(server, monkeypatch) -> None:
-    engine = server.served.deployment.engine
+def test_queue_timeout(server, monkeypatch) -> None:
+    engine = server.context.deployment.engine
     with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 32}) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -110,8 +114,9 @@ def test_who_waits_too_long_gets_an_error(server, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("stage", ["prefill", "start_decode"])
-def test_a_step_that_fails_ends_its_requests_with_an_error_and_no_others(server, monkeypatch, stage) -> None:
-    instance = server.served.deployment.engine.decode
+def test_failed_step(server, monkeypatch, stage) -> None:
+    """A failed step ends the requests in it with an error, and no others."""
+    instance = server.context.deployment.engine.decode
     expected = server.http.post("/v1/completions", json=SHORT).json()["choices"]
     before = ended(server, "error")
     failed = threading.Event()
@@ -131,8 +136,9 @@ def test_a_step_that_fails_ends_its_requests_with_an_error_and_no_others(server,
     assert server.http.post("/v1/completions", json=SHORT).json()["choices"] == expected
 
 
-def test_a_stream_that_fails_says_so(server, monkeypatch) -> None:
-    instance = server.served.deployment.engine.decode
+def test_failed_step_during_stream(server, monkeypatch) -> None:
+    """A stream whose step fails ends with an error event."""
+    instance = server.context.deployment.engine.decode
     events = server.openai.completions.create(
         model="tiny", prompt="The", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
     )
@@ -148,15 +154,17 @@ def test_a_stream_that_fails_says_so(server, monkeypatch) -> None:
     assert server.idle()
 
 
-def test_a_failure_of_the_server_itself_is_500_in_one_line(server, monkeypatch) -> None:
-    monkeypatch.setattr(type(server.served), "check", lambda *_: 1 / 0)
+def test_internal_error(server, monkeypatch) -> None:
+    """A failure of the server itself is reported as 500, in one line."""
+    monkeypatch.setattr(type(server.context), "check", lambda *_: 1 / 0)
     answer = server.http.post("/v1/completions", json=SHORT)
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "the server failed to answer: its log says why"
 
 
-def test_an_engine_that_cannot_be_reset_is_not_healthy(deployment, monkeypatch) -> None:
-    with serving(deployment) as running:
+def test_failed_reset(deployment, monkeypatch) -> None:
+    """A server whose engine cannot be reset is not healthy."""
+    with start_server(deployment) as running:
 
         def fail(*_: object) -> None:
             raise RuntimeError("the device is gone")
@@ -172,14 +180,15 @@ def test_an_engine_that_cannot_be_reset_is_not_healthy(deployment, monkeypatch) 
     deployment.engine.reset()
 
 
-def test_a_server_that_drains_finishes_what_runs_and_takes_nothing_new(deployment) -> None:
-    with serving(deployment, admin_keys=["root"]) as running:
+def test_drain(deployment) -> None:
+    """A draining server finishes running requests and refuses new ones."""
+    with start_server(deployment, admin_keys=["root"]) as running:
         ask = LONG | {"stream": True, "max_tokens": 60}
         with running.http.stream("POST", "/v1/completions", json=ask) as answer:
             lines = answer.iter_lines()
             next(lines)
-            told = running.http.post("/admin/drain", headers={"Authorization": "Bearer root"})
-            assert told.json() == {"status": "draining", "running": 1}
+            received = running.http.post("/admin/drain", headers={"Authorization": "Bearer root"})
+            assert received.json() == {"status": "draining", "running": 1}
             assert running.http.get("/health").status_code == 503
             refused = running.http.post("/v1/completions", json=SHORT)
             assert refused.status_code == 503

@@ -4,10 +4,10 @@ import base64
 from collections.abc import Iterator
 
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.api.served import Limits
+from cmx_jax.serving.api.context import Limits
 
 ASK = {"prompt": "x", "max_tokens": 1, "temperature": 0}
 MOST = 2000
@@ -16,7 +16,7 @@ MOST = 2000
 @pytest.fixture(scope="module")
 def closed(deployment) -> Iterator[Running]:
     limits = Limits(max_body_bytes=MOST, max_choices=3)
-    with serving(deployment, limits, api_keys=["first", "sécond"], admin_keys=["root"]) as running:
+    with start_server(deployment, limits, api_keys=["first", "sécond"], admin_keys=["root"]) as running:
         yield running
 
 
@@ -38,7 +38,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize("headers", WRONG)
-def test_a_wrong_key_opens_nothing(closed, headers) -> None:
+def test_keys_wrong(closed, headers) -> None:
+    """A wrong key is refused on every route."""
     for route in ROUTES:
         answer = closed.http.get(route, headers=headers)
         assert answer.status_code == 401
@@ -51,7 +52,8 @@ def test_a_wrong_key_opens_nothing(closed, headers) -> None:
     "headers",
     [bearer("first"), bearer("sécond"), {"Authorization": b"Basic " + base64.b64encode(b"me:first")}],
 )
-def test_each_key_opens_all_but_admin_routes(closed, headers) -> None:
+def test_keys_several(closed, headers) -> None:
+    """Each API key opens every route but the admin routes."""
     for route in ROUTES[:-1]:
         assert closed.http.get(route, headers=headers).status_code == 200
     assert closed.http.get("/nowhere", headers=headers).status_code == 404
@@ -60,14 +62,17 @@ def test_each_key_opens_all_but_admin_routes(closed, headers) -> None:
     assert closed.http.get("/admin/requests", headers=headers).status_code == 401
 
 
-def test_health_needs_no_key_and_admin_its_own(closed) -> None:
+def test_keys_health_and_admin(closed) -> None:
+    """`/health` needs no key, and admin routes need their own."""
     assert closed.http.get("/health").status_code == 200
     answer = closed.http.get("/admin/requests", headers=bearer("root"))
     assert answer.json() == {"requests": []}
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_large_body_is_refused_while_it_is_read(closed, chunked) -> None:
+def test_body_above_limit(closed, chunked) -> None:
+    """A large body is refused while it is read."""
+
     def body() -> Iterator[bytes]:
         yield b'{"prompt": "'
         for _ in range(100):
@@ -80,7 +85,8 @@ def test_a_large_body_is_refused_while_it_is_read(closed, chunked) -> None:
     assert f"more than {MOST} bytes" in answer.json()["error"]["message"]
 
 
-def test_a_body_of_just_the_limit_is_read(closed) -> None:
+def test_body_at_limit(closed) -> None:
+    """A body that is as large as the limit is accepted."""
     body = b'{"prompt": "x", "max_tokens": 1'.ljust(MOST - 1) + b"}"
     assert len(body) == MOST
     headers = bearer("first") | {"Content-Type": b"application/json"}
@@ -88,7 +94,8 @@ def test_a_body_of_just_the_limit_is_read(closed) -> None:
     assert answer.status_code == 200
 
 
-def test_choices_are_limited(closed) -> None:
+def test_choices_above_limit(closed) -> None:
+    """More choices than the limit are refused."""
     ask = ASK | {"prompt": ["x", "y"], "n": 2}
     answer = closed.http.post("/v1/completions", json=ask, headers=bearer("first"))
     assert answer.status_code == 400
@@ -99,7 +106,7 @@ def test_choices_are_limited(closed) -> None:
     ("body", "message"),
     [
         (b"", "Field required"),
-        (b"[]", "the body is no object, expected one in JSON, sent as application/json"),
+        (b"[]", "the body is not an object, expected one in JSON, sent as application/json"),
         (b'{"prompt": ', "the body is not JSON"),
         (b'{"prompt": "x", "temperature": NaN}', "temperature is nan"),
         (b'{"prompt": "x", "top_k": 1' + b"0" * 300 + b"}", "top_k is 1000"),
@@ -110,7 +117,7 @@ def test_choices_are_limited(closed) -> None:
         (b"\xff", "body"),
     ],
 )
-def test_what_is_no_request_is_one_line(closed, body, message) -> None:
+def test_body_invalid(closed, body, message) -> None:
     headers = bearer("first") | {"Content-Type": b"application/json"}
     answer = closed.http.post("/v1/completions", content=body, headers=headers)
     assert answer.status_code == 400
@@ -119,28 +126,32 @@ def test_what_is_no_request_is_one_line(closed, body, message) -> None:
     assert "\n" not in error["message"]
 
 
-def test_a_body_must_be_sent_as_json(closed) -> None:
+def test_body_content_type(closed) -> None:
+    """A body must be sent as JSON."""
     headers = bearer("first") | {"Content-Type": b"text/plain"}
     answer = closed.http.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
     assert answer.status_code == 400
     assert "sent as application/json" in answer.json()["error"]["message"]
 
 
-def test_only_what_comes_is_announced(closed) -> None:
+def test_openapi_statuses(closed) -> None:
+    """The OpenAPI document lists only statuses that occur."""
     paths = closed.http.get("/openapi.json", headers=bearer("first")).json()["paths"]
-    assert {s for of in paths.values() for op in of.values() for s in op["responses"]} == {
+    assert {s for operations in paths.values() for op in operations.values() for s in op["responses"]} == {
         *("200", "400", "401", "404", "405", "413", "429", "500", "502", "503", "default")
     }
 
 
-def test_methods_and_other_origins_are_refused(closed) -> None:
+def test_methods_and_origins(closed) -> None:
+    """Wrong methods and other origins are refused."""
     assert closed.http.delete("/v1/models", headers=bearer("first")).json()["error"]["type"]
     answer = closed.http.get("/v1/models", headers=bearer("first") | {"Origin": b"http://elsewhere"})
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_without_keys_all_is_open_but_admin(deployment) -> None:
-    with serving(deployment) as running:
+def test_keys_none(deployment) -> None:
+    """Without keys, every route but the admin routes is open."""
+    with start_server(deployment) as running:
         assert running.http.get("/v1/models").status_code == 200
         answer = running.http.post("/admin/drain")
         assert answer.status_code == 401
@@ -148,6 +159,7 @@ def test_without_keys_all_is_open_but_admin(deployment) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_body_bytes", "max_choices"])
-def test_limits_are_checked(name) -> None:
+def test_limits_invalid(name) -> None:
+    """Limits less than 1 are refused."""
     with pytest.raises(CmxError, match=f"{name} is 0, expected at least 1"):
         Limits(**{name: 0})

@@ -1,10 +1,10 @@
-"""Pools are carved anew while they serve: texts stay those of the offline model, nothing is lost."""
+"""Pools are carved again while they serve: texts stay those of the offline model, nothing is lost."""
 
 import threading
 import time
 
 import pytest
-from serving.api.running import Running, serving
+from serving.api.running import Running, start_server
 
 from cmx_jax.cli import main
 from cmx_jax.serving.deploy.deployment import pools
@@ -16,18 +16,19 @@ ADMIN = {"Authorization": "Bearer admin"}
 def server():
     """Small instances on lanes; the carving is the supernode's."""
     deployment = pools("tiny", prefill=1, runner="lanes", decode_npus=8, prefill_npus=4, max_model_len=64)
-    with serving(deployment, admin_keys=["admin"]) as running:
+    with start_server(deployment, admin_keys=["admin"]) as running:
         yield running
 
 
 def instances(server: Running) -> list[tuple[str, list[str], int]]:
-    found = server.http.get("/status").json()["instances"]
-    return [(i["name"], i["roles"], i["first_npu"]) for i in found]
+    instances = server.http.get("/status").json()["instances"]
+    return [(i["name"], i["roles"], i["first_npu"]) for i in instances]
 
 
-def test_the_ratio_changes_while_requests_run(server: Running, llm) -> None:
+def test_pools_change_while_serving(server: Running, llm) -> None:
+    """The ratio of prefill to decode changes while requests run."""
     prompts = ["The json module", "A class is", "If the object is", "Open a file"]
-    expected = [str(of) for of in llm.generate(prompts, max_new_tokens=24)]
+    expected = [str(completion) for completion in llm.generate(prompts, max_new_tokens=24)]
     texts: dict[int, str] = {}
 
     def ask(n: int) -> None:
@@ -59,7 +60,7 @@ def test_the_ratio_changes_while_requests_run(server: Running, llm) -> None:
         ({"prefill": 1, "sides": 2}, "sides: Extra inputs are not permitted"),
     ],
 )
-def test_what_cannot_be_carved_is_refused_and_changes_nothing(server: Running, body, message) -> None:
+def test_pools_invalid(server: Running, body, message) -> None:
     before = instances(server)
     answer = server.http.post("/admin/pools", json=body, headers=ADMIN)
     assert answer.status_code == 400
@@ -67,7 +68,8 @@ def test_what_cannot_be_carved_is_refused_and_changes_nothing(server: Running, b
     assert instances(server) == before
 
 
-def test_the_command_shows_and_changes_them(server: Running, capsys) -> None:
+def test_pools_command(server: Running, capsys) -> None:
+    """`cmx pools` shows and changes the instances."""
     carve = ["pools", "--url", server.url, "--admin-key", "admin", "--prefill", "2"]
     assert main(carve) == 0
     shown = capsys.readouterr().out
@@ -88,7 +90,8 @@ def test_the_command_shows_and_changes_them(server: Running, capsys) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_the_trace_has_what_happened(server: Running) -> None:
+def test_admin_trace(server: Running) -> None:
+    """The trace has the events of requests and steps."""
     events = server.http.get("/admin/trace", headers=ADMIN).json()["traceEvents"]
     names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
     assert {"engine: requests", "engine: prefill-0", "engine: decode-0"} <= names

@@ -31,12 +31,13 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen, httpx.Client]]:
 
 
 def events(lines: Iterator[str]) -> list[dict]:
-    found = [line.removeprefix("data: ") for line in lines if line]
-    assert found[-1] == "[DONE]"
-    return [json.loads(document) for document in found[:-1]]
+    events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    return [json.loads(document) for document in events[:-1]]
 
 
-def test_sigterm_lets_running_requests_finish(monkeypatch) -> None:
+def test_sigterm_finishes_requests(monkeypatch) -> None:
+    """SIGTERM lets running requests finish."""
     monkeypatch.setenv("CMX_API_KEY", "secret")
     with process("--api-key", "other") as (done, http):
         assert http.get("/v1/models").status_code == 401
@@ -58,7 +59,7 @@ def test_sigterm_lets_running_requests_finish(monkeypatch) -> None:
         assert done.stderr.read() == ""
 
 
-def test_what_takes_too_long_behind_an_interrupt_ends_with_an_error() -> None:
+def test_interrupt_timeout() -> None:
     with process("--shutdown-timeout-s", "0.2", "--served-model-name", "tiny") as (done, http):
         with http.stream("POST", "/v1/completions", json=LONG | {"n": 32}) as answer:
             lines = answer.iter_lines()
@@ -71,7 +72,8 @@ def test_what_takes_too_long_behind_an_interrupt_ends_with_an_error() -> None:
         assert done.stderr.read() == ""
 
 
-def test_pools_of_the_supernode_serve_the_same_text(llm) -> None:
+def test_serve_pools(llm) -> None:
+    """The supernode's pools serve the same text."""
     with process("--deployment", "pools", "--prefill-instances", "1", "--max-model-len", "64") as (_, http):
         ask = {"prompt": "The json module", "max_tokens": 6, "temperature": 0}
         answer = http.post("/v1/completions", json=ask).raise_for_status()
@@ -91,13 +93,14 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         code = main(["serve", "tiny", *arguments])
     except SystemExit as ended:  # argparse
         code = ended.code
-    said = capsys.readouterr()
-    assert (code, said.out) == (2, "")
-    [line] = said.err.splitlines()
+    output = capsys.readouterr()
+    assert (code, output.out) == (2, "")
+    [line] = output.err.splitlines()
     return line
 
 
-def test_a_port_that_is_taken_is_one_line(capsys) -> None:
+def test_serve_port_in_use(capsys) -> None:
+    """A port in use is reported in one line."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refused(capsys, "--port", str(port))
@@ -108,8 +111,8 @@ def test_a_port_that_is_taken_is_one_line(capsys) -> None:
     ("arguments", "message"),
     [
         (("--port", "70000"), "port is 70000, expected 0"),
-        (("--host", "host.invalid"), "host 'host.invalid' is no address of this machine"),
-        (("--host", "a..b"), "host 'a..b' is no address of this machine"),
+        (("--host", "host.invalid"), "host 'host.invalid' is not an address of this machine"),
+        (("--host", "a..b"), "host 'a..b' is not an address of this machine"),
         (("--api-key", ""), "a key is empty"),
         (("--shutdown-timeout-s", "-1"), "shutdown_timeout_s is -1.0, expected zero or more"),
         (("--max-body-bytes", "0"), "max_body_bytes is 0, expected at least 1"),
@@ -117,8 +120,8 @@ def test_a_port_that_is_taken_is_one_line(capsys) -> None:
         (("--queue-ttl-s", "nan"), "queue_ttl_s is nan, expected more than zero"),
         (("--max-model-len", "513"), "max_model_len is 513, expected 1 to the model's context of 512"),
         (("--max-num-seqs", "0"), "max_num_seqs is 0"),
-        (("--prefill-instances", "2"), "--prefill-instances is of --deployment pools: leave it out"),
-        (("--deployment", "pools", "--ranks", "8"), "--ranks is of --deployment colocated: leave it out"),
+        (("--prefill-instances", "2"), "--prefill-instances is for --deployment pools: leave it out"),
+        (("--deployment", "pools", "--ranks", "8"), "--ranks is for --deployment colocated: leave it out"),
         (("--deployment", "pools", "--max-model-len", "0"), "max_model_len is 0, expected 1 to"),
         (("--deployment", "cloud"), "invalid choice: 'cloud'"),
         (("--num-speculative-tokens", "99"), "num_speculative_tokens is 99, expected zero or more, at most"),

@@ -29,7 +29,8 @@ def with_service(engine: Engine, test: Callable[[Service], Awaitable[None]]) -> 
     assert not engine.busy
 
 
-def test_chunks_are_the_tokens_in_order(deployment, llm) -> None:
+def test_generation_chunks(deployment, llm) -> None:
+    """Chunks hold the tokens in order."""
     prompts = [llm.model.encode(p) for p in ("The json module", "A class is")]
     expected = [c.tokens for c in llm.generate(prompts, max_new_tokens=12, ignore_eos=True)]
 
@@ -48,7 +49,9 @@ def test_chunks_are_the_tokens_in_order(deployment, llm) -> None:
     with_service(deployment.engine, test)
 
 
-def test_calls_run_between_steps_on_one_thread(deployment) -> None:
+def test_call_between_steps(deployment) -> None:
+    """Calls run between steps, on one thread."""
+
     async def test(service: Service) -> None:
         generation = await service.generate([([1], PARAMS)])
         names = {await service.call(lambda: threading.current_thread().name) for _ in range(3)}
@@ -62,8 +65,8 @@ def test_calls_run_between_steps_on_one_thread(deployment) -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_client_that_leaves_while_submitting_leaves_nothing(deployment, monkeypatch, begun) -> None:
-    """The call waits for the engine's thread, or is just being made."""
+def test_generate_cancelled_during_submission(deployment, monkeypatch, begun) -> None:
+    """A client leaves while its call waits for the engine's thread, or is being made: nothing is left."""
     engine, blocked, go = deployment.engine, threading.Event(), threading.Event()
     submit = engine.submit
 
@@ -86,13 +89,15 @@ def test_client_that_leaves_while_submitting_leaves_nothing(deployment, monkeypa
         await other
         await service.call(lambda: None)
         assert not engine.busy
-        await service.call(lambda: None)  # after the turn in which it was cancelled
+        await service.call(lambda: None)  # after the turn that reported it
         assert not service.live
 
     with_service(engine, test)
 
 
-def test_a_service_that_stopped_says_so(deployment) -> None:
+def test_service_stopped(deployment) -> None:
+    """Calls of a stopped service are refused."""
+
     async def run() -> None:
         service = Service(deployment.engine)
         await service.start()
@@ -103,7 +108,9 @@ def test_a_service_that_stopped_says_so(deployment) -> None:
     asyncio.run(run())
 
 
-def test_drain_ends_what_does_not_finish_in_time(deployment) -> None:
+def test_drain_timeout(deployment) -> None:
+    """Draining ends requests that do not finish in time."""
+
     async def test(service: Service) -> None:
         generation = await service.generate([([1], SamplingParams(max_tokens=500, ignore_eos=True))])
         await anext(generation)
@@ -123,18 +130,18 @@ def chunk(index: int, tokens: list[int], reason: str | None = None) -> Chunk:
     return Chunk(index, Request([1], PARAMS), tokens, [], reason, None, False, 0.0, 0.0)
 
 
-def test_what_comes_behind_a_stop_is_dropped() -> None:
+def test_generation_chunks_after_stop() -> None:
     async def run() -> None:
         cancelled = []
         generation = Generation(2, lambda _, indices, reason: cancelled.append((indices, reason)))
-        for of in (
+        for item in (
             chunk(0, [1]),
             chunk(0, [2]),
             chunk(1, [3]),
             chunk(0, [], "stop"),
             chunk(1, [4], "length"),
         ):
-            generation.put(of)
+            generation.put(item)
         assert (await anext(generation)).tokens == [1]
         generation.stop(0)
         generation.stop(0)

@@ -1,4 +1,4 @@
-"""What a server says of itself: Prometheus's text, the status document, its page, the dashboard."""
+"""The state of a server: Prometheus's text, the status document, its page, the dashboard."""
 
 import json
 import re
@@ -21,7 +21,8 @@ def scrape(server) -> dict[str, dict]:
     }
 
 
-def test_counters_are_of_the_tokens_served(server) -> None:
+def test_metrics_counters(server) -> None:
+    """Counters match the served tokens."""
     before, status = scrape(server), server.http.get("/status").json()
     usage = server.http.post("/v1/completions", json=ASK | {"n": 2}).json()["usage"]
     after = scrape(server)
@@ -37,7 +38,7 @@ def test_counters_are_of_the_tokens_served(server) -> None:
     drafts, right = grown("cmx:mtp_draft_tokens_total"), grown("cmx:mtp_accepted_tokens_total")
     assert 0 <= right <= drafts
     # a turn gives a chunk: in the first one are the tokens of prefill and of a decode step; each decode step
-    # gives a token and the right drafts, of which the last may be behind the end
+    # gives a token and the right drafts, of which the last may exceed the limit
     steps = 2 + grown("cmx:inter_token_latency_seconds_count")
     assert 16 - 2 <= steps + right <= 16
     assert grown("cmx:engine_busy_seconds_total") >= grown("cmx:engine_step_seconds_total") > 0
@@ -60,7 +61,8 @@ def test_counters_are_of_the_tokens_served(server) -> None:
         ("request_success", "counter", None),
     ],
 )
-def test_names_and_buckets_are_vllm_s(server, name, kind, buckets) -> None:
+def test_metrics_names_and_buckets(server, name, kind, buckets) -> None:
+    """Names and buckets are those of vLLM."""
     [family] = [f for f in families(server.http.get("/metrics").text) if f.name == f"cmx:{name}"]
     assert family.type == kind
     assert all(sample.labels["model_name"] == "tiny" for sample in family.samples)
@@ -69,7 +71,8 @@ def test_names_and_buckets_are_vllm_s(server, name, kind, buckets) -> None:
         assert (ends[0], ends[-2], len(ends) - 1) == buckets
 
 
-def test_gauges_show_what_runs(server) -> None:
+def test_metrics_gauges(server) -> None:
+    """Gauges show running requests."""
     long = ASK | {"max_tokens": 500, "stream": True, "n": 3}
     with server.http.stream("POST", "/v1/completions", json=long) as answer:
         lines = answer.iter_lines()
@@ -94,7 +97,8 @@ class Links(HTMLParser):
         self.found += [value for name, value in attrs if name in ("src", "href", "action", "data")]
 
 
-def test_the_page_loads_nothing_and_reads_what_the_status_has(server) -> None:
+def test_status_page(server) -> None:
+    """The page loads nothing from elsewhere, and reads only fields that the status has."""
     page = server.http.get("/").raise_for_status().text
     assert server.http.get("/").headers["content-type"].startswith("text/html")
     links = Links()
@@ -106,15 +110,16 @@ def test_the_page_loads_nothing_and_reads_what_the_status_has(server) -> None:
     assert set(re.findall(r"\bi\.(\w+)", page)) <= set(status["instances"][0])
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are(server) -> None:
+def test_dashboard_metrics(server) -> None:
+    """The dashboard queries only metrics that exist."""
     board = json.loads((API / "grafana.json").read_text())
-    asked = {
+    queried = {
         name
         for panel in board["panels"]
         for target in panel["targets"]
         for name in re.findall(r"cmx:\w+", target["expr"])
     }
-    assert len(asked) > 10
-    assert asked <= set(scrape(server))
+    assert len(queried) > 10
+    assert queried <= set(scrape(server))
     boxes = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
     assert len(set(boxes)) == len(boxes)

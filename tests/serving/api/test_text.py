@@ -20,37 +20,39 @@ stops = st.lists(st.text(st.sampled_from("abc"), min_size=1, max_size=4), min_si
 
 
 @given(tokens)
-def test_pieces_together_are_the_whole_text(ids: list[int]) -> None:
+def test_detokenizer_whole_text(ids: list[int]) -> None:
+    """The pieces together are the text of all tokens."""
     detokenizer = Detokenizer(TOKENIZER)
     pieces = [detokenizer.add(token) for token in ids]
     assert "".join(pieces) + detokenizer.end() == TOKENIZER.decode(ids)
 
 
 @given(characters)
-def test_no_piece_ends_within_a_character(text: str) -> None:
+def test_detokenizer_characters(text: str) -> None:
     """These characters have up to four bytes, and a token for each byte."""
     detokenizer, out = Detokenizer(TOKENIZER), ""
     for token in TOKENIZER.encode(text).ids:
         out += detokenizer.add(token)
         assert text.startswith(out)
-    assert out == text  # nothing is held back behind a whole character
+    assert out == text  # nothing is held back after a whole character
 
 
 @given(st.lists(st.text(st.sampled_from("abc"), max_size=4), max_size=12), stops)
 @settings(max_examples=500)
-def test_text_ends_before_the_first_stop_string(pieces: list[str], stops: list[str]) -> None:
+def test_stop_strings(pieces: list[str], stops: list[str]) -> None:
+    """Text ends before the first stop string."""
     cut, out = StopStrings(stops), ""
     for n in range(len(pieces)):
         so_far = "".join(pieces[: n + 1])
-        at = [so_far.find(stop) for stop in stops if stop in so_far]
+        positions = [so_far.find(stop) for stop in stops if stop in so_far]
         out += cut.add(pieces[n])
-        assert cut.found == bool(at)
-        if at:
-            assert out == so_far[: min(at)]
+        assert cut.found == bool(positions)
+        if positions:
+            assert out == so_far[: min(positions)]
             return
         assert so_far.startswith(out)
-        held = so_far[len(out) :]  # just what may begin a stop string
-        assert held == max(
+        pending = so_far[len(out) :]  # just what may begin a stop string
+        assert pending == max(
             (stop[:i] for stop in stops for i in range(len(stop)) if so_far.endswith(stop[:i])), key=len
         )
     assert out + cut.end() == "".join(pieces)
@@ -58,12 +60,12 @@ def test_text_ends_before_the_first_stop_string(pieces: list[str], stops: list[s
 
 def chunk(ids: list[int], reason: str | None) -> Chunk:
     request = Request([1], SamplingParams())
-    said = [TokenLogprob(-float(i), []) for i in ids]
-    return Chunk(0, request, ids, said, reason, None, False, 0.0, 0.0)
+    scores = [TokenLogprob(-float(i), []) for i in ids]
+    return Chunk(0, request, ids, scores, reason, None, False, 0.0, 0.0)
 
 
 @given(tokens, st.data())
-def test_a_choice_does_not_depend_on_how_its_tokens_are_dealt(ids: list[int], data: st.DataObject) -> None:
+def test_choice_chunking(ids: list[int], data: st.DataObject) -> None:
     """A step may give several tokens: text, tokens and log-probabilities are those of one at a time."""
     text = TOKENIZER.decode(ids)
     begin = data.draw(st.integers(0, max(len(text) - 1, 0)))
@@ -74,7 +76,7 @@ def test_a_choice_does_not_depend_on_how_its_tokens_are_dealt(ids: list[int], da
         for n, part in enumerate(parts):
             delta = choice.take(chunk(part, "length" if n == len(parts) - 1 else None))
             out, taken = out + delta.text, taken + delta.tokens
-            assert [-of.logprob for of in delta.logprobs] == delta.tokens
+            assert [-score.logprob for score in delta.logprobs] == delta.tokens
             if choice.finish_reason:
                 break
         assert choice.tokens == len(taken)
@@ -89,7 +91,8 @@ def test_a_choice_does_not_depend_on_how_its_tokens_are_dealt(ids: list[int], da
         assert grown(one)[0] == text[: text.find(stops[0])] or "\ufffd" in text
 
 
-def test_an_end_token_is_counted_but_not_written() -> None:
+def test_choice_end_token() -> None:
+    """An end token is counted, but is not part of the text."""
     choice = Choice(TOKENIZER, [])
     word = TOKENIZER.encode("word").ids
     delta = choice.take(chunk([*word, 0], "stop"))
@@ -97,7 +100,8 @@ def test_an_end_token_is_counted_but_not_written() -> None:
 
 
 @pytest.mark.parametrize("reason", ["length", "stop"])
-def test_without_a_tokenizer_there_are_only_tokens(reason: str) -> None:
+def test_choice_without_tokenizer(reason: str) -> None:
+    """Without a tokenizer, a choice has tokens but no text."""
     choice = Choice(None, [])
     assert choice.take(chunk([5, 6], reason)).text == ""
     assert choice.tokens == 2

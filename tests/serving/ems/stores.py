@@ -1,4 +1,4 @@
-"""What every store has to do, keys to do it with, and ports to do it on."""
+"""The contract of every store, keys and payloads for tests, and free ports."""
 
 import hashlib
 import socket
@@ -22,8 +22,8 @@ def payload(n: int, size: int = 1000) -> bytes:
     return bytes((n * 31 + i * i) % 251 for i in range(size))
 
 
-def server(folder: Path, **more: object) -> MPServer:
-    return MPServer(folder, **{"dram": 1 << 20, "disk": 4 << 20, **more})
+def server(folder: Path, **options: object) -> MPServer:
+    return MPServer(folder, **{"dram": 1 << 20, "disk": 4 << 20, **options})
 
 
 def free_port() -> int:
@@ -31,9 +31,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def eventually(what: Callable[[], bool], seconds: float = 10.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < end, "did not happen in time"
         time.sleep(0.02)
 

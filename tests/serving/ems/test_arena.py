@@ -58,6 +58,7 @@ TestPartitions = Partitions.TestCase
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_partitions_without_bytes_are_refused(size: int) -> None:
+def test_arena_invalid_size(size: int) -> None:
+    """A partition of less than one byte is refused."""
     with pytest.raises(CmxError, match=f"partition of {size} bytes"):
         Arena(8).take(size)

@@ -21,7 +21,8 @@ TOKENS = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40)
 
 
 @given(TOKENS, st.integers(1, 9))
-def test_a_key_is_a_hash_of_the_last_one_and_the_block(tokens: list[int], block: int) -> None:
+def test_chain_hashes(tokens: list[int], block: int) -> None:
+    """A key is the hash of the previous key and of the block's tokens."""
     expected, last = [], bytes(32)
     for start in range(0, len(tokens) - block + 1, block):
         last = hashlib.sha256(last + struct.pack(f"<{block}i", *tokens[start : start + block])).digest()
@@ -31,27 +32,31 @@ def test_a_key_is_a_hash_of_the_last_one_and_the_block(tokens: list[int], block:
 
 
 @given(TOKENS, TOKENS, st.integers(1, 5))
-def test_keys_are_equal_as_far_as_prefixes_are(first: list[int], second: list[int], block: int) -> None:
+def test_chain_common_prefix(first: list[int], second: list[int], block: int) -> None:
+    """Keys are equal as far as the prefixes are."""
     pairs = zip(chain(bytes(32), first, block), chain(bytes(32), second, block), strict=False)
     for i, (a, b) in enumerate(pairs, 1):
         assert (a == b) == (first[: i * block] == second[: i * block])
 
 
 @given(TOKENS, TOKENS)
-def test_more_tokens_only_add_keys(tokens: list[int], more: list[int]) -> None:
+def test_chain_longer_prompt(tokens: list[int], suffix: list[int]) -> None:
+    """More tokens only append keys."""
     keys = chain(bytes(32), tokens, 4)
-    assert chain(bytes(32), tokens + more, 4)[: len(keys)] == keys
+    assert chain(bytes(32), tokens + suffix, 4)[: len(keys)] == keys
 
 
 @pytest.mark.parametrize("change", [
     {"model": "deepseek-r1@2"}, {"page": (61, 64, 576)}, {"dtype": "float32"}, {"kv_cache_dtype": "bfloat16"},
     {"block": 256}, {"tenant": "b"},
 ])  # fmt: skip
-def test_all_that_changes_rows_changes_the_root(change: dict) -> None:
+def test_root_depends_on_every_field(change: dict) -> None:
+    """Everything that changes rows changes the root."""
     assert root(replace(FIRST, **change)) != root(FIRST)
 
 
-def test_the_root_is_a_hash_of_canonical_json() -> None:
+def test_root_hash() -> None:
+    """The root is a hash of canonical JSON."""
     text = json.dumps(
         {"block": 128, "dtype": "bfloat16", "kv_cache_dtype": "int8", "model": "deepseek-r1@1"}
         | {"page": [61, 128, 576], "scheme": 1, "tenant": ""},
@@ -60,7 +65,8 @@ def test_the_root_is_a_hash_of_canonical_json() -> None:
     assert root(FIRST) == hashlib.sha256(text.encode()).digest()
 
 
-def test_another_process_finds_the_same_keys() -> None:
+def test_chain_in_another_process() -> None:
+    """Another process computes the same keys."""
     code = (
         "from cmx_jax.serving.ems import *; "
         f"print(chain(root({FIRST!r}), range(500))[-1].hex())"
@@ -73,18 +79,21 @@ def test_another_process_finds_the_same_keys() -> None:
         assert done.stdout.strip() == chain(root(FIRST), list(range(500)))[-1].hex()
 
 
-def test_importing_the_pool_is_light() -> None:
+def test_import_without_jax() -> None:
+    """Importing the pool does not import JAX."""
     code = "import sys, cmx_jax.serving.ems; print({'jax', 'valkey', 'mooncake'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("tokens", [[2**31], [-(2**31) - 1], [0.5], [[1, 2]], ["a"]])
-def test_tokens_that_are_none_are_refused(tokens: list) -> None:
+def test_chain_invalid_tokens(tokens: list) -> None:
+    """Values that are not tokens are refused."""
     with pytest.raises(CmxError, match="expected a list of integers of 32 bits"):
         chain(bytes(32), np.asarray(tokens))
 
 
-def test_blocks_without_tokens_are_refused() -> None:
+def test_chain_invalid_block() -> None:
+    """A block of less than one token is refused."""
     with pytest.raises(CmxError, match="blocks of 0 tokens"):
         chain(bytes(32), [1], 0)

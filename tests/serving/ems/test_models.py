@@ -37,11 +37,12 @@ def source(tmp_path: Path) -> Path:
 
 def same(first: Path, second: Path) -> bool:
     names = [sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file()) for root in (first, second)]
-    alike = filecmp.cmpfiles(first, second, names[0], shallow=False)[0]
-    return names[0] == names[1] and len(alike) == len(names[0])
+    equal = filecmp.cmpfiles(first, second, names[0], shallow=False)[0]
+    return names[0] == names[1] and len(equal) == len(names[0])
 
 
-def test_a_stored_model_comes_back_bit_for_bit(pool: Pool, source: Path, tmp_path: Path) -> None:
+def test_model_round_trip(pool: Pool, source: Path, tmp_path: Path) -> None:
+    """A stored model is loaded bit for bit."""
     model = store_model(pool, source, "models")
     loaded = load_model(pool, model, tmp_path / "out", "models")
     assert same(source, tmp_path / "out")
@@ -50,7 +51,8 @@ def test_a_stored_model_comes_back_bit_for_bit(pool: Pool, source: Path, tmp_pat
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_cold_from_the_source_then_warm_then_from_disk(source: Path, tmp_path: Path) -> None:
+def test_load_model_cold_and_warm(source: Path, tmp_path: Path) -> None:
+    """A model is loaded from the source first, then from DRAM, then from disk."""
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     first = Pool({"a": server(tmp_path / "a")})
     model = store_model(first, source, "models")
@@ -65,18 +67,20 @@ def test_cold_from_the_source_then_warm_then_from_disk(source: Path, tmp_path: P
     assert all(same(source, tmp_path / name) for name in "123")
 
 
-def test_the_id_changes_with_the_content_and_versions_share_blocks(pool: Pool, source: Path) -> None:
+def test_model_versions_share_blocks(pool: Pool, source: Path) -> None:
+    """The id changes with the content, and versions share blocks."""
     first = store_model(pool, source, "models")
     blocks = pool.stats()["stored"]
     assert store_model(pool, source, "models") == first
     (source / "config.json").write_text("{ }")
     second = store_model(pool, source, "models")
-    held = sum(server["disk"]["blocks"] for server in pool.stats()["servers"].values())
+    stored = sum(server["disk"]["blocks"] for server in pool.stats()["servers"].values())
     assert second != first
-    assert held == blocks + 2  # the file, the manifest
+    assert stored == blocks + 2  # the file, the manifest
 
 
-def test_a_block_that_left_comes_from_the_source(pool: Pool, source: Path, tmp_path: Path) -> None:
+def test_load_model_evicted_block(pool: Pool, source: Path, tmp_path: Path) -> None:
+    """An evicted block is read from the source."""
     model = store_model(pool, source, "models")
     lost = (source / "a.safetensors").read_bytes()[BLOCK : 2 * BLOCK]
     assert pool.delete("models", hashlib.sha256(lost).digest())
@@ -90,7 +94,8 @@ def test_a_block_that_left_comes_from_the_source(pool: Pool, source: Path, tmp_p
     assert "source" not in load_model(pool, model, tmp_path / "again", "models").nbytes
 
 
-def test_other_bytes_under_a_blocks_key_are_not_taken(pool: Pool, source: Path, tmp_path: Path) -> None:
+def test_load_model_wrong_bytes(pool: Pool, source: Path, tmp_path: Path) -> None:
+    """Other bytes under a block's key are not accepted."""
     model, key = store_model(pool, source, "models"), hashlib.sha256(b"{}").digest()
     pool.delete("models", key)
     pool.put("models", key, b"[]")
@@ -98,7 +103,8 @@ def test_other_bytes_under_a_blocks_key_are_not_taken(pool: Pool, source: Path, 
         load_model(pool, model, tmp_path / "out", "models")
 
 
-def test_a_source_of_another_version_is_refused(pool: Pool, source: Path, tmp_path: Path) -> None:
+def test_load_model_source_of_another_version(pool: Pool, source: Path, tmp_path: Path) -> None:
+    """A source that holds another version is refused."""
     model = store_model(pool, source, "models")
     pool.delete("models", hashlib.sha256(b"{}").digest())
     (source / "config.json").write_text("[]")
@@ -110,15 +116,15 @@ def test_a_source_of_another_version_is_refused(pool: Pool, source: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_loaded(pool: Pool, source: Path, tmp_path: Path) -> None:
+def test_load_model_invalid(pool: Pool, source: Path, tmp_path: Path) -> None:
     model = store_model(pool, source, "models")
-    for given, said in (
+    for identifier, message in (
         ("tiny", "expected 64 hex digits"),
         ("00" * 32, "is not in the pool, and no source"),
-        (hashlib.sha256(b"{}").hexdigest(), "is no model's manifest"),
+        (hashlib.sha256(b"{}").hexdigest(), "is not a model's manifest"),
     ):
-        with pytest.raises(CmxError, match=said):
-            load_model(pool, given, tmp_path / "out", "models")
+        with pytest.raises(CmxError, match=message):
+            load_model(pool, identifier, tmp_path / "out", "models")
     with pytest.raises(CmxError, match="is there already"):
         load_model(pool, model, source, "models")
     with pytest.raises(CmxError, match="is not in the pool"):
@@ -127,7 +133,8 @@ def test_what_cannot_be_loaded(pool: Pool, source: Path, tmp_path: Path) -> None
         store_model(pool, tmp_path / "nothing", "models")
 
 
-def test_files_outside_the_directory_are_refused(pool: Pool, tmp_path: Path) -> None:
+def test_load_model_files_outside_directory(pool: Pool, tmp_path: Path) -> None:
+    """Files outside the directory are refused."""
     manifest = b'{"files": {"../evil": []}}'
     key = hashlib.sha256(manifest)
     pool.put("models", key.digest(), manifest)
@@ -135,9 +142,8 @@ def test_files_outside_the_directory_are_refused(pool: Pool, tmp_path: Path) -> 
         load_model(pool, key.hexdigest(), tmp_path / "out", "models")
 
 
-def test_a_pool_that_is_too_small_says_so(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_store_model_pool_too_small(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that is too small for a model is reported."""
     monkeypatch.setattr(models, "BLOCK_BYTES", BLOCK)
     pool = Pool({"a": server(tmp_path / "a", disk=60_000)})
     with pytest.raises(CmxError, match="it needs more bytes"):

@@ -47,8 +47,8 @@ os._exit(0)  # the client waits for its master when it closes
 
 
 def binary() -> Path | None:
-    found = importlib.util.find_spec("mooncake")
-    path = Path(found.origin).parent / "mooncake_master" if found and found.origin else None
+    spec = importlib.util.find_spec("mooncake")
+    path = Path(spec.origin).parent / "mooncake_master" if spec and spec.origin else None
     return path if path and path.exists() else None
 
 
@@ -83,7 +83,8 @@ def test_a_client(master: tuple[subprocess.Popen, int], script: str) -> None:
 
 
 @needs_master
-def test_a_master_that_is_not_there_is_said_at_once() -> None:
+def test_mooncake_unreachable_master() -> None:
+    """An unreachable master is reported at once."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(ConnectionRefusedError):

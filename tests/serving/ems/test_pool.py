@@ -51,7 +51,8 @@ class Gate:
         self.store.close()
 
 
-def test_blocks_lie_where_the_ring_says(pool: Pool) -> None:
+def test_pool_placement(pool: Pool) -> None:
+    """Blocks are stored on the server that the ring selects."""
     for n, k in enumerate(KEYS):
         assert pool.put("one", k, payload(n))
     assert [pool.get("one", k) for k in KEYS] == [payload(n) for n in range(40)]
@@ -65,7 +66,8 @@ def test_blocks_lie_where_the_ring_says(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 1, 7, 39, 40])
-def test_the_longest_run_of_leading_keys(pool: Pool, missing: int) -> None:
+def test_pool_match_and_get_many(pool: Pool, missing: int) -> None:
+    """The longest run of leading keys is matched and fetched."""
     for n, k in enumerate(KEYS):
         if n != missing:
             pool.put("one", k, payload(n))
@@ -75,12 +77,14 @@ def test_the_longest_run_of_leading_keys(pool: Pool, missing: int) -> None:
     assert pool.get_many("two", KEYS) == []
 
 
-def test_a_pool_without_stores_is_refused() -> None:
+def test_pool_without_stores() -> None:
+    """A pool without stores is refused."""
     with pytest.raises(CmxError, match="servers none"):
         Pool({})
 
 
-def test_asynchronous_puts_are_there_after_a_flush(pool: Pool) -> None:
+def test_pool_put_async_and_flush(pool: Pool) -> None:
+    """Asynchronous puts are stored after a flush."""
     for n, k in enumerate(KEYS):
         assert pool.put_async("one", k, payload(n))
     assert pool.flush(20)
@@ -89,7 +93,8 @@ def test_asynchronous_puts_are_there_after_a_flush(pool: Pool) -> None:
         pool.put_async("One", KEYS[0], b"")
 
 
-def test_a_full_queue_drops_puts_and_counts_them(tmp_path: Path) -> None:
+def test_pool_full_queue(tmp_path: Path) -> None:
+    """A full queue drops puts and counts them."""
     gate = Gate(server(tmp_path))
     pool = Pool({"a": gate}, queue=3)
     assert pool.put_async("one", KEYS[0], payload(0))
@@ -105,7 +110,8 @@ def test_a_full_queue_drops_puts_and_counts_them(tmp_path: Path) -> None:
     pool.close()
 
 
-def test_closing_takes_no_longer_than_was_said(tmp_path: Path) -> None:
+def test_pool_close_timeout(tmp_path: Path) -> None:
+    """Closing takes no longer than its timeout."""
     gate = Gate(server(tmp_path))
     pool = Pool({"a": gate})
     for k in KEYS[:5]:
@@ -119,7 +125,8 @@ def test_closing_takes_no_longer_than_was_said(tmp_path: Path) -> None:
     pool.close()
 
 
-def test_a_put_that_raises_does_not_end_the_others(tmp_path: Path) -> None:
+def test_pool_failing_put(tmp_path: Path) -> None:
+    """A put that raises does not prevent the others."""
     pool = Pool({"a": server(tmp_path)})
     pool._background.submit(lambda: 1 // 0)
     pool.put_async("one", KEYS[0], b"after it")
@@ -152,7 +159,8 @@ class Node:
         self.process.wait()
 
 
-def test_a_server_that_dies_is_missed_skipped_and_found_again(tmp_path: Path) -> None:
+def test_pool_dead_server(tmp_path: Path) -> None:
+    """A dead server causes misses, is skipped, and is used again when it is back."""
     ports = {"a": free_port(), "b": free_port()}
     nodes = {name: Node(tmp_path / name, port) for name, port in ports.items()}
     stores = {
@@ -163,18 +171,18 @@ def test_a_server_that_dies_is_missed_skipped_and_found_again(tmp_path: Path) ->
         assert all(pool.put("one", k, payload(n)) for n, k in enumerate(KEYS))
         assert pool.get_many("one", KEYS) == [payload(n) for n in range(40)]
         nodes["b"].kill()
-        there = [pool.get("one", k) is not None for k in KEYS]
-        assert there == [ring.server(k) == "a" for k in KEYS]
+        available = [pool.get("one", k) is not None for k in KEYS]
+        assert available == [ring.server(k) == "a" for k in KEYS]
         stats = pool.stats()
         assert stats["failures"] == 1
-        assert stats["skipped"] >= there.count(False) - 1
-        assert stats["servers"]["a"]["disk"]["blocks"] == there.count(True)
+        assert stats["skipped"] >= available.count(False) - 1
+        assert stats["servers"]["a"]["disk"]["blocks"] == available.count(True)
         assert f"127.0.0.1:{ports['b']}" in stats["servers"]["b"]["error"]
         assert not pool.put("one", next(k for k in KEYS if ring.server(k) == "b"), b"lost")
         assert pool.stats()["lost"] == 1
         nodes["b"] = Node(tmp_path / "b", ports["b"])
         eventually(lambda: pool.get_many("one", KEYS) == [payload(n) for n in range(40)])
-        assert pool.stats()["hits"]["disk"] >= there.count(False)  # its DRAM was lost with it
+        assert pool.stats()["hits"]["disk"] >= available.count(False)  # its DRAM was lost with it
     finally:
         pool.close()
         for node in nodes.values():

@@ -43,15 +43,15 @@ Clients = Callable[..., RemoteStore]
 
 @pytest.fixture
 def client() -> Iterator[Clients]:
-    made: list[RemoteStore] = []
+    stores: list[RemoteStore] = []
 
-    def connect(listener: CacheServer, **more: object) -> RemoteStore:
+    def connect(listener: CacheServer, **options: object) -> RemoteStore:
         address = f"127.0.0.1:{listener.port}"
-        made.append(RemoteStore(address, **{"secret": SECRET, "timeout": 2.0, **more}))
-        return made[-1]
+        stores.append(RemoteStore(address, **{"secret": SECRET, "timeout": 2.0, **options}))
+        return stores[-1]
 
     yield connect
-    for store in made:
+    for store in stores:
         store.close()
 
 
@@ -75,7 +75,8 @@ def test_the_contract(client: Clients, listener: CacheServer) -> None:
     keeps_the_contract(store, "dram")
 
 
-def test_many_threads_share_a_client(client: Clients, listener: CacheServer) -> None:
+def test_remote_store_threads(client: Clients, listener: CacheServer) -> None:
+    """Many threads may share a client."""
     store, wrong = client(listener), []
 
     def work(n: int) -> None:
@@ -92,7 +93,8 @@ def test_many_threads_share_a_client(client: Clients, listener: CacheServer) -> 
     assert store.stats()["puts"] == 8
 
 
-def test_the_wrong_secret_is_refused(client: Clients, listener: CacheServer, node: MPServer) -> None:
+def test_remote_store_wrong_secret(client: Clients, listener: CacheServer, node: MPServer) -> None:
+    """The wrong secret is refused."""
     store = client(listener, secret="another one")
     with pytest.raises(
         PermissionError, match=rf"127.0.0.1:{listener.port}: the cache server does not share our secret"
@@ -101,17 +103,18 @@ def test_the_wrong_secret_is_refused(client: Clients, listener: CacheServer, nod
     assert node.stats()["puts"] == 0
 
 
-def test_nothing_is_done_for_who_does_not_answer_the_challenge(listener: CacheServer, node: MPServer) -> None:
+def test_cache_server_unanswered_challenge(listener: CacheServer, node: MPServer) -> None:
+    """A client that does not answer the challenge is not served."""
     node.put("one", key(1), b"a payload")
     meta = json.dumps({"op": "get", "namespace": "one", "key": key(1).hex()}).encode()
     with raw(listener) as sock:
         sock.sendall(struct.pack("<4sIQ", b"CMX1", len(meta), 0) + meta)
-        said = rest(sock)
-    assert b'{"answer": null}' in said
-    assert b"a payload" not in said
+        message = rest(sock)
+    assert b'{"answer": null}' in message
+    assert b"a payload" not in message
 
 
-def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
+def test_remote_store_server_without_secret() -> None:
     """It has a client answer the challenge that it was given itself, on another connection."""
     with socket.create_server(("127.0.0.1", 0)) as impostor:
         address = f"127.0.0.1:{impostor.getsockname()[1]}"
@@ -135,26 +138,27 @@ def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
         assert refused == ["PermissionError"] * 2
 
 
-@pytest.mark.parametrize(("sent", "said"), [
+@pytest.mark.parametrize(("sent", "message"), [
     (struct.pack("<4sIQ", b"CMX1", 2, 1) + b"{}", b"bytes, at most"),
     (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"a frame begins with b'GET '"),
     (struct.pack("<4sIQ", b"CMX1", META_LIMIT + 1, 0), b"bytes, at most"),
     (struct.pack("<4sIQ", b"CMX1", 2, 1 << 62) + b"{}", b"bytes, at most"),
-    (struct.pack("<4sIQ", b"CMX1", 2, 0) + b"\xff{", b"no JSON"),
-    (struct.pack("<4sIQ", b"CMX1", 2, 0) + b"[]", b"no JSON object"),
-    (struct.pack("<4sIQ", b"CMX1", 50_000, 0) + b"[" * 50_000, b"no JSON"),
+    (struct.pack("<4sIQ", b"CMX1", 2, 0) + b"\xff{", b"not JSON"),
+    (struct.pack("<4sIQ", b"CMX1", 2, 0) + b"[]", b"not a JSON object"),
+    (struct.pack("<4sIQ", b"CMX1", 50_000, 0) + b"[" * 50_000, b"not JSON"),
 ])  # fmt: skip
-def test_what_is_no_frame_is_answered_with_a_reason(
-    client: Clients, listener: CacheServer, sent: bytes, said: bytes
+def test_cache_server_invalid_frame(
+    client: Clients, listener: CacheServer, sent: bytes, message: bytes
 ) -> None:
     with raw(listener) as sock:
         sock.sendall(sent)
-        assert said in rest(sock)
+        assert message in rest(sock)
     assert client(listener).put("one", key(1), b"served all the same")
 
 
 @pytest.mark.parametrize("drip", [b"", b"C"], ids=["silent", "dripping"])
-def test_a_client_that_takes_too_long_is_left(listener: CacheServer, drip: bytes) -> None:
+def test_cache_server_slow_client(listener: CacheServer, drip: bytes) -> None:
+    """The connection of a slow client is closed."""
     start = time.monotonic()
     with raw(listener) as sock:
         sock.settimeout(0.2)
@@ -171,7 +175,8 @@ def test_a_client_that_takes_too_long_is_left(listener: CacheServer, drip: bytes
     assert 0.5 < time.monotonic() - start < 4
 
 
-def test_an_idle_connection_is_kept_longer_than_an_answer_may_take(node: MPServer, client: Clients) -> None:
+def test_cache_server_idle_connection(node: MPServer, client: Clients) -> None:
+    """An idle connection is kept longer than an answer may take."""
     listener = serve(node, secret=SECRET, timeout=0.2, idle=30)
     store = client(listener)
     store.put("one", key(1), b"a payload")
@@ -182,7 +187,7 @@ def test_an_idle_connection_is_kept_longer_than_an_answer_may_take(node: MPServe
     listener.stop()
 
 
-@pytest.mark.parametrize(("meta", "said"), [
+@pytest.mark.parametrize(("meta", "message"), [
     ({"op": "burn", "namespace": "one", "key": key(1).hex()}, "operation 'burn' is not known"),
     ({"op": "get", "namespace": "../one", "key": key(1).hex()}, "namespace '../one', expected"),
     ({"op": "get", "namespace": "one", "key": "00"}, "key of 1 bytes"),
@@ -190,47 +195,50 @@ def test_an_idle_connection_is_kept_longer_than_an_answer_may_take(node: MPServe
     ({"op": "get"}, "namespace"),
     ({}, "op"),
 ])  # fmt: skip
-def test_requests_that_make_no_sense_are_errors_of_the_server(
-    client: Clients, listener: CacheServer, meta: dict, said: str
+def test_cache_server_invalid_request(
+    client: Clients, listener: CacheServer, meta: dict, message: str
 ) -> None:
+    """Invalid requests are answered with an error."""
     store = client(listener)
-    with pytest.raises(ConnectionError, match=f"the cache server says: .*{said}"):
+    with pytest.raises(ConnectionError, match=f"the cache server says: .*{message}"):
         store._request(meta, b"")
     assert store.put("one", key(1), b"the connection goes on")
 
 
-def test_a_block_that_is_damaged_on_its_way_is_not_stored(
-    client: Clients, listener: CacheServer, node: MPServer
-) -> None:
+def test_cache_server_damaged_block(client: Clients, listener: CacheServer, node: MPServer) -> None:
+    """A block that is damaged in transit is not stored."""
     store = client(listener)
     meta = {"op": "put", "namespace": "one", "key": key(1).hex()}
     assert store._request(meta, b"no block")[0] == {"done": False}
     assert not node.exists("one", key(1))
 
 
-def test_blocks_above_the_limit_are_refused(client: Clients, listener: CacheServer) -> None:
+def test_remote_store_block_above_limit(client: Clients, listener: CacheServer) -> None:
+    """Blocks above the limit are refused."""
     assert not client(listener, body_limit=1000).put("one", key(1), payload(1, 1000))
     with pytest.raises(ConnectionError):  # a client that knows less than the server allows
         client(listener).put("one", key(1), bytes(2 << 20))
     assert client(listener).put("one", key(1), b"small")
 
 
-def test_a_server_that_comes_back_is_found_again(client: Clients, node: MPServer) -> None:
+def test_remote_store_reconnects(client: Clients, node: MPServer) -> None:
+    """A client reconnects to a server that is back."""
     listener = serve(node, secret=SECRET)
     store = client(listener)
     assert store.put("one", key(1), b"kept")
     listener.stop()
     with pytest.raises(ConnectionError):
         store.get("one", key(1))
-    again = serve(node, secret=SECRET, port=listener.port)
+    restarted = serve(node, secret=SECRET, port=listener.port)
     assert store.get("one", key(1)) == (b"kept", "dram")
-    again.stop()
+    restarted.stop()
     another = serve(node, secret=SECRET, port=listener.port)  # the client's connection is of the one before
     assert store.get("one", key(1)) == (b"kept", "dram")
     another.stop()
 
 
-def test_a_server_that_does_not_answer_costs_the_timeout() -> None:
+def test_remote_store_timeout() -> None:
+    """A server that does not answer costs no more than the timeout."""
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         store = RemoteStore(f"127.0.0.1:{deaf.getsockname()[1]}", secret=SECRET, timeout=0.3)
         start = time.monotonic()
@@ -239,7 +247,8 @@ def test_a_server_that_does_not_answer_costs_the_timeout() -> None:
         assert time.monotonic() - start < 3
 
 
-def test_stopping_answers_what_was_asked_and_leaves_no_thread(client: Clients, node: MPServer) -> None:
+def test_cache_server_stop(client: Clients, node: MPServer) -> None:
+    """A stopping server answers the requests that it received, and leaves no thread."""
     before = threading.active_count()
     listener = serve(node, secret=SECRET, idle=600)
     stores = [client(listener) for _ in range(3)]
@@ -255,12 +264,13 @@ def test_stopping_answers_what_was_asked_and_leaves_no_thread(client: Clients, n
 @pytest.mark.parametrize(
     "address", ["", "localhost", ":7000", "host:0", "host:70000", "host:x", "a..b:1", f"{'a' * 70}:1"]
 )
-def test_addresses_that_are_none(address: str) -> None:
+def test_remote_store_invalid_address(address: str) -> None:
+    """Invalid addresses are refused."""
     with pytest.raises(CmxError, match="expected HOST:PORT"):
         RemoteStore(address, secret=SECRET)
 
 
-def test_what_cannot_be_served(node: MPServer) -> None:
+def test_serve_invalid(node: MPServer) -> None:
     with pytest.raises(CmxError, match="needs a secret"):
         serve(node, secret="")
     with pytest.raises(CmxError, match="cannot be listened on"):

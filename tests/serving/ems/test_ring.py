@@ -16,7 +16,8 @@ NAMES = st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=12, uniq
 
 @settings(max_examples=25, deadline=None)
 @given(NAMES)
-def test_a_server_more_takes_its_share_and_moves_nothing_else(names: list[str]) -> None:
+def test_ring_added_server(names: list[str]) -> None:
+    """An added server takes its share of the keys, and no other key moves."""
     *before, new = names
     small, large = Ring(before), Ring(names)
     moved = [(small.server(k), large.server(k)) for k in KEYS if small.server(k) != large.server(k)]
@@ -26,12 +27,14 @@ def test_a_server_more_takes_its_share_and_moves_nothing_else(names: list[str]) 
 
 @settings(max_examples=10, deadline=None)
 @given(NAMES)
-def test_the_order_of_servers_means_nothing(names: list[str]) -> None:
+def test_ring_server_order(names: list[str]) -> None:
+    """The order of the servers does not matter."""
     forth, back = Ring(names), Ring(names[::-1])
     assert all(forth.server(k) == back.server(k) for k in KEYS[:200])
 
 
-def test_shares_are_alike() -> None:
+def test_ring_shares() -> None:
+    """The servers' shares of the keys are similar."""
     shares = Counter(map(Ring(f"node{i}" for i in range(48)).server, KEYS))
     mean = len(KEYS) / 48
     assert len(shares) == 48
@@ -39,7 +42,8 @@ def test_shares_are_alike() -> None:
     assert min(shares.values()) > 0.5 * mean
 
 
-@pytest.mark.parametrize(("names", "said"), [([], "none"), (["a", "b", "a"], "a, b, a")])
-def test_no_servers_and_double_ones_are_refused(names: list[str], said: str) -> None:
-    with pytest.raises(CmxError, match=f"servers {said}, expected"):
+@pytest.mark.parametrize(("names", "listed"), [([], "none"), (["a", "b", "a"], "a, b, a")])
+def test_ring_invalid_servers(names: list[str], listed: str) -> None:
+    """An empty list of servers and duplicate names are refused."""
+    with pytest.raises(CmxError, match=f"servers {listed}, expected"):
         Ring(names)

@@ -15,8 +15,8 @@ from serving.ems.stores import keeps_the_contract, key, payload, server
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.ems import MPServer
-from cmx_jax.serving.ems.block import OVERHEAD, sealed
 from cmx_jax.serving.ems.dram import SEGMENTS
+from cmx_jax.serving.ems.store import OVERHEAD, seal
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def file_of(folder: Path, namespace: str, n: int) -> Path:
 def scribble(node: MPServer, old: bytes, new: bytes) -> None:
     """Changes bytes of the segment, as another process could."""
     segment = SharedMemory(node.stats()["dram"]["segment"])
-    at = bytes(segment.buf).index(old)
-    segment.buf[at : at + len(new)] = new
+    offset = bytes(segment.buf).index(old)
+    segment.buf[offset : offset + len(new)] = new
     segment.close()
 
 
@@ -42,7 +42,8 @@ def test_the_contract(node: MPServer) -> None:
     keeps_the_contract(node, "dram")
 
 
-def test_a_damaged_copy_in_dram_is_dropped_and_the_disk_answers(node: MPServer) -> None:
+def test_server_damaged_dram(node: MPServer) -> None:
+    """A damaged copy in DRAM is dropped, and the block is read from disk."""
     node.put("one", key(1), b"a payload that is found")
     scribble(node, b"a payload", b"A")
     assert node.get("one", key(1)) == (b"a payload that is found", "disk")
@@ -51,13 +52,14 @@ def test_a_damaged_copy_in_dram_is_dropped_and_the_disk_answers(node: MPServer) 
     assert node.stats()["misses"] == 0
 
 
-@pytest.mark.parametrize("at", [0, 4, 6, 14, 46, 78, 85], ids=str)
-def test_a_damaged_file_is_a_miss_and_is_removed(tmp_path: Path, at: int) -> None:
+@pytest.mark.parametrize("offset", [0, 4, 6, 14, 46, 78, 85], ids=str)
+def test_server_damaged_file(tmp_path: Path, offset: int) -> None:
+    """A damaged file is a miss and is removed."""
     server(tmp_path).close()
     path = file_of(tmp_path, "one", 1)
     path.parent.mkdir(parents=True)
-    block = bytearray(sealed(key(1), b"payload!"))
-    block[at] ^= 16
+    block = bytearray(seal(key(1), b"payload!"))
+    block[offset] ^= 16
     path.write_bytes(block)
     node = server(tmp_path)
     assert node.exists("one", key(1))
@@ -69,7 +71,8 @@ def test_a_damaged_file_is_a_miss_and_is_removed(tmp_path: Path, at: int) -> Non
     node.close()
 
 
-def test_a_file_in_anothers_place_is_a_miss(tmp_path: Path) -> None:
+def test_server_misplaced_file(tmp_path: Path) -> None:
+    """A file in the place of another block is a miss."""
     node = server(tmp_path)
     node.put("one", key(1), b"first")
     node.close()
@@ -82,7 +85,8 @@ def test_a_file_in_anothers_place_is_a_miss(tmp_path: Path) -> None:
     node.close()
 
 
-def test_a_file_that_somebody_removed_is_a_miss(tmp_path: Path) -> None:
+def test_server_removed_file(tmp_path: Path) -> None:
+    """A file that was removed from outside is a miss."""
     node = server(tmp_path, dram=1)
     node.put("one", key(1), b"first")
     file_of(tmp_path, "one", 1).unlink()
@@ -91,18 +95,17 @@ def test_a_file_that_somebody_removed_is_a_miss(tmp_path: Path) -> None:
     node.close()
 
 
-def test_a_block_that_is_put_anew_while_it_is_read_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_put_during_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that is stored again while it is read stays."""
     node = server(tmp_path, dram=1)
     node.put("one", key(1), b"payload")
 
     def interrupted(name: tuple[str, bytes]) -> bytes | None:
         monkeypatch.undo()
         node.delete("one", key(1))
-        found = node._disk.read(name)
+        content = node._disk.read(name)
         node.put("one", key(1), b"payload")
-        return found
+        return content
 
     monkeypatch.setattr(node._disk, "read", interrupted)
     assert node.get("one", key(1)) is None
@@ -111,7 +114,8 @@ def test_a_block_that_is_put_anew_while_it_is_read_stays(
     node.close()
 
 
-def test_a_restart_finds_all_and_removes_leftovers(tmp_path: Path) -> None:
+def test_server_restart(tmp_path: Path) -> None:
+    """A restarted server finds all blocks and removes leftovers."""
     node = server(tmp_path)
     for n in range(20):
         node.put("one", key(n), payload(n))
@@ -134,7 +138,8 @@ def test_a_restart_finds_all_and_removes_leftovers(tmp_path: Path) -> None:
     node.close()
 
 
-def test_a_restart_keeps_the_order_of_use(tmp_path: Path) -> None:
+def test_server_restart_order(tmp_path: Path) -> None:
+    """A restarted server keeps the order of use."""
     size = 1000 + OVERHEAD
     node = server(tmp_path)
     for n in range(30):
@@ -146,7 +151,8 @@ def test_a_restart_keeps_the_order_of_use(tmp_path: Path) -> None:
     node.close()
 
 
-def test_limits_are_reached_exactly(tmp_path: Path) -> None:
+def test_server_watermarks(tmp_path: Path) -> None:
+    """Watermarks and quotas are used exactly."""
     size = 1000 + OVERHEAD
     node = server(tmp_path, disk=10 * size, low=0.5, high=0.8, quotas={"two": 2 * size})
     for n in range(8):
@@ -162,7 +168,8 @@ def test_limits_are_reached_exactly(tmp_path: Path) -> None:
     node.close()
 
 
-def test_dram_keeps_what_was_used_last_whatever_its_size(tmp_path: Path) -> None:
+def test_server_dram_eviction(tmp_path: Path) -> None:
+    """DRAM keeps the most recently used blocks, whatever their size."""
     size = 1000 + OVERHEAD
     node = server(tmp_path, dram=4 * size, low=0.75, high=0.75)
     for n in range(3):
@@ -190,7 +197,8 @@ for n in range(1000):
 """
 
 
-def test_a_process_that_is_killed_in_a_put_loses_no_block(tmp_path: Path) -> None:
+def test_server_killed_during_put(tmp_path: Path) -> None:
+    """A process that is killed during a put loses no block."""
     tests = str(Path(__file__).parents[2])
     folder = tmp_path / "blocks"
     command = [sys.executable, "-c", CRASH, str(folder), tests]
@@ -200,15 +208,16 @@ def test_a_process_that_is_killed_in_a_put_loses_no_block(tmp_path: Path) -> Non
         done += [int(line) for line in process.stdout]
     node = server(folder, disk=64 << 20)
     assert all(node.get("one", key(n)) == (payload(n, 50_000), "disk") for n in done)
-    held = node.stats()["disk"]["blocks"]
-    assert held in (len(done), len(done) + 1)  # one may have been whole before it could be told
+    count = node.stats()["disk"]["blocks"]
+    assert count in (len(done), len(done) + 1)  # one may have been whole before it could be told
     assert node.stats()["bad"] == 0
-    assert len([path for path in folder.rglob("*") if path.is_file()]) == held
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == count
     node.close()
 
 
 @pytest.mark.skipif(not SEGMENTS.is_dir(), reason="segments have no files on this system")
-def test_segments_do_not_leak_and_stale_ones_are_replaced(tmp_path: Path) -> None:
+def test_server_stale_segment(tmp_path: Path) -> None:
+    """Shared memory segments do not leak, and stale ones are replaced."""
     node = server(tmp_path)
     segment = SEGMENTS / node.stats()["dram"]["segment"]
     assert segment.stat().st_size == 1 << 20
@@ -223,7 +232,8 @@ def test_segments_do_not_leak_and_stale_ones_are_replaced(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not SEGMENTS.is_dir(), reason="segments have no files on this system")
-def test_a_process_that_forgets_to_close_leaves_no_segment(tmp_path: Path) -> None:
+def test_server_without_close(tmp_path: Path) -> None:
+    """A process that does not close its server leaves no segment."""
     code = (
         "import sys; from pathlib import Path; from cmx_jax.serving.ems import MPServer\n"
         "node = MPServer(Path(sys.argv[1]), dram=1 << 16, disk=1 << 20)\n"
@@ -234,21 +244,23 @@ def test_a_process_that_forgets_to_close_leaves_no_segment(tmp_path: Path) -> No
     assert not (SEGMENTS / done.stdout.strip()).exists()
 
 
-def test_one_server_a_folder(node: MPServer, tmp_path: Path) -> None:
+def test_server_folder_in_use(node: MPServer, tmp_path: Path) -> None:
+    """A folder is used by one server at a time."""
     with pytest.raises(CmxError, match="another cache server has this folder"):
         server(tmp_path)
     assert node.put("one", key(1), b"still works")
 
 
 @pytest.mark.skipif(not SEGMENTS.is_dir(), reason="what is free is not known on this system")
-def test_more_shared_memory_than_there_is(tmp_path: Path) -> None:
-    there = os.statvfs(SEGMENTS)
+def test_server_not_enough_shared_memory(tmp_path: Path) -> None:
+    """More shared memory than exists is refused."""
+    memory = os.statvfs(SEGMENTS)
     with pytest.raises(CmxError, match="give the DRAM tier less"):
-        server(tmp_path, dram=there.f_blocks * there.f_frsize + (1 << 30))
+        server(tmp_path, dram=memory.f_blocks * memory.f_frsize + (1 << 30))
     server(tmp_path).close()
 
 
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.parametrize(("options", "message"), [
     ({"dram": 0}, "tier of 0 bytes"),
     ({"disk": -5}, "tier of -5 bytes"),
     ({"low": 0.9, "high": 0.8}, "watermarks 0.9 and 0.8, expected"),
@@ -256,25 +268,28 @@ def test_more_shared_memory_than_there_is(tmp_path: Path) -> None:
     ({"quotas": {"one": 0}}, "quota of one is 0 bytes"),
     ({"quotas": {"a/b": 5}}, "namespace 'a/b'"),
 ])  # fmt: skip
-def test_limits_that_make_no_sense_are_refused(tmp_path: Path, more: dict, said: str) -> None:
-    with pytest.raises(CmxError, match=said):
-        server(tmp_path, **more)
+def test_server_invalid_limits(tmp_path: Path, options: dict, message: str) -> None:
+    """Invalid limits are refused."""
+    with pytest.raises(CmxError, match=message):
+        server(tmp_path, **options)
     server(tmp_path).close()  # nothing is held by what was refused
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_server_invalid_folder(tmp_path: Path) -> None:
+    """A folder that cannot be made is reported."""
     (tmp_path / "file").write_text("")
     with pytest.raises(CmxError, match="no folder for blocks"):
         server(tmp_path / "file" / "blocks")
 
 
-def test_a_closed_server_says_so(node: MPServer) -> None:
+def test_server_closed(node: MPServer) -> None:
+    """Operations of a closed server are refused."""
     node.close()
     with pytest.raises(CmxError, match="is closed"):
         node.get("one", key(1))
 
 
-def test_what_cannot_be_written_is_refused_and_reading_goes_on(node: MPServer, tmp_path: Path) -> None:
+def test_server_write_failure(node: MPServer, tmp_path: Path) -> None:
     node.put("one", key(1), payload(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the write fails in its middle

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from serving.ems.stores import key, payload
 
 from cmx_jax.serving.ems import MPServer
-from cmx_jax.serving.ems.block import OVERHEAD
+from cmx_jax.serving.ems.store import OVERHEAD
 
 DISK, LOW, HIGH, QUOTA = 4000, 2800, 3600, 1200
 SPACES, KEYS = st.sampled_from(["free", "limited"]), st.integers(0, 7)
@@ -69,9 +69,9 @@ class Node(RuleBasedStateMachine):
 
     @invariant()
     def the_same_blocks_are_there(self) -> None:
-        there = {(s, n) for s in ("free", "limited") for n in range(8) if self.node.exists(s, key(n))}
+        stored = {(s, n) for s in ("free", "limited") for n in range(8) if self.node.exists(s, key(n))}
         stats = self.node.stats()
-        assert there == set(self.held)
+        assert stored == set(self.held)
         assert stats["disk"]["bytes"] == self.used("free", "limited") <= HIGH
         assert stats["dram"]["bytes"] <= 0.9 * self.dram
         assert stats["namespaces"].get("limited", {"bytes": 0})["bytes"] == self.used("limited") <= QUOTA

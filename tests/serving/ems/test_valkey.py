@@ -40,7 +40,8 @@ def test_the_contract(process: tuple[subprocess.Popen, int]) -> None:
 
 
 @needs_server
-def test_a_damaged_value_is_a_miss_and_is_removed(process: tuple[subprocess.Popen, int]) -> None:
+def test_valkey_damaged_value(process: tuple[subprocess.Popen, int]) -> None:
+    """A damaged value is a miss and is removed."""
     import valkey
 
     store = ValkeyStore(f"redis://127.0.0.1:{process[1]}")
@@ -55,7 +56,8 @@ def test_a_damaged_value_is_a_miss_and_is_removed(process: tuple[subprocess.Pope
 
 
 @needs_server
-def test_a_full_server_refuses_and_a_dead_one_is_missed(process: tuple[subprocess.Popen, int]) -> None:
+def test_valkey_full_and_dead_server(process: tuple[subprocess.Popen, int]) -> None:
+    """A full server refuses puts, and a dead one raises an error."""
     store = ValkeyStore(f"valkey://127.0.0.1:{process[1]}", timeout=2)
     stored = [n for n in range(12) if store.put("one", key(n), payload(n, 1 << 20))]
     assert 2 < len(stored) < 9
@@ -72,7 +74,8 @@ def test_a_full_server_refuses_and_a_dead_one_is_missed(process: tuple[subproces
     pool.close()
 
 
-def test_urls_that_are_none() -> None:
+def test_valkey_invalid_url() -> None:
+    """Invalid URLs are refused."""
     with pytest.raises(CmxError, match="http://x: not the URL of a Valkey server"):
         ValkeyStore("http://x")
 

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmx_jax.errors import CmxError
@@ -20,16 +20,16 @@ def senders(prefill_tp: int, decode_tp: int, decode_dp: int) -> list[int]:
     ]
 
 
-def test_ten_dies_of_the_paper_s_decode_instance_ask_each_of_32() -> None:
+def test_prefill_tp_rank_paper_shape() -> None:
     """Section 4.3.3: 32 prefill ranks, no TP in decode, DP320: ratio 32, groups of 10."""
-    found = senders(32, 1, 320)
-    assert found[:10] == [0] * 10
-    assert found[10] == 1
-    assert found == [rank // 10 for rank in range(320)]
+    ranks = senders(32, 1, 320)
+    assert ranks[:10] == [0] * 10
+    assert ranks[10] == 1
+    assert ranks == [rank // 10 for rank in range(320)]
 
 
 @pytest.mark.parametrize(
-    ("prefill_tp", "decode_tp", "decode_dp", "each"),
+    ("prefill_tp", "decode_tp", "decode_dp", "share"),
     [
         (32, 1, 320, 10),
         (16, 1, 160, 10),
@@ -39,22 +39,27 @@ def test_ten_dies_of_the_paper_s_decode_instance_ask_each_of_32() -> None:
         (8, 8, 20, 20),
     ],
 )
-def test_every_prefill_rank_sends_to_equally_many(prefill_tp, decode_tp, decode_dp, each) -> None:
+def test_prefill_tp_rank_counts(prefill_tp, decode_tp, decode_dp, share) -> None:
+    """Every prefill rank sends to the same number of decode ranks."""
     counts = Counter(senders(prefill_tp, decode_tp, decode_dp))
     assert set(counts) <= set(range(prefill_tp))
-    if each is not None:
-        assert counts == dict.fromkeys(range(prefill_tp), each)
+    if share is not None:
+        assert counts == dict.fromkeys(range(prefill_tp), share)
 
 
 @given(st.integers(1, 8), st.integers(1, 16), st.integers(1, 30))
-def test_shapes_that_divide_are_balanced_and_keep_the_tp_rank(decode_tp, ratio, group) -> None:
-    found = senders(ratio * decode_tp, decode_tp, ratio * group)
-    assert Counter(found) == dict.fromkeys(range(ratio * decode_tp), group)
-    assert all(sender % decode_tp == i % decode_tp for i, sender in enumerate(found))
+@settings(deadline=None)
+def test_prefill_tp_rank_divisible(decode_tp, ratio, group) -> None:
+    """Divisible shapes are balanced, and senders keep the TP rank."""
+    ranks = senders(ratio * decode_tp, decode_tp, ratio * group)
+    assert Counter(ranks) == dict.fromkeys(range(ratio * decode_tp), group)
+    assert all(sender % decode_tp == i % decode_tp for i, sender in enumerate(ranks))
 
 
 @given(st.integers(1, 40), st.integers(1, 400))
-def test_no_rank_of_any_shape_sends_to_more_than_a_group(prefill_tp, decode_dp) -> None:
+@settings(deadline=None)
+def test_prefill_tp_rank_group_size(prefill_tp, decode_dp) -> None:
+    """No rank of any shape sends to more than a group."""
     counts = Counter(senders(prefill_tp, 1, decode_dp))
     assert max(counts.values()) == -(-decode_dp // prefill_tp)
     assert set(counts) <= set(range(prefill_tp))
@@ -68,7 +73,7 @@ def test_no_rank_of_any_shape_sends_to_more_than_a_group(prefill_tp, decode_dp) 
         ((0, 0), (32, 3, 320), "prefill_tp_size is 32, expected a multiple of 3"),
     ],
 )
-def test_what_is_no_rank_or_shape_is_refused(rank, sizes, message) -> None:
+def test_prefill_tp_rank_invalid(rank, sizes, message) -> None:
     names = ("prefill_tp_size", "decode_tp_size", "decode_dp_size")
     with pytest.raises(CmxError, match=message):
         prefill_tp_rank(*rank, **dict(zip(names, sizes, strict=True)))

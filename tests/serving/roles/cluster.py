@@ -23,7 +23,7 @@ WORKER += ["--max-num-batched-tokens", str(CHUNK), "--shutdown-timeout-s", "30"]
 
 @dataclass
 class Process:
-    """A process at a port of its own, which it has again whenever it is started anew."""
+    """A process at a port of its own, which it keeps when it is started again."""
 
     folder: Path
     role: str
@@ -72,7 +72,7 @@ class Process:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """At once, and waits until it is gone."""
+        """Kills the process and waits until it is gone."""
         if self.popen is not None:
             self.popen.kill()
             self.popen.wait(10)
@@ -97,11 +97,11 @@ class Cluster:
     def __init__(self, folder: Path):
         self.disk = folder / "blocks"
         self.cache = Process(folder, "cache", ["--cache-dir", str(self.disk)])
-        at = ["--cache-server", f"127.0.0.1:{self.cache.port}"]
-        self.prefill = [Process(folder, "prefill", ["tiny", *WORKER, *at]) for _ in range(2)]
+        cache_address = ["--cache-server", f"127.0.0.1:{self.cache.port}"]
+        self.prefill = [Process(folder, "prefill", ["tiny", *WORKER, *cache_address]) for _ in range(2)]
         self.decode = [Process(folder, "decode", ["tiny", *WORKER]) for _ in range(2)]
-        given = [f"--{p.role}={p.url}" for p in self.workers]
-        self.router = Process(folder, "router", ["tiny", "--max-model-len", str(CONTEXT), *given])
+        workers = [f"--{p.role}={p.url}" for p in self.workers]
+        self.router = Process(folder, "router", ["tiny", "--max-model-len", str(CONTEXT), *workers])
         self.http = httpx.Client(base_url=self.router.url, timeout=90)
 
     @property
@@ -128,29 +128,29 @@ class Cluster:
     def status(self) -> dict[str, Any]:
         return self.http.get("/status").raise_for_status().json()
 
-    def ask(self, prompt: list[int], **more: Any) -> dict[str, Any]:
+    def ask(self, prompt: list[int], **fields: Any) -> dict[str, Any]:
         """The answer's document, or the error's."""
-        body = {"prompt": prompt, "temperature": 0, "ignore_eos": True, **more}
+        body = {"prompt": prompt, "temperature": 0, "ignore_eos": True, **fields}
         return self.http.post("/v1/completions", json=body).json()
 
     @contextmanager
-    def asked(self, prompts: Sequence[list[int]], **more: Any) -> Iterator[list["Future[dict[str, Any]]"]]:
+    def asked(self, prompts: Sequence[list[int]], **fields: Any) -> Iterator[list["Future[dict[str, Any]]"]]:
         """Asks all at once; when the block begins, they decode."""
         with ThreadPoolExecutor(len(prompts)) as pool:
-            answers = [pool.submit(self.ask, prompt, **more) for prompt in prompts]
+            answers = [pool.submit(self.ask, prompt, **fields) for prompt in prompts]
             eventually(lambda: sum(w["load"] > 0 for w in self.status()["workers"][2:]) == 2, 30)
             yield answers
 
     def left(self) -> dict[str, Any]:
-        """What anything of it still has to do, or keeps; nothing, when it is idle."""
-        found = {w["url"]: w["load"] for w in self.status()["workers"]}
+        """Returns the work and pages that are left in any process; {} when all are idle."""
+        counts = {w["url"]: w["load"] for w in self.status()["workers"]}
         for process in self.workers:
-            said = process.status()
+            status = process.status()
             names = ("waiting", "transfers", "running")
-            found |= {f"{process.url} {name}": said["counts"][name] for name in names}
-            found[f"{process.url} pages"] = sum(i["pages_used"] for i in said["instances"])
-            found[f"{process.url} kv"] = said["kv"]["waiting"]
-        return {name: count for name, count in found.items() if count}
+            counts |= {f"{process.url} {name}": status["counts"][name] for name in names}
+            counts[f"{process.url} pages"] = sum(i["pages_used"] for i in status["instances"])
+            counts[f"{process.url} kv"] = status["kv"]["waiting"]
+        return {name: count for name, count in counts.items() if count}
 
     def idle(self) -> None:
         """Waits until nothing is left."""

@@ -14,12 +14,12 @@ LENGTHS = (5, 150, 33, 90, 1, 64, 17, 120)
 
 @pytest.fixture(scope="session")
 def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    processes = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
-        made.heal()
-        yield made
+        processes.heal()
+        yield processes
     finally:
-        made.close()
+        processes.close()
 
 
 @pytest.fixture
@@ -37,16 +37,18 @@ def llm() -> LLM:
 
 
 @pytest.fixture(scope="session")
-def asked() -> list[list[int]]:
+def cluster_prompts() -> list[list[int]]:
     """Prompts of token ids, some longer than a prefill step's row."""
     rng = np.random.default_rng(5)
     return [rng.integers(0, 1024, length).tolist() for length in LENGTHS]
 
 
 @pytest.fixture(scope="session")
-def offline(llm: LLM, asked: list[list[int]]) -> list[tuple[str, int]]:
-    """The text behind each, and the number of its tokens."""
-    return [(c.text, len(c.tokens)) for c in llm.generate(asked, max_new_tokens=TOKENS, ignore_eos=True)]
+def offline(llm: LLM, cluster_prompts: list[list[int]]) -> list[tuple[str, int]]:
+    """The model's answer to each prompt, and its number of tokens."""
+    return [
+        (c.text, len(c.tokens)) for c in llm.generate(cluster_prompts, max_new_tokens=TOKENS, ignore_eos=True)
+    ]
 
 
 TOKENS = 60

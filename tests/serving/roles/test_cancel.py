@@ -1,4 +1,4 @@
-"""Clients that leave a worker, or a router, at every moment that there is: nothing of theirs is kept."""
+"""Clients that leave a worker or a router at any moment: nothing of their requests is kept."""
 
 import asyncio
 import threading
@@ -37,33 +37,33 @@ def _nothing_is_left(workers) -> Iterator[None]:
         worker.idle()
 
 
-def post(worker: Running, what: str, body: PrefillRequest | DecodeRequest, timeout: float) -> None:
+def post(worker: Running, route: str, body: PrefillRequest | DecodeRequest, timeout: float) -> None:
     """Asks, and leaves after `timeout` seconds."""
     headers = {"Authorization": f"Bearer {SECRET}", "Content-Type": "application/json"}
     with pytest.raises(httpx.TimeoutException):
         httpx.post(
-            f"{worker.url}/internal/{what}", content=body.model_dump_json(), headers=headers, timeout=timeout
+            f"{worker.url}/internal/{route}", content=body.model_dump_json(), headers=headers, timeout=timeout
         )
 
 
 def held(worker: Running, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Lets the engine's next step wait for an event behind its work."""
+    """Makes the engine's next step wait for an event after its work."""
     step, go = worker.engine.step, threading.Event()
 
     def stepped() -> object:
-        found = step()
+        result = step()
         assert go.wait(20)
-        return found
+        return result
 
     monkeypatch.setattr(worker.engine, "step", stepped)
     return go
 
 
 def prompt_of(prompts: list[list[int]]) -> PrefillRequest:
-    return PrefillRequest(prompt=prompts[1], params=Params.of(PARAMS), transfer_id=new_id())
+    return PrefillRequest(prompt=prompts[1], params=Params.from_sampling(PARAMS), transfer_id=new_id())
 
 
-def test_a_client_that_leaves_before_its_ticket_is_written(workers, prompts, monkeypatch) -> None:
+def test_disconnect_before_ticket(workers, prompts, monkeypatch) -> None:
     """Its pages are withdrawn: the lease of 30 s is not what frees them."""
     sender, _ = workers
     go, offered = held(sender, monkeypatch), sender.engine.outbox.counts["withdrawn"]
@@ -90,16 +90,17 @@ def decode_of(sender: Running, prompts: list[list[int]]) -> DecodeRequest:
     return asyncio.run(prefilled())
 
 
-def test_a_client_that_leaves_while_pages_come(workers, prompts, monkeypatch) -> None:
+def test_disconnect_during_transfer(workers, prompts, monkeypatch) -> None:
+    """A client leaves while pages are transferred."""
     sender, receiver = workers
     body, transport = decode_of(sender, prompts), receiver.engine.outbox.transport
     pull, go, pulled = transport.pull, threading.Event(), threading.Event()
 
-    def slow(*given):
+    def slow(*arguments):
         assert go.wait(20)
-        found = pull(*given)
+        result = pull(*arguments)
         pulled.set()
-        return found
+        return result
 
     monkeypatch.setattr(transport, "pull", slow)
     post(receiver, "decode", body, 0.5)
@@ -109,7 +110,8 @@ def test_a_client_that_leaves_while_pages_come(workers, prompts, monkeypatch) ->
     assert not pulled.wait(0.5)  # there is nothing any more
 
 
-def test_a_client_that_leaves_before_the_first_line(workers, prompts, monkeypatch) -> None:
+def test_disconnect_before_first_line(workers, prompts, monkeypatch) -> None:
+    """A client leaves before the first line of the answer."""
     sender, receiver = workers
     go = held(receiver, monkeypatch)
     body = decode_of(sender, prompts)
@@ -118,7 +120,8 @@ def test_a_client_that_leaves_before_the_first_line(workers, prompts, monkeypatc
     go.set()
 
 
-def test_a_client_that_leaves_a_stream(workers, prompts) -> None:
+def test_disconnect_during_decode(workers, prompts) -> None:
+    """A client leaves in the middle of the answer."""
     sender, receiver = workers
 
     async def leaves() -> int:
@@ -139,7 +142,7 @@ def test_a_client_that_leaves_a_stream(workers, prompts) -> None:
 
 
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.1, 0.3], ids=str)
-def test_whoever_leaves_the_router_at_any_time_leaves_nothing(after, workers, prompts) -> None:
+def test_disconnect_from_router(after, workers, prompts) -> None:
     sender, receiver = workers
     members = Members([sender.url], [receiver.url], SECRET)
 

@@ -1,4 +1,4 @@
-"""Which workers a router uses: those that answer, know the secret, and have the others' pages."""
+"""Choice of workers by a router: it uses those that answer, know the secret, and have the same pages."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from support import BASE, instance
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.app import make_app
-from cmx_jax.serving.api.served import Limits, Served
+from cmx_jax.serving.api.context import ApiContext, Limits
 from cmx_jax.serving.deploy.deployment import ModelInfo
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.http.server import Server, bind, url
@@ -35,9 +35,9 @@ from cmx_jax.serving.service.frontend import Unavailable
 def workers(base: Model) -> Iterator[dict[str, Running]]:
     """One that prefills, one that decodes, one whose pages are INT8, and one with another secret."""
     plain = [instance(base, name, 1, sequences=2, pages=32) for name in ("prefill", "decode", "stranger")]
-    of = plain[1]
+    layout, runner = plain[1].layout, plain[1].programs.runner
     capacity = Capacity(page_width=8, sequences=2, pages=32)
-    int8 = base.instance("int8", of.layout, of.programs.runner, capacity, kv_cache_dtype="int8")
+    int8 = base.instance("int8", layout, runner, capacity, kv_cache_dtype="int8")
     with contextlib.ExitStack() as stack:
         yield {
             "prefill": stack.enter_context(running("prefill", plain[0], base)),
@@ -47,9 +47,10 @@ def workers(base: Model) -> Iterator[dict[str, Running]]:
         }
 
 
-def test_a_worker_with_other_pages_is_not_used_and_both_sides_are_shown(workers, prompts, caplog) -> None:
+def test_worker_with_other_pages(workers, prompts, caplog) -> None:
+    """A worker with other pages is not used, and both values are shown."""
     prefill, decode, int8 = (workers[name].url for name in ("prefill", "decode", "int8"))
-    why = f"has kv_cache_dtype 'int8', {prefill} 'float32'"
+    reason = f"has kv_cache_dtype 'int8', {prefill} 'float32'"
 
     async def act(router: Router) -> list[dict[str, object]]:
         for prompt in prompts[:4]:
@@ -57,36 +58,38 @@ def test_a_worker_with_other_pages_is_not_used_and_both_sides_are_shown(workers,
         return router.counts()["workers"]
 
     with caplog.at_level(logging.WARNING):
-        found = routed(Members([prefill], [int8, decode], SECRET), act)
-    assert [w["error"] for w in found] == [None, why, None]
+        result = routed(Members([prefill], [int8, decode], SECRET), act)
+    assert [w["error"] for w in result] == [None, reason, None]
     assert workers["int8"].engine.steps == 0
-    assert f"decode worker {int8} {why}" in caplog.messages
+    assert f"decode worker {int8} {reason}" in caplog.messages
 
     async def alone(router: Router) -> None:
         with pytest.raises(Unavailable) as error:
             await tokens(router, prompts[0])
-        assert str(error.value) == router.broken == f"no worker can decode now ({int8} {why})"
+        assert str(error.value) == router.broken == f"no worker can decode now ({int8} {reason})"
 
     routed(Members([prefill], [int8], SECRET, patience_s=0.1), alone)
 
 
 @pytest.mark.parametrize(
-    ("name", "why"),
+    ("name", "reason"),
     [
         ("stranger", "the key is missing or wrong, expected the header 'Authorization: Bearer KEY'"),
         ("prefill", "is a prefill worker, expected one that can decode"),
     ],
 )
-def test_another_secret_or_role_is_one_line(name, why, workers, prompts) -> None:
+def test_worker_with_another_secret_or_role(name, reason, workers, prompts) -> None:
+    """A worker with another secret or role is reported in one line."""
+
     async def act(router: Router) -> str:
         with pytest.raises(Unavailable) as error:
             await tokens(router, prompts[0])
         return str(error.value)
 
     members = Members([workers["prefill"].url], [workers[name].url], SECRET, patience_s=0.1)
-    found = routed(members, act)
-    assert found.startswith(f"no worker can decode now ({workers[name].url} {why}")
-    assert "\n" not in found
+    result = routed(members, act)
+    assert result.startswith(f"no worker can decode now ({workers[name].url} {reason}")
+    assert "\n" not in result
 
 
 class NoWorker(BaseHTTPRequestHandler):
@@ -103,7 +106,8 @@ class NoWorker(BaseHTTPRequestHandler):
         pass
 
 
-def test_another_server_is_no_worker(workers) -> None:
+def test_worker_is_another_server(workers) -> None:
+    """Another HTTP server is not used as a worker."""
     with ThreadingHTTPServer(("127.0.0.1", 0), NoWorker) as other:
         thread = threading.Thread(target=other.serve_forever, args=(0.02,))
         thread.start()
@@ -117,7 +121,7 @@ def test_another_server_is_no_worker(workers) -> None:
         thread.join()
 
 
-def test_what_hangs_is_given_up_with_all_that_it_has(workers, prompts, monkeypatch) -> None:
+def test_worker_hangs(workers, prompts, monkeypatch) -> None:
     """A listener that accepts and never says a word is what a stopped process looks like."""
     monkeypatch.setattr(module, "SILENCE_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -129,21 +133,22 @@ def test_what_hangs_is_given_up_with_all_that_it_has(workers, prompts, monkeypat
             first.status = members.all[2].status  # it was well a moment ago, and has less to do
             first.error, first.load = "", -1000
             began = time.monotonic()
-            found = await tokens(router, prompts[4], max_tokens=5)
+            result = await tokens(router, prompts[4], max_tokens=5)
             first.load += 1000
-            return found, time.monotonic() - began
+            return result, time.monotonic() - began
 
-        found, took = routed(members, act)
-    assert found == list(greedy(BASE, prompts[4], 5))
+        result, took = routed(members, act)
+    assert result == list(greedy(BASE, prompts[4], 5))
     assert 0.5 < took < 20
 
 
-def test_a_router_without_workers_says_so(base: Model) -> None:
+def test_router_without_workers(base: Model) -> None:
+    """A router without workers answers 503 with the reason."""
     urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
     router = Router(Members(urls[:1], urls[1:], SECRET, patience_s=0.2))
     hosted = ModelInfo(name="router", model=base, max_model_len=CONTEXT)
-    served = Served(name="base", deployment=hosted, service=router, template=None, limits=Limits())
-    server, ready = Server(make_app(served), router, shutdown_timeout_s=1), threading.Event()
+    context = ApiContext(name="base", deployment=hosted, service=router, template=None, limits=Limits())
+    server, ready = Server(make_app(context), router, shutdown_timeout_s=1), threading.Event()
     with bind("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=server.run_on, args=(sock, ready.set), daemon=True)
         thread.start()
@@ -153,10 +158,10 @@ def test_a_router_without_workers_says_so(base: Model) -> None:
             health = http.get("/health")
         server._loop.call_soon_threadsafe(server.stop)
         thread.join(10)
-    why = f"no worker can prefill now ({urls[0]} cannot be reached (All connection attempts failed))"
-    assert (answer.status_code, answer.json()["error"]["message"]) == (503, why)
+    reason = f"no worker can prefill now ({urls[0]} cannot be reached (All connection attempts failed))"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, reason)
     assert int(answer.headers["Retry-After"]) > 0
-    assert (health.status_code, health.json()["status"]) == (503, why)
+    assert (health.status_code, health.json()["status"]) == (503, reason)
 
 
 @pytest.mark.parametrize(
@@ -173,13 +178,14 @@ def test_a_router_without_workers_says_so(base: Model) -> None:
 def test_a_mistake_is_one_line(arguments, message, capsys, monkeypatch) -> None:
     monkeypatch.delenv("CMX_CLUSTER_SECRET", raising=False)
     assert main(["serve", "tiny", "--port", "0", *arguments]) == 2
-    said = capsys.readouterr()
-    [line] = said.err.splitlines()
+    output = capsys.readouterr()
+    [line] = output.err.splitlines()
     assert message in line
 
 
-def test_addresses_are_checked() -> None:
-    with pytest.raises(CmxError, match="is no address of a worker"):
+def test_members_invalid_address() -> None:
+    """Invalid addresses are refused."""
+    with pytest.raises(CmxError, match="is not the address of a worker"):
         asyncio.run(_made("http://[::"))
 
 

@@ -1,5 +1,5 @@
-"""What goes wrong between two workers, with real transfers: every request ends with its own tokens, or with
-an error that says why, and nothing is kept."""
+"""Failures between two workers, with real transfers: every request ends with its own tokens, or with an error
+that gives the reason, and no page is left."""
 
 import asyncio
 from collections.abc import Iterator
@@ -54,25 +54,25 @@ def expected(prompts) -> list[list[int]]:
 
 
 async def all_of(router: Router, prompts: list[list[int]]) -> list[list[int] | BaseException]:
-    asked = (tokens(router, prompt, max_tokens=TOKENS) for prompt in prompts)
-    return await asyncio.gather(*asked, return_exceptions=True)
+    answers = (tokens(router, prompt, max_tokens=TOKENS) for prompt in prompts)
+    return await asyncio.gather(*answers, return_exceptions=True)
 
 
-def test_requests_come_and_go_together(workers, members, prompts, expected) -> None:
+def test_transfers_many_requests(workers, members, prompts, expected) -> None:
+    """Many requests are transferred at the same time."""
     assert routed(members, lambda router: all_of(router, prompts)) == expected
     assert workers[0].engine.outbox.counts["expired"] == 0
 
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
-def test_damaged_pages_are_computed_again_or_the_request_fails(
-    policy, workers, members, prompts, expected, monkeypatch
-) -> None:
+def test_transfer_damaged_pages(policy, workers, members, prompts, expected, monkeypatch) -> None:
+    """Damaged pages are computed again, or the request fails."""
     transport = workers[1].engine.outbox.transport
     pull, pulled = transport.pull, []
 
-    def damaging(*given):
-        arrays = [np.array(array) for array in pull(*given)]
-        pulled.append(given)
+    def damaging(*arguments):
+        arrays = [np.array(array) for array in pull(*arguments)]
+        pulled.append(arguments)
         if len(pulled) in (1, 4):
             arrays[0].reshape(-1).view(np.uint8)[5] ^= 8
         return arrays
@@ -82,36 +82,36 @@ def test_damaged_pages_are_computed_again_or_the_request_fails(
     async def act(router: Router) -> tuple[list[list[int] | BaseException], int]:
         return await all_of(router, prompts), router.retried
 
-    found, retried = routed(members, act, policy=policy)
-    failed = [of for of in found if isinstance(of, BaseException)]
+    results, retried = routed(members, act, policy=policy)
+    failed = [result for result in results if isinstance(result, BaseException)]
     assert (len(failed), retried) == ((0, 2) if policy == "recompute" else (2, 0))
     for error in failed:
         assert isinstance(error, TransferError)
         assert "the pages came damaged" in str(error)
-    for of, tokens_ in zip(found, expected, strict=True):
-        assert of in failed or of == tokens_
+    for result, tokens_ in zip(results, expected, strict=True):
+        assert result in failed or result == tokens_
     assert not any(m.error for m in members.all)  # neither worker is to blame
 
 
-def test_an_acknowledgement_that_is_lost_is_made_up_for_by_the_lease(
-    workers, prompts, expected, monkeypatch
-) -> None:
+def test_transfer_lost_acknowledgement(workers, prompts, expected, monkeypatch) -> None:
+    """The lease frees pages whose acknowledgement was lost."""
     sender, _ = workers
     kv, expired = Peer.kv, sender.engine.outbox.counts["expired"]
 
-    async def losing(self: Peer, transfer_id: int, what: str) -> bool:
-        if what == "acknowledge":
+    async def losing(self: Peer, transfer_id: int, action: str) -> bool:
+        if action == "acknowledge":
             raise PeerError("lost")
-        return await kv(self, transfer_id, what)
+        return await kv(self, transfer_id, action)
 
     monkeypatch.setattr(Peer, "kv", losing)
     for count in (expired + 4, expired + 8):  # the watchdog lives on
-        found = routed(before(workers), lambda router: all_of(router, prompts[:4]))
-        assert found == expected[:4]
+        results = routed(before(workers), lambda router: all_of(router, prompts[:4]))
+        assert results == expected[:4]
         eventually(lambda count=count: sender.engine.outbox.counts["expired"] == count)
 
 
-def test_pages_whose_lease_ended_are_computed_again(workers, members, prompts, expected, monkeypatch) -> None:
+def test_transfer_expired_lease(workers, members, prompts, expected, monkeypatch) -> None:
+    """Pages whose lease ended are computed again."""
     sender, _ = workers
     renew, late = sender.engine.outbox.renew, []
 
@@ -126,7 +126,7 @@ def test_pages_whose_lease_ended_are_computed_again(workers, members, prompts, e
     assert len(late) == 1
 
 
-def test_who_finds_no_room_where_it_decodes_goes_on_elsewhere(base, workers, prompts) -> None:
+def test_decode_preemption(base, workers, prompts) -> None:
     """A small cache: sequences that grow take each other's pages, and lose no token."""
     sender, _ = workers
     long = [prompts[3], prompts[6], prompts[7]]  # 32, 21 and 12 tokens
@@ -135,10 +135,10 @@ def test_who_finds_no_room_where_it_decodes_goes_on_elsewhere(base, workers, pro
         members = Members([sender.url], [receiver.url], SECRET)
 
         async def act(router: Router) -> tuple[list[list[int]], int]:
-            asked = (tokens(router, prompt, max_tokens=30) for prompt in long)
-            return await asyncio.gather(*asked), router.retried
+            answers = (tokens(router, prompt, max_tokens=30) for prompt in long)
+            return await asyncio.gather(*answers), router.retried
 
-        found, retried = routed(members, act, policy="fail")  # nothing is lost, so nothing fails
+        results, retried = routed(members, act, policy="fail")  # nothing is lost, so nothing fails
         receiver.idle()
-    assert found == [list(greedy(BASE, prompt, 30)) for prompt in long]
+    assert results == [list(greedy(BASE, prompt, 30)) for prompt in long]
     assert retried > 0

@@ -16,7 +16,7 @@ from cmx_jax.serving.deploy.site import NpuRange
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.http.server import Server, bind, url
-from cmx_jax.serving.kv import JaxTransport, Outbox
+from cmx_jax.serving.kv import JaxTransport, LeasedPages
 from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.router import Router
 from cmx_jax.serving.roles.worker import Worker, make_worker
@@ -41,12 +41,12 @@ class Running:
         return self.worker.service.engine
 
     def left(self) -> tuple[int, ...]:
-        """What it has to do, or keeps: all zeros when it is idle."""
+        """Number of requests, tickets and pages left: all zeros when the worker is idle."""
         engine, service = self.engine, self.worker.service
-        held = (engine.waiting, engine.transfers, engine.mover.fetching, engine.tickets, service.live)
+        queues = (engine.waiting, engine.transfers, engine.mover.fetching, engine.tickets, service.live)
         loads = [len(i.allocator.places) + i.allocator.load for i in engine.instances]
         published = getattr(engine.outbox.transport, "_published", ())
-        return (*map(len, held), *loads, engine.outbox.waiting, len(published))
+        return (*map(len, queues), *loads, engine.outbox.waiting, len(published))
 
     def idle(self) -> None:
         eventually(lambda: not any(self.left()))
@@ -66,7 +66,7 @@ def running(
     )
     deployment.engine = Engine(
         *(([one], []) if role == "prefill" else ([], [one])),
-        outbox=Outbox(JaxTransport(), replace(deployment.fingerprint), lease_s),
+        outbox=LeasedPages(JaxTransport(), replace(deployment.fingerprint), lease_s),
     )
     service = Service(deployment.engine)
     worker = Worker(
@@ -86,14 +86,14 @@ def running(
         assert not thread.is_alive()
 
 
-def routed(members: Members, what: Callable[[Router], Awaitable[T]], **options: object) -> T:
-    """What a test does with a router before workers; nothing of it is left afterwards."""
+def routed(members: Members, test: Callable[[Router], Awaitable[T]], **options: object) -> T:
+    """Runs a test with a router in front of workers, and checks that nothing is left afterwards."""
 
     async def run() -> T:
         router = Router(members, **options)
         await router.start()
         try:
-            return await what(router)
+            return await test(router)
         finally:
             await router.drain(0)
             await router.close()
@@ -107,10 +107,10 @@ def routed(members: Members, what: Callable[[Router], Awaitable[T]], **options: 
 
 
 async def tokens(router: Router, prompt: Sequence[int], **params: object) -> list[int]:
-    """What the workers say behind a prompt.
+    """Returns the tokens that the workers generate for a prompt.
 
     Raises:
-      CmxError, Interrupted: that it cannot be had.
+      CmxError, Interrupted: The request failed.
     """
     generation = await router.generate([(list(prompt), SamplingParams(**{"ignore_eos": True} | params))])
     try:

@@ -1,4 +1,4 @@
-"""The model that an app serves: prompts to tokens, requests to generations, within limits."""
+"""The model that an app serves: converts prompts to tokens and request bodies to sampling parameters."""
 
 import asyncio
 import secrets
@@ -21,11 +21,14 @@ Scores = list[list[TokenLogprob | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of one call of the API.
+    """Limits of one API call.
 
     Attributes:
-      max_body_bytes: of its body.
-      max_choices: prompts times `n`.
+      max_body_bytes: Largest size of the body in bytes.
+      max_choices: Largest number of choices, which is prompts times `n`.
+
+    Raises:
+      CmxError: A limit is less than 1.
     """
 
     max_body_bytes: int = 8 << 20
@@ -38,8 +41,17 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    """A deployment behind a service or a router, and the name that clients know it by."""
+class ApiContext:
+    """The model that the API's routes serve.
+
+    Attributes:
+      name: Name of the model for clients.
+      deployment: Config, tokenizer and limits of the model.
+      service: Service or router that generates the answers.
+      template: Chat template, or None if the model has none.
+      limits: Limits of one API call.
+      created: Start of the server, in seconds since the epoch.
+    """
 
     name: str
     deployment: ModelInfo
@@ -50,23 +62,28 @@ class Served:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
+        """Tokenizer of the model, or None."""
         return self.deployment.model.tokenizer
 
     def check_name(self, model: str) -> None:
         """Refuses another model.
 
         Raises:
-          NotFound: it is not the one that is served.
+          NotFound: The model is not the served one.
         """
         if model != self.name:
             raise NotFound(f"model {model!r} is not served here, expected {self.name!r}")
 
     def check(self, body: Generate, prompts: int) -> None:
-        """Refuses what no prompt could make right.
+        """Refuses a request body that cannot be served, whatever its prompts.
+
+        Args:
+          body: Body of the API call.
+          prompts: Number of its prompts.
 
         Raises:
-          NotFound: it asks for another model.
-          CmxError: it asks for too many choices, or for text of a model without a tokenizer.
+          NotFound: The body asks for another model.
+          CmxError: The body asks for too many choices, or has stop strings and the model has no tokenizer.
         """
         self.check_name(self.name if body.model is None else body.model)
         choices = prompts * (body.n or 1)
@@ -79,14 +96,19 @@ class Served:
             raise CmxError("stop strings need a tokenizer, which the model lacks: give stop_token_ids")
 
     async def encode(self, prompts: Sequence[str | list[int]], special: bool = True) -> list[list[int]]:
-        """Token ids of each prompt, checked against the vocabulary; `special` as in `Model.encode`.
+        """Returns the token ids of each prompt, checked against the vocabulary.
+
+        Args:
+          prompts: Texts or token ids.
+          special: Value for `Model.encode`: whether special tokens are added.
 
         Raises:
-          CmxError: one is empty, or holds another id, or is text and the model has no tokenizer.
+          CmxError: A prompt is empty, has an id outside the vocabulary, or is text and the model has no
+            tokenizer.
         """
         model = self.deployment.model
-        found = await asyncio.to_thread(lambda: [model.encode(prompt, special) for prompt in prompts])
-        for ids in found:
+        encoded = await asyncio.to_thread(lambda: [model.encode(prompt, special) for prompt in prompts])
+        for ids in encoded:
             if not ids:
                 raise CmxError("the prompt is empty, expected at least one token")
             for token in ids:
@@ -94,36 +116,41 @@ class Served:
                     raise CmxError(
                         f"the prompt holds token id {token}, expected ids in [0, {model.config.vocab_size})"
                     )
-        return found
+        return encoded
 
     def params(
-        self, body: Generate, prompt: Sequence[int], max_tokens: int | None, usual: int, logprobs: int | None
+        self,
+        body: Generate,
+        prompt: Sequence[int],
+        max_tokens: int | None,
+        default: int,
+        logprobs: int | None,
     ) -> list[SamplingParams]:
-        """Of each of the `n` choices behind a prompt; they differ by their seeds.
+        """Returns the sampling parameters of the `n` choices of a prompt; only their seeds differ.
 
         Args:
-          body: what was asked for.
-          prompt: token ids.
-          max_tokens: that were asked for.
-          usual: most tokens where nothing was asked for.
-          logprobs: see `SamplingParams`.
+          body: Body of the API call.
+          prompt: Token ids of the prompt.
+          max_tokens: Requested number of tokens, or None.
+          default: Largest number of tokens if none is requested.
+          logprobs: Value of `SamplingParams.logprobs`.
 
         Raises:
-          CmxError: a value is outside its range, or prompt and `max_tokens` exceed the room there is.
+          CmxError: A value is outside its range, or prompt and `max_tokens` exceed the model's context.
         """
         longest = self.deployment.max_model_len
         room = longest - len(prompt)
         if room < (1 if max_tokens is None else max_tokens):
-            asked = "" if max_tokens is None else f" and max_tokens {max_tokens}"
+            request = "" if max_tokens is None else f" and max_tokens {max_tokens}"
             raise CmxError(
-                f"a prompt of {len(prompt)} tokens{asked} exceed the {longest} tokens that there is room for "
-                "(max_model_len): shorten the prompt or ask for fewer tokens"
+                f"a prompt of {len(prompt)} tokens{request} exceeds max_model_len, {longest} tokens: "
+                "shorten the prompt or ask for fewer tokens"
             )
         first = SamplingParams(
-            max_tokens=min(usual, room) if max_tokens is None else max_tokens,
+            max_tokens=min(default, room) if max_tokens is None else max_tokens,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=0 if body.top_k in (None, -1) else body.top_k,  # vLLM: -1 keeps all, too
+            top_k=0 if body.top_k in (None, -1) else body.top_k,  # in vLLM, -1 keeps all, too
             seed=secrets.randbits(32) if body.seed is None else body.seed,
             ignore_eos=body.ignore_eos,
             logprobs=logprobs,
@@ -132,9 +159,9 @@ class Served:
         return [replace(first, seed=(first.seed + i) % 2**32) for i in range(body.n or 1)]
 
     def text(self, tokens: list[int]) -> str:
-        """Text of tokens, special ones too."""
+        """Returns the text of tokens, including special ones, or "" without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def token_text(self, token: int) -> str:
-        """A token by itself; bytes that are no character are U+FFFD."""
+        """Returns the text of a token by itself; bytes that are no character become U+FFFD."""
         return f"token_id:{token}" if self.tokenizer is None else self.text([token])

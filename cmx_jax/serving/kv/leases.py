@@ -1,4 +1,4 @@
-"""What was prefilled and waits to be fetched: under leases, which a watchdog ends."""
+"""The sending end of a page transfer: prefilled pages, each kept under a lease until it is fetched."""
 
 import threading
 import time
@@ -17,14 +17,14 @@ from cmx_jax.serving.kv.transport import Transport
 LEASE_S = 30.0
 
 
-class Outbox:
+class LeasedPages:
     """Pages by ticket. Methods may be called from several threads.
 
-    * What is offered is acknowledged, withdrawn, or expires: then it is freed.
-    * An id that is gone stays unknown.
+    * Offered pages are freed when they are acknowledged or withdrawn, or when their lease expires.
+    * An id whose pages were freed stays unknown.
 
     Attributes:
-      counts: `offered`, `acknowledged`, `withdrawn`, `expired`.
+      counts: Number of transfers `offered`, `acknowledged`, `withdrawn` and `expired`.
     """
 
     def __init__(
@@ -34,27 +34,36 @@ class Outbox:
         lease_s: float = LEASE_S,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Args:
-          transport: what carries the pages.
-          fingerprint: of the instances that compute them.
-          lease_s: seconds for which they are kept without a heartbeat.
-          clock: seconds.
+        """Starts without pages.
+
+        Args:
+          transport: Transport that sends the pages.
+          fingerprint: Fingerprint of the instances that compute the pages.
+          lease_s: Seconds for which pages are kept without a heartbeat.
+          clock: Function that returns the time in seconds.
 
         Raises:
-          CmxError: a lease is not above zero.
+          CmxError: `lease_s` is not above zero.
         """
         if not lease_s > 0:
             raise CmxError(f"a lease of {lease_s} seconds, expected more than zero")
         self.transport, self.fingerprint, self.lease_s, self._clock = transport, fingerprint, lease_s, clock
         self.counts: Counter[str] = Counter()
-        self._until: dict[int, float] = {}
+        self._deadlines: dict[int, float] = {}  # end of each lease, by transfer id
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._watchdog: threading.Thread | None = None
 
     def offer(self, pages: Any, transfer_id: int = 0) -> Ticket:
-        """Keeps pages `[pages, L, W, C]` (a tree of arrays) until somebody has them; under an id that was
-        never used before, or 0: a new one."""
+        """Keeps pages until they are fetched, under a lease.
+
+        Args:
+          pages: Tree of arrays `[pages, L, W, C]`.
+          transfer_id: Id that was never used before, or 0 to draw a new one.
+
+        Returns:
+          Ticket with which the pages can be fetched.
+        """
         leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(pages)]
         ticket = Ticket(
             transfer_id=transfer_id or new_id(),
@@ -66,49 +75,49 @@ class Outbox:
             lease_s=self.lease_s,
         )
         with self._lock:
-            self._until[ticket.transfer_id] = self._clock() + self.lease_s
+            self._deadlines[ticket.transfer_id] = self._clock() + self.lease_s
             self.counts["offered"] += 1
         self.transport.publish(ticket.transfer_id, leaves)
         return ticket
 
     @property
     def waiting(self) -> int:
-        """Offers that nobody has acknowledged."""
-        return len(self._until)
+        """Number of offers that are not acknowledged yet."""
+        return len(self._deadlines)
 
     def renew(self, transfer_id: int) -> bool:
-        """The heartbeat of whoever will fetch it: the lease begins anew. False: it is gone."""
+        """Renews the lease. Returns False if the pages are no longer held."""
         with self._lock:
-            if transfer_id not in self._until:
+            if transfer_id not in self._deadlines:
                 return False
-            self._until[transfer_id] = self._clock() + self.lease_s
+            self._deadlines[transfer_id] = self._clock() + self.lease_s
             return True
 
     def acknowledge(self, transfer_id: int) -> bool:
-        """Somebody has the pages; True the first time."""
+        """Frees pages that have arrived. Returns True the first time."""
         if not self._forget(transfer_id, "acknowledged"):
             return False
         self.transport.taken(transfer_id)
         return True
 
     def withdraw(self, transfer_id: int) -> bool:
-        """Nobody wants the pages any more; True if they were here."""
+        """Drops the pages. Returns whether they were held."""
         if not self._forget(transfer_id, "withdrawn"):
             return False
         self.transport.withdraw(transfer_id)
         return True
 
     def sweep(self) -> list[int]:
-        """Frees what nobody fetched in time; returns its ids."""
+        """Frees pages whose lease has ended. Returns their transfer ids."""
         now = self._clock()
-        late = [transfer_id for transfer_id, until in list(self._until.items()) if until <= now]
-        gone = [transfer_id for transfer_id in late if self._forget(transfer_id, "expired")]
-        for transfer_id in gone:
+        late = [transfer_id for transfer_id, deadline in list(self._deadlines.items()) if deadline <= now]
+        expired = [transfer_id for transfer_id in late if self._forget(transfer_id, "expired")]
+        for transfer_id in expired:
             self.transport.withdraw(transfer_id)
-        return gone
+        return expired
 
     def watch(self, every_s: float = 1.0) -> None:
-        """Starts the watchdog, a thread that sweeps."""
+        """Starts the watchdog, a thread that calls `sweep` every `every_s` seconds."""
 
         def run() -> None:
             while not self._stop.wait(every_s):
@@ -124,9 +133,9 @@ class Outbox:
             self._watchdog.join()
         self.transport.close()
 
-    def _forget(self, transfer_id: int, why: str) -> bool:
+    def _forget(self, transfer_id: int, outcome: str) -> bool:
         with self._lock:
-            if self._until.pop(transfer_id, None) is None:
+            if self._deadlines.pop(transfer_id, None) is None:
                 return False
-            self.counts[why] += 1
+            self.counts[outcome] += 1
             return True
