@@ -7,19 +7,19 @@ from cmx_jax.cli.common import OPTIONS, add_exchange_options, add_json, add_mode
 
 
 def add(verbs: Any) -> None:
-    """The verb and its flags."""
-    verb = verbs.add_parser("eval", help="how well a model does, and what another one changes")
+    """Adds the verb and its flags."""
+    verb = verbs.add_parser("eval", help="measure the quality of a model, or compare two models")
     verb.set_defaults(run=_eval)
-    verb.add_argument("model", metavar="MODEL", help="a Hugging Face or Orbax directory, or tiny")
-    verb.add_argument("--against", metavar="OTHER", help="compared with MODEL on the same items")
-    quants = "how OTHER is computed: auto, int8 or none; alone it compares MODEL with itself"
+    verb.add_argument("model", metavar="MODEL", help="model: a Hugging Face or Orbax directory, or tiny")
+    verb.add_argument("--against", metavar="OTHER", help="second model, to compare on the same items")
+    quants = "quantisation of OTHER: auto, int8 or none; without --against, OTHER is MODEL"
     verb.add_argument("--against-quant", help=quants)
     suites = "skills, text, all (default: both), or lm-eval:TASK[,TASK] of lm-evaluation-harness"
     verb.add_argument("--suite", default="all", help=suites)
-    verb.add_argument("--items", type=int, default=200, help="of each skill or task (default 200)")
-    verb.add_argument("--seed", type=int, default=0, help="of the skills' items (default 0)")
-    verb.add_argument("--text", metavar="FILE", help="UTF-8 (default: documentation held out of tiny)")
-    verb.add_argument("--window", type=int, help="tokens of a window of text (default 256)")
+    verb.add_argument("--items", type=int, default=200, help="items per skill or task (default 200)")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the skills' items (default 0)")
+    verb.add_argument("--text", metavar="FILE", help="UTF-8 text (default: documentation held out of tiny)")
+    verb.add_argument("--window", type=int, help="tokens per window of text (default 256)")
     add_model_options(verb)
     add_exchange_options(verb)
     add_json(verb)
@@ -41,4 +41,4 @@ def _eval(args: argparse.Namespace) -> None:
         quant = args.against_quant or args.quant
         models.append(from_pretrained(args.against or args.model, **{**options, "quant": quant}))
     result = evaluate.evaluate(*models, **chosen, progress=tell)
-    show(result, args.json, report.render)
+    show(result.as_dict(), args.json, lambda _: report.render(result))

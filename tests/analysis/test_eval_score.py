@@ -87,7 +87,7 @@ def test_items_are_answered_as_decoding_and_mean_likelihood_say(llm) -> None:
     [
         (([], [1]), "a context or continuation is empty"),
         (([1], []), "a context or continuation is empty"),
-        (([1] * 512, [2, 3]), "512 tokens and 2 behind them exceed the context of 512"),
+        (([1] * 512, [2, 3]), "512 tokens and 2 after them exceed the context of 512"),
         (([1], [2048, 1]), r"expected \[0, 2048\)"),
     ],
 )

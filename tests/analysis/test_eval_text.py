@@ -48,21 +48,21 @@ def test_losses_and_divergence_equal_numpy_in_any_batches(llm, narrow, rows, mon
     p, q = logprobs
     loss, other = (-np.take_along_axis(of, cut[:, 1:, None], -1)[..., 0].mean() for of in (p, q))
     found = evaluate_text(llm, narrow, text, 48)
-    against = found["against"]
-    assert found["tokens_predicted"] == len(cut) * 47
-    assert found["model"]["loss"].value == pytest.approx(loss, abs=1e-5)
-    assert found["model"]["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
-    assert against["loss_rise"].value == pytest.approx(other - loss, abs=2e-4)
-    assert against["kl_divergence"].value == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=0.05)
-    assert against["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=0.02)
-    assert against["kl_divergence"].low < against["kl_divergence"].value < against["kl_divergence"].high
+    against = found.against
+    assert found.tokens_predicted == len(cut) * 47
+    assert found.model.loss.value == pytest.approx(loss, abs=1e-5)
+    assert found.model.perplexity == pytest.approx(np.exp(loss), rel=1e-5)
+    assert against.loss_rise.value == pytest.approx(other - loss, abs=2e-4)
+    assert against.kl_divergence.value == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=0.05)
+    assert against.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=0.02)
+    assert against.kl_divergence.low < against.kl_divergence.value < against.kl_divergence.high
 
 
 def test_a_model_does_not_differ_from_itself(llm) -> None:
-    against = evaluate_text(llm, llm, Text("words", [WORDS]), 48)["against"]
-    assert against["kl_divergence"].value == against["loss_rise"].high == 0.0
-    assert against["top1_agreement"] == 1.0
-    assert not against["loss_rises"]
+    against = evaluate_text(llm, llm, Text("words", [WORDS]), 48).against
+    assert against.kl_divergence.value == against.loss_rise.high == 0.0
+    assert against.top1_agreement == 1.0
+    assert not against.loss_rises
 
 
 def test_the_shipped_model_is_as_good_as_its_training_report_says(llm) -> None:
