@@ -1,13 +1,24 @@
-"""One request against servers that answer well, badly, or not at all."""
+"""One request against servers that answer well, badly, or not at all, and the parser of its events."""
 
 import asyncio
 import json
 
 import httpx
+import hypothesis.strategies as st
 import pytest
 from analysis.bench.conftest import Scripted
+from hypothesis import example, given
+from openai._streaming import SSEDecoder
 
-from cmx_jax.analysis.bench import Ask, Client, Load, Outcome, Target, measure
+from cmx_jax.analysis.bench import (
+    BenchRequest,
+    Client,
+    EventParser,
+    LoadGenerator,
+    RequestOutcome,
+    Target,
+    measure,
+)
 from cmx_jax.errors import CmxError
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
@@ -21,13 +32,13 @@ def stream(*documents: object, done: bool = True) -> bytes:
 
 def ask(
     server: Scripted, answer: bytes = b"", endpoint: str = "/v1/completions", timeout_s: float = 10
-) -> Outcome:
+) -> RequestOutcome:
     server.answer = answer
 
-    async def one() -> Outcome:
+    async def one() -> RequestOutcome:
         client = Client(Target(server.url, endpoint), 0.0, True, timeout_s)
         async with client:
-            return await client.stream(Ask(0.0, [5, 6], 3, "five six"))
+            return await client.stream(BenchRequest(0.0, [5, 6], 3, "five six"))
 
     return asyncio.run(one())
 
@@ -105,7 +116,7 @@ def test_a_request_that_takes_too_long_is_given_up(scripted) -> None:
 def test_a_server_that_has_gone_is_a_failure_of_each_request(scripted) -> None:
     client = Client(Target(scripted.url), 0.0, False, 5.0)
     scripted.socket.close()
-    load = Load([Ask(0.0, [1], 1)] * 3)
+    load = LoadGenerator([BenchRequest(0.0, [1], 1)] * 3)
     assert measure(load, client)
     assert sorted(load.outcomes) == [0, 1, 2]
     assert all(o.error.startswith("no connection: ") for o in load.outcomes.values())
@@ -113,7 +124,7 @@ def test_a_server_that_has_gone_is_a_failure_of_each_request(scripted) -> None:
 
 def test_a_warm_up_that_fails_ends_it(scripted) -> None:
     scripted.status = 500
-    load = Load([Ask(0.0, [1], 1)], [Ask(0.0, [1], 1)])
+    load = LoadGenerator([BenchRequest(0.0, [1], 1)], [BenchRequest(0.0, [1], 1)])
     with pytest.raises(CmxError, match="a warm-up failed \\(HTTP 500: no reason given\\)"):
         measure(load, Client(Target(scripted.url), 0.0, False, 5.0))
     assert load.began is None
@@ -122,7 +133,7 @@ def test_a_warm_up_that_fails_ends_it(scripted) -> None:
 def test_at_most_so_many_run_at_once(scripted) -> None:
     scripted.answer = stream(*GOOD, {"choices": [], "usage": USAGE})
     told: list[str] = []
-    load = Load([Ask(0.0, [1], 1)] * 9, max_concurrency=2, tell=told.append)
+    load = LoadGenerator([BenchRequest(0.0, [1], 1)] * 9, max_concurrency=2, tell=told.append)
     measure(load, Client(Target(scripted.url), 0.0, False, 5.0))
     found = list(load.outcomes.values())
     assert not [o.error for o in found if o.error]
@@ -147,3 +158,30 @@ def test_an_address_that_is_none_is_one_line(url: str) -> None:
 def test_v1_may_be_part_of_the_address(scripted) -> None:
     assert Target(f"{scripted.url}/v1/").base_url == scripted.url
     assert httpx.get(f"{scripted.url}/v1/models").status_code == 200
+
+
+ENDS = st.sampled_from(["\n", "\r\n", "\r"])
+LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0\ufeff"), max_size=8)
+FIELD = st.sampled_from(["data: ", "data:", "data", ": ", "event: ", "retry: ", "dat: ", "data:  "])
+# the end of an event is drawn often, else there are few
+LINES = st.lists(st.one_of(st.just(""), st.just(""), st.builds(str.__add__, FIELD, LINE)), max_size=20)
+
+
+@given(LINES, ENDS, st.lists(st.integers(0, 200), max_size=12))
+@example(["data: a", "data: b", "", "data: é", ""], "\r\n", list(range(40)))
+def test_event_parser_any_cut(lines: list[str], end: str, cuts: list[int]) -> None:
+    """However the bytes of a stream are cut, its events are those that OpenAI's own client reads."""
+    stream = "".join(line + end for line in [*lines, ":"]).encode()
+    expected = [event.data for event in SSEDecoder().iter_bytes(iter([stream])) if event.data]
+    cuts = sorted(min(cut, len(stream)) for cut in cuts)
+    parser, events = EventParser(), []
+    for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        events += parser.feed(stream[start:stop])
+    assert [data for data in events if data] == expected
+
+
+def test_event_parser_returns_events_as_soon_as_they_end() -> None:
+    parser = EventParser()
+    assert parser.feed(b"data: one\n") == []
+    assert parser.feed(b"\ndata: t") == ["one"]
+    assert parser.feed(b"wo\n\n") == ["two"]
