@@ -65,7 +65,7 @@ def _add_server(group: Any) -> None:
     group.add_argument("--api-key", metavar="KEY", help=key)
     group.add_argument("--temperature", type=float, default=0.0, help="sampling temperature (default 0)")
     group.add_argument("--ignore-eos", action="store_true", help="continue answers after an end token")
-    limit = "most seconds of a request (default 600)"
+    limit = "time limit of a request in seconds (default 600)"
     group.add_argument("--request-timeout-s", type=float, default=600.0, help=limit)
 
 
@@ -78,7 +78,7 @@ def _add_traffic(group: Any) -> None:
     group.add_argument("--request-rate", type=float, default=math.inf, help=rate)
     burstiness = "shape of the gamma-distributed intervals; 1: Poisson (default), lower: burstier"
     group.add_argument("--burstiness", type=float, default=1.0, help=burstiness)
-    concurrency = "most requests at once; waiting for it is not measured (default: any number)"
+    concurrency = "maximum number of concurrent requests; waiting for it is not measured (default: no limit)"
     group.add_argument("--max-concurrency", type=int, help=concurrency)
     warmups = "requests before the measurement (default 0)"
     group.add_argument("--num-warmups", type=int, default=0, help=warmups)

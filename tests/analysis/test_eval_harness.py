@@ -10,19 +10,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import cmx_jax
 from cmx_jax.analysis.eval import harness
 from cmx_jax.analysis.eval.harness import TASKS, CmxLM
 from cmx_jax.analysis.eval.score import likelihoods
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.deploy.llm import LLM
 
 CONTEXT = 32
 PROMPT = "Return a list of"
 
 
-@pytest.fixture(scope="module")
-def lm() -> CmxLM:
-    return CmxLM(cmx_jax.from_pretrained("tiny", ranks=2, max_model_len=CONTEXT))
+@pytest.fixture
+def lm(tiny: LLM) -> CmxLM:
+    """The shipped model with a short context."""
+    lm = CmxLM(tiny)
+    lm.context = CONTEXT
+    return lm
 
 
 def requests(*arguments: tuple) -> list[SimpleNamespace]:

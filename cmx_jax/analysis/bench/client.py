@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
 
 import httpx
 import numpy as np
@@ -100,12 +99,12 @@ class Client:
       target: The server.
       temperature: Sampling temperature.
       ignore_eos: Flag; answers continue after an end token. Not every server supports it.
-      timeout_s: Most seconds of a request.
+      timeout_s: Time limit of a request, in seconds.
     """
 
     def __init__(self, target: Target, temperature: float, ignore_eos: bool, timeout_s: float):
         self._target, self._timeout_s = target, timeout_s
-        self._common: dict[str, Any] = {"model": target.model, "temperature": temperature, "stream": True}
+        self._common: dict[str, object] = {"model": target.model, "temperature": temperature, "stream": True}
         self._common["stream_options"] = {"include_usage": True}
         if ignore_eos:
             self._common["ignore_eos"] = True
@@ -151,13 +150,13 @@ class Client:
             outcome.end = perf_counter()
         return outcome
 
-    def _prompt(self, request: BenchRequest) -> dict[str, Any]:
+    def _prompt(self, request: BenchRequest) -> dict[str, object]:
         if self._target.chat:
             turn = {"role": "user", "content": request.text}
             return {"messages": [turn], "max_completion_tokens": request.max_tokens}
         return {"prompt": request.prompt, "max_tokens": request.max_tokens}
 
-    async def _read(self, body: dict[str, Any], outcome: RequestOutcome) -> None:
+    async def _read(self, body: dict[str, object], outcome: RequestOutcome) -> None:
         url, events, done = f"{self._target.base_url}{self._target.endpoint}", EventParser(), False
         async with self._connection() as http, http.stream("POST", url, json=body) as answer:
             if answer.status_code != 200:

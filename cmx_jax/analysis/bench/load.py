@@ -16,7 +16,8 @@ class LoadGenerator:
     Args:
       requests: Requests in order of time.
       warmups: Requests that are sent before and awaited; they are not measured.
-      max_concurrency: Most requests that run at once; None: any number. Waiting for it is in no latency.
+      max_concurrency: Maximum number of concurrent requests; None: no limit. Latencies do not include the
+        time that a request waits for it.
       tell: Callback for messages about the progress.
 
     Attributes:

@@ -9,7 +9,7 @@ from cmx_jax.analysis.compare.plots import COLOURS, STYLE, need_matplotlib
 
 WIDTH, BINS = 7.0, 60  # inches; bins over the duration
 WAIT, ANSWER, FAILED = COLOURS[1], COLOURS[0], COLOURS[5]
-TALLEST, GREY = 6.0, "#BBBBBB"  # most inches of all bars
+TALLEST, GREY = 6.0, "#BBBBBB"  # largest height of all bars in inches
 
 
 def timeline(s: Summary) -> Any:

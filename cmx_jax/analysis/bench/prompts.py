@@ -22,7 +22,7 @@ class BenchRequest:
     Attributes:
       time: Time of sending, in seconds from the beginning.
       prompt: Token ids of the prompt.
-      max_tokens: Most tokens of the answer.
+      max_tokens: Maximum number of tokens of the answer.
       text: Text of the prompt, for endpoints that take no ids; None: not computed.
     """
 

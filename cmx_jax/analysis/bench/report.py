@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ METRICS = {
     "e2el": "End-to-end Latency",
 }
 OBJECTIVES = ("ttft", "tpot", "e2el")
-SHOWN = 5  # most reasons of failures in the table
+SHOWN = 5  # reasons of failures in the table, at most
 WARM = (
     "{:.1%} of prompt tokens came out of a prefix cache: latencies are better than those of new prompts; "
     "for these restart the server or change --seed"
@@ -95,7 +94,7 @@ class Settings:
       num_prompts: Number of requests.
       request_rate: Requests per second, infinite if all are sent at once; None for a trace.
       burstiness: Shape of the gamma-distributed intervals.
-      max_concurrency: Most requests that run at once; None: any number.
+      max_concurrency: Maximum number of concurrent requests; None: no limit.
       seed: Seed of prompts, lengths and arrivals.
       ignore_eos: Flag; answers continue after an end token.
       temperature: Sampling temperature.
@@ -114,7 +113,7 @@ class Settings:
     ignore_eos: bool
     temperature: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The first entries of the JSON document, in which an infinite rate is `inf`."""
         return {**vars(self), "request_rate": "inf" if self.request_rate == math.inf else self.request_rate}
 
@@ -219,7 +218,7 @@ class Summary:
     latencies: Mapping[str, Latency]
     requests: RequestColumns
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The document of `cmx bench serve --json`, after its settings."""
         document = {**vars(self), "failures": [vars(failure) for failure in self.failures]}
         del document["latencies"], document["requests"]

@@ -73,7 +73,7 @@ class Score:
     accuracy: Estimate
     change: Change | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         change = {} if self.change is None else {**vars(self.change), "falls": self.change.falls}
         return _plain({"accuracy": self.accuracy, **change})
 
@@ -96,7 +96,7 @@ class SkillScore:
     items: int
     score: Score
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         row = {"skill": self.skill, "about": self.about, "chance": self.chance, "items": self.items}
         return row | self.score.as_dict()
 
@@ -121,7 +121,7 @@ class SkillsResult:
     by_skill: Sequence[SkillScore]
     mean: Score
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         rows = [row.as_dict() for row in self.by_skill]
         return {**vars(self), "by_skill": rows, "mean": self.mean.as_dict()}
 
@@ -182,7 +182,7 @@ class TextResult:
     model: TextLoss
     against: TextChange | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {name: _plain(value) for name, value in vars(self).items() if value is not None}
 
 
@@ -231,9 +231,9 @@ class Evaluation:
         """Names of the parts that were not run."""
         return [name for name in PARTS if getattr(self, name) is None]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The document that `cmx eval --json` prints; parts that were not run are left out."""
-        document: dict[str, Any] = {"suite": self.suite}
+        document: dict[str, object] = {"suite": self.suite}
         document |= {"model": _plain(self.model), "against": _plain(self.against)}
         document |= {name: _plain(part) for name in PARTS if (part := getattr(self, name)) is not None}
         return document | {"not_run": self.not_run}

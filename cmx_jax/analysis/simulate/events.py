@@ -8,7 +8,7 @@ from typing import Any
 
 from cmx_jax.analysis.simulate.virtual import Virtual
 
-JUMP = 64  # most decode steps that are simulated as one event
+JUMP = 64  # maximum number of decode steps in one event
 
 
 class Events:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -104,9 +103,9 @@ class Summary:
     decode_utilization: float
     mean_decode_batch: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The document that `cmx simulate --json` prints."""
-        document: dict[str, Any] = {}
+        document: dict[str, object] = {}
         for name, value in vars(self).items():
             if name == "latencies":
                 for latency, statistics in self.latencies.items():
