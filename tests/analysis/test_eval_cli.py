@@ -1,4 +1,4 @@
-"""`cmx eval`: what it says of one model and of two, and what it refuses."""
+"""`cmx eval`: results of one model and of two, and arguments that it refuses."""
 
 import json
 from pathlib import Path
@@ -103,10 +103,10 @@ def test_what_quantisation_changes(capsys, text, int8, results) -> None:
     result = json.loads(run(capsys, *options, "--json"))
     assert "INT8 per channel" in result["against"]["stored"]
     for row in (*result["skills"]["by_skill"], result["skills"]["mean"]):
-        found, flips = row["difference"], row["wrong_to_right"] - row["right_to_wrong"]
-        assert found["low"] <= found["value"] <= found["high"]
-        assert found["value"] == pytest.approx(flips / row.get("items", 24))
-        assert row["falls"] == (found["high"] < 0)
+        change, flips = row["difference"], row["wrong_to_right"] - row["right_to_wrong"]
+        assert change["low"] <= change["value"] <= change["high"]
+        assert change["value"] == pytest.approx(flips / row.get("items", 24))
+        assert row["falls"] == (change["high"] < 0)
         assert 0 < row["p_value"] <= 1
     against = result["text"]["against"]
     assert 1e-4 < against["kl_divergence"]["value"] < 0.1
@@ -180,8 +180,8 @@ def without_tokenizer(path: Path) -> str:
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, arguments, message) -> None:
-    given = [of(tmp_path) if callable(of) else of for of in arguments]
-    assert cli.main(["eval", *given, "--ranks", "2"]) == 2
+    arguments = [argument(tmp_path) if callable(argument) else argument for argument in arguments]
+    assert cli.main(["eval", *arguments, "--ranks", "2"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err

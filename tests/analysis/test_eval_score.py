@@ -20,34 +20,34 @@ def contexts() -> list[list[int]]:
     return [rng.integers(1, 2048, length).tolist() for length in (1, 3, 9, 20, 40, 70)]
 
 
-def expected(llm: LLM, before: list[int], behind: list[int]) -> tuple[float, bool]:
-    logits = llm.logits([[*before, *behind]])[0, len(before) - 1 : -1].astype(np.float64)
+def expected(llm: LLM, prefix: list[int], target: list[int]) -> tuple[float, bool]:
+    logits = llm.logits([[*prefix, *target]])[0, len(prefix) - 1 : -1].astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    total = sum(logprobs[i, token] for i, token in enumerate(behind))
-    return total, logits.argmax(-1).tolist() == behind
+    total = sum(logprobs[i, token] for i, token in enumerate(target))
+    return total, logits.argmax(-1).tolist() == target
 
 
 @pytest.mark.parametrize(("rows", "batches"), [(128, 2), (4, 4)])
 def test_likelihoods_equal_numpy_in_any_batches(tiny, contexts, rows, batches, monkeypatch) -> None:
     """Sequences of two padded lengths, so many of the shorter ones at a time."""
     monkeypatch.setattr(scoring, "LOGITS", 2048 * 64 * rows)
-    rng, told = np.random.default_rng(2), []
+    rng, messages = np.random.default_rng(2), []
     pairs = [(c, rng.integers(0, 2048, 1 + i % 3).tolist()) for i, c in enumerate(contexts * 2)]
-    found = likelihoods(tiny, pairs, told.append)
-    for (before, behind), of in zip(pairs, found, strict=True):
-        logprob, greedy = expected(tiny, before, behind)
-        assert of.logprob == pytest.approx(logprob, abs=2e-4)
-        assert (of.greedy, of.tokens) == (greedy, len(behind))
-        assert of.mean == of.logprob / len(behind)
-    assert len(told) == batches
+    scores = likelihoods(tiny, pairs, messages.append)
+    for (prefix, target), score in zip(pairs, scores, strict=True):
+        logprob, greedy = expected(tiny, prefix, target)
+        assert score.logprob == pytest.approx(logprob, abs=2e-4)
+        assert (score.greedy, score.tokens) == (greedy, len(target))
+        assert score.mean == score.logprob / len(target)
+    assert len(messages) == batches
 
 
 def test_exact_match_under_teacher_forcing_is_greedy_decoding(tiny, contexts) -> None:
-    """What is decoded matches; with any one token changed it does not."""
-    written = [c.tokens for c in tiny.generate(contexts, max_new_tokens=5, ignore_eos=True)]
-    changed = [[(token + (i == n % 5)) % 2048 for i, token in enumerate(of)] for n, of in enumerate(written)]
-    found = likelihoods(tiny, list(zip(contexts * 2, written + changed, strict=True)))
-    assert [of.greedy for of in found] == [True] * 6 + [False] * 6
+    """Decoded continuations match; with any one token changed they do not."""
+    texts = [c.tokens for c in tiny.generate(contexts, max_new_tokens=5, ignore_eos=True)]
+    changed = [[(token + (i == n % 5)) % 2048 for i, token in enumerate(row)] for n, row in enumerate(texts)]
+    scores = likelihoods(tiny, list(zip(contexts * 2, texts + changed, strict=True)))
+    assert [score.greedy for score in scores] == [True] * 6 + [False] * 6
 
 
 def test_items_are_answered_as_decoding_and_mean_likelihood_say(tiny) -> None:
@@ -68,9 +68,9 @@ def test_items_are_answered_as_decoding_and_mean_likelihood_say(tiny) -> None:
         Item(prompt, (unlikely, long), 1),
         Item(prompt, (likely, likely), 1),  # of equals the first
     ]
-    found = answered(tiny, items)
-    assert found.right.tolist() == [True, False, True, False, True, False]
-    assert found.tokens == sum(
+    answers = answered(tiny, items)
+    assert answers.right.tolist() == [True, False, True, False, True, False]
+    assert answers.tokens == sum(
         1 + len(model.encode(prompt)) + len(model.encode(choice)) - 1
         for item in items
         for choice in item.choices

@@ -25,9 +25,9 @@ def narrow() -> LLM:
 def test_windows_are_documents_behind_end_tokens(tiny) -> None:
     model, texts = tiny.model, ["A class is", "Return a list"]
     ids = [0, *model.encode(texts[0]), 0, *model.encode(texts[1])]
-    found = windows(model, Text("two", texts), 4)
-    assert found.reshape(-1).tolist() == ids[: found.size]
-    assert found.shape == (len(ids) // 4, 4)
+    rows = windows(model, Text("two", texts), 4)
+    assert rows.reshape(-1).tolist() == ids[: rows.size]
+    assert rows.shape == (len(ids) // 4, 4)
 
 
 @pytest.mark.parametrize("rows", [128, 2])
@@ -37,16 +37,16 @@ def test_losses_and_divergence_equal_numpy_in_any_batches(tiny, narrow, rows, mo
     cut = windows(tiny.model, text, 48)
     assert 3 < len(cut) < 8
     logprobs = []
-    for of in (tiny, narrow):
-        logits = of.logits(cut)[:, :-1].astype(np.float64)
+    for model in (tiny, narrow):
+        logits = model.logits(cut)[:, :-1].astype(np.float64)
         logprobs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
     p, q = logprobs
-    loss, other = (-np.take_along_axis(of, cut[:, 1:, None], -1)[..., 0].mean() for of in (p, q))
-    found = evaluate_text(tiny, narrow, text, 48)
-    against = found.against
-    assert found.tokens_predicted == len(cut) * 47
-    assert found.model.loss.value == pytest.approx(loss, abs=1e-5)
-    assert found.model.perplexity == pytest.approx(np.exp(loss), rel=1e-5)
+    loss, other = (-np.take_along_axis(x, cut[:, 1:, None], -1)[..., 0].mean() for x in (p, q))
+    result = evaluate_text(tiny, narrow, text, 48)
+    against = result.against
+    assert result.tokens_predicted == len(cut) * 47
+    assert result.model.loss.value == pytest.approx(loss, abs=1e-5)
+    assert result.model.perplexity == pytest.approx(np.exp(loss), rel=1e-5)
     assert against.loss_rise.value == pytest.approx(other - loss, abs=2e-4)
     assert against.kl_divergence.value == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=0.05)
     assert against.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=0.02)
@@ -61,7 +61,7 @@ def test_a_model_does_not_differ_from_itself(tiny) -> None:
 
 
 def test_the_shipped_model_is_as_good_as_its_training_report_says(tiny) -> None:
-    """On the text that was held out; `scripts/train_tiny.py` leaves out what does not fill four windows."""
+    """Runs the held-out text; `scripts/train_tiny.py` leaves out a rest that does not fill four windows."""
     report = json.loads((locate("tiny") / "training.json").read_text())
     texts = documents()
     if fingerprint(texts) != report["corpus_sha256"]:
@@ -108,6 +108,6 @@ def test_windows_that_cannot_be_are_refused(tiny, window, message) -> None:
 
 
 def test_the_held_out_documentation_is_found() -> None:
-    found = read_text(None)
-    assert found.name.startswith("held-out documentation of Python 3.")
-    assert len(found.documents) > 100
+    text = read_text(None)
+    assert text.name.startswith("held-out documentation of Python 3.")
+    assert len(text.documents) > 100

@@ -1,4 +1,4 @@
-"""The picture of a measurement: bars are as long as what they show."""
+"""The timeline of a measurement: positions and lengths of its bars."""
 
 from dataclasses import fields, replace
 
@@ -40,8 +40,10 @@ SUMMARY = Summary(
 
 def test_bars_are_waits_and_answers_by_start() -> None:
     bars, rate = timeline(SUMMARY).axes
-    found = [(round(bar.get_y() + 0.4), bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars.patches]
-    waits, answers, failed = found[:2], found[2:4], found[4:]
+    bar_spans = [
+        (round(bar.get_y() + 0.4), bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars.patches
+    ]
+    waits, answers, failed = bar_spans[:2], bar_spans[2:4], bar_spans[4:]
     assert waits == [(1, 1.0, 1.5), (0, 0.5, 1.5)]
     assert answers == [(1, 1.5, 3.0), (0, 1.5, 4.5)]
     assert failed == [(2, 2.0, 5.0)]
@@ -53,8 +55,8 @@ def test_tokens_are_counted_when_their_chunks_came() -> None:
     [stairs] = timeline(SUMMARY).axes[1].patches
     values, edges, _ = stairs.get_data()
     tokens = dict(zip(edges[:-1].round(3).tolist(), values * np.diff(edges), strict=True))
-    came = {at: n for at, n in tokens.items() if n}
-    assert came == pytest.approx({1.5: 4.0, 2.5: 1.0, 3.0: 3.0, 3.5: 1.0, 4.5: 1.0})
+    nonzero = {start: n for start, n in tokens.items() if n}
+    assert nonzero == pytest.approx({1.5: 4.0, 2.5: 1.0, 3.0: 3.0, 3.5: 1.0, 4.5: 1.0})
 
 
 def test_a_measurement_of_nothing_has_a_picture() -> None:
