@@ -5,13 +5,17 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(shell $(PYTHON) -c 'import 
 BIN := $(VENV)/bin
 TESTS ?=
 
-.PHONY: demo test lint lock clean
+.PHONY: demo check test lint docs lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cmx demo
 
+# The quick tests, for daily work.
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(TESTS)
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -31,6 +35,10 @@ $(VENV)/.test: $(VENV)/.demo requirements-test.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.lock
 	touch $@
 
+docs: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/zensical build --strict
+
 # Pins every dependency anew, for every platform and Python from 3.11 on.
 LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command "make lock" --quiet --upgrade
@@ -39,4 +47,4 @@ lock:
 	$(LOCK) --extra test --constraint requirements.lock --output-file requirements-test.lock
 
 clean:
-	rm -rf .venv .venv-* build *.egg-info
+	rm -rf .venv .venv-* build site *.egg-info

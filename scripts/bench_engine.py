@@ -33,11 +33,11 @@ def overhead(sequences: int, tokens: int) -> dict[str, float]:
         for _ in range(sequences):
             prompt = rng.integers(3, 2000, rng.integers(8, 60)).tolist()
             engine.submit(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True))
-        while engine.waiting or any(i.prefilling for i in engine.prefill):
+        while engine.waiting or any(i.allocator.prefilling for i in engine.prefill):
             engine.step()
         engine.step_s = engine.busy_s = 0.0
         turns = 0
-        while not any(r is None for r in engine.decode.rows[:sequences]):
+        while not any(r is None for r in engine.decode.allocator.rows[:sequences]):
             engine.step()
             turns += 1
         runs.append((engine.busy_s / engine.step_s - 1, engine.step_s / turns))
@@ -55,9 +55,11 @@ def reuse(llm: LLM, shared: int, own: int, requests: int) -> list[dict[str, Any]
     for pooled in (False, True, False, True):  # the first two compile
         with tempfile.TemporaryDirectory() as folder:
             pool = Pool({"here": MPServer(Path(folder), dram=1 << 27, disk=1 << 28)})
-            context = ContextCache(pool, llm.instance.fingerprint("tiny"), llm.instance.cache.pages)
+            context = ContextCache(
+                pool, llm.instance.programs.fingerprint("tiny"), llm.instance.programs.cache.pages
+            )
             engine = Engine([llm.instance], llm.instance, context=context if pooled else None)
-            before, times = llm.instance.prefill_tokens, []
+            before, times = llm.instance.computed_tokens, []
             for prompt in prompts:
                 request = engine.submit(prompt, SamplingParams(max_tokens=4, ignore_eos=True))
                 engine.run()
@@ -65,7 +67,7 @@ def reuse(llm: LLM, shared: int, own: int, requests: int) -> list[dict[str, Any]
                 context.settle()
                 pool.flush()
             pool.close()
-        ran = llm.instance.prefill_tokens - before
+        ran = llm.instance.computed_tokens - before
         rows.append({"pool": pooled, "prefill_tokens": ran, "ttft_ms": median(times[1:]) * 1e3})
     return rows[2:]
 

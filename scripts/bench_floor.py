@@ -22,12 +22,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import enable_compilation_cache, expert_parallel, make_runner
-from cmx_jax.mesh.exchange.methods import EXCHANGES, WIRES
+from cmx_jax.mesh.exchange import EXCHANGES, WIRES
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
-from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.executor.programs import Programs
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import SamplingParams
 
 COLLECTIVES = {
@@ -104,38 +104,39 @@ def build_step(
     runner = make_runner("devices", layout.axes)
     capacity = Capacity(sequences=sequences, pages=16 * sequences)
     one = model.instance("bench", layout, runner, capacity, drafts)
+    programs = one.programs
     engine = Engine([one], one)
     prompt = model.encode("The json module")
     for _ in range(ranks * sequences):
         engine.submit(prompt, SamplingParams(max_tokens=(steps + 8) * (1 + drafts), ignore_eos=True))
     while engine.waiting:
         engine.step()
-    (args, flags), outputs = _last_call(one, engine)
+    (args, flags), outputs = _last_call(programs, engine)
 
     def call() -> None:
-        one.cache, output = one.steps.decode(one.weights, one.cache, *args, **flags)
+        programs.cache, output = programs.steps.decode(programs.weights, programs.cache, *args, **flags)
         jax.block_until_ready(output)
 
-    jaxpr = jax.make_jaxpr(lambda w, cache: one.steps.decode(w, cache, *args, **flags))(
-        one.weights, one.cache
+    jaxpr = jax.make_jaxpr(lambda w, cache: programs.steps.decode(w, cache, *args, **flags))(
+        programs.weights, programs.cache
     )
     stats = outputs[1].stats
     rounds = [] if stats is None else np.asarray(stats.exchange.rounds)[:, 0].tolist()
     return Step(call, engine.step, jaxpr, rounds, runner, layout.data_spec)
 
 
-def _last_call(one: Instance, engine: Engine) -> tuple[tuple[Any, Any], Any]:
+def _last_call(programs: Programs, engine: Engine) -> tuple[tuple[Any, Any], Any]:
     """Arguments (behind weights and cache) and result of one decode step as the engine makes it."""
-    decode, seen = one.steps.decode, []
+    decode, seen = programs.steps.decode, []
 
     def spy(weights: Any, cache: Any, *args: Any, **more: Any) -> Any:
         result = decode(weights, cache, *args, **more)
         seen.append(((args, more), result))
         return result
 
-    one.steps = _with(one.steps, decode=spy)
+    programs.steps = _with(programs.steps, decode=spy)
     engine.step()
-    one.steps = _with(one.steps, decode=decode)
+    programs.steps = _with(programs.steps, decode=decode)
     return seen[-1]
 
 

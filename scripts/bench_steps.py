@@ -17,10 +17,12 @@ import numpy as np
 
 from cmx_jax.mesh import enable_compilation_cache, expert_parallel, make_runner
 from cmx_jax.model.families import parse_config
-from cmx_jax.model.weights import Leaf, leaf_dtype, weight_tree
+from cmx_jax.model.leaf import Leaf, leaf_dtype
+from cmx_jax.model.weights import weight_tree
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.executor.programs import Programs
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import SamplingParams
 
 CONFIG = parse_config(
@@ -58,7 +60,7 @@ def instance(batch: int) -> Instance:
     layout = expert_parallel(1, CONFIG.n_routed_experts)
     weights = weight_tree(CONFIG, layout.slots, make)
     capacity = Capacity(sequences=batch, pages=batch * 64)
-    return Instance("bench", CONFIG, layout, make_runner("lanes", layout.axes), weights, capacity)
+    return Instance(Programs("bench", CONFIG, layout, make_runner("lanes", layout.axes), weights, capacity))
 
 
 def bandwidth() -> float:
@@ -86,10 +88,10 @@ def decode(batch: int, steps: int, speed: float) -> dict[str, Any]:
         start = time.perf_counter()
         engine.step()
         times.append(time.perf_counter() - start)
-    leaves = jax.tree.leaves(one.weights)
-    experts = jax.tree.leaves(one.weights.moe.ffn.experts)
+    leaves = jax.tree.leaves(one.programs.weights)
+    experts = jax.tree.leaves(one.programs.weights.moe.ffn.experts)
     expert_bytes = sum(leaf.nbytes for leaf in experts)
-    touched = sum(leaf.nbytes for leaf in leaves) - expert_bytes - one.weights.embed.nbytes
+    touched = sum(leaf.nbytes for leaf in leaves) - expert_bytes - one.programs.weights.embed.nbytes
     floor = (touched + expert_bytes * expected_experts(batch) / CONFIG.n_routed_experts) / speed
     step = float(np.median(times))
     return {"batch": batch, "step_ms": step * 1e3, "floor_ms": floor * 1e3, "ratio": step / floor}

@@ -15,18 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.analysis.compare.comparison import Comparison
 from cmx_jax.analysis.compare.layouts import compare
 from cmx_jax.analysis.compare.plots import COLOURS, image, need_matplotlib
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.mesh.named_layouts import Ready
+from cmx_jax.mesh.named_layouts import NamedLayout
 
 
-def layouts(ranks: list[int], exchanges: list[str]) -> dict[str, Ready]:
-    """A layout for each number of dies and each exchange; a `Ready` makes it of a model's experts."""
+def layouts(ranks: list[int], exchanges: list[str]) -> dict[str, NamedLayout]:
+    """A layout for each number of dies and each exchange; a `NamedLayout` makes it of a model's experts."""
     spare = {"redundant_slots": 32, "shared_slots": 32, "wire": "int8", "mailbox_rows": 0}
     return {
-        f"{exchange}{n}": Ready(
+        f"{exchange}{n}": NamedLayout(
             partial(expert_parallel, n, exchange=exchange, **spare), "decode", 2, 96, f"{n} dies, {exchange}"
         )
         for exchange in exchanges
@@ -34,19 +35,19 @@ def layouts(ranks: list[int], exchanges: list[str]) -> dict[str, Ready]:
     }
 
 
-def rows(found: dict[str, Any], ranks: list[int], exchanges: list[str]) -> list[dict[str, Any]]:
-    """What the sweep is about, picked from the document."""
-    of = iter(found["layouts"])
+def rows(result: Comparison, ranks: list[int], exchanges: list[str]) -> list[dict[str, Any]]:
+    """Picks the numbers of the sweep from the comparison."""
+    layout_rows = iter(result.layouts)
     return [
         {
             "exchange": exchange,
             "ranks": n,
-            "sent_gb": sum(moved["wire_bytes"] for moved in x["moved"]) / 1e9,
-            "memory_gb": sum(x["memory"].values()) / 1e9,
-            "experts_gb": x["memory"]["experts"] / 1e9,
+            "sent_gb": sum(row.wire_by_place().values()) / 1e9,
+            "memory_gb": sum(row.memory.values()) / 1e9,
+            "experts_gb": row.memory["experts"] / 1e9,
         }
         for exchange in exchanges
-        for n, x in zip(ranks, of, strict=False)
+        for n, row in zip(ranks, layout_rows, strict=False)
     ]
 
 
@@ -78,11 +79,11 @@ def main() -> int:
     try:
         if args.plot:
             need_matplotlib()
-        found = compare(args.model, layouts(args.ranks, args.exchange), batch=args.batch)
+        result = compare(args.model, layouts(args.ranks, args.exchange), batch=args.batch)
     except CmxError as error:
         print(f"compare_layouts: error: {error}", file=sys.stderr)
         return 2
-    table = rows(found, args.ranks, args.exchange)
+    table = rows(result, args.ranks, args.exchange)
     if args.plot:
         plot(table, args.plot)
     if args.json:

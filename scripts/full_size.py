@@ -27,7 +27,7 @@ from cmx_jax.analysis.trace.memory import by_layout, page_bytes
 from cmx_jax.analysis.trace.steps import trace_step
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.mesh.exchange.methods import EXCHANGES, WIRES
+from cmx_jax.mesh.exchange import EXCHANGES, WIRES
 from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.targets import compiler_options, target_devices
 from cmx_jax.model.cache import KV_CACHE_DTYPES

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import tiny_skills
 
-from cmx_jax.mesh.exchange.mailbox import turns
-from cmx_jax.mesh.exchange.methods import ExchangeStats
-from cmx_jax.model.attention import Where, local
+from cmx_jax.mesh.exchange import ExchangeStats
+from cmx_jax.mesh.exchange.ordering import rank_in_group
+from cmx_jax.model.attention import TokenPositions, data_parallel_attention
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden
-from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
+from cmx_jax.model.leaf import Leaf, leaf_dtype
+from cmx_jax.model.weights import Weights, weight_tree
 
 CONFIG = {  # as a config.json says it
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -118,7 +119,7 @@ def capacity_experts(capacity: float) -> Any:
         room = max(8, int(capacity * tokens * top_k / count))
         flat = jnp.where(slots < 0, count, slots).reshape(-1)  # padding goes to no expert
         messages, nowhere = flat.shape[0], count * room
-        turn, _ = turns(flat, count + 1)
+        turn, _ = rank_in_group(flat, count + 1)
         place = jnp.where((turn < room) & (flat < count), flat * room + turn, nowhere)
         message = jnp.full(nowhere, messages, flat.dtype)
         message = message.at[place].set(jnp.arange(messages, dtype=flat.dtype), mode="drop")
@@ -138,7 +139,8 @@ def whole(c: ModelConfig, tokens: Any) -> Stream:
     """Whole sequences `[B, T]`, each token attending to what lies before it."""
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    return Stream(tokens, jnp.ones((batch, length), bool), local(Where(positions), length, c))
+    attend = data_parallel_attention(TokenPositions(positions), length, c)
+    return Stream(tokens, jnp.ones((batch, length), bool), attend)
 
 
 def main_states(weights: Weights, c: ModelConfig, tokens: Any, capacity: float) -> tuple[Any, Any]:
@@ -183,8 +185,9 @@ def packed_states(
     weights: Weights, c: ModelConfig, packed: tiny_skills.Packed, capacity: float
 ) -> tuple[Any, Any]:
     """`main_states` where several sequences lie behind each other in a row and do not see each other."""
-    where = Where(packed.positions, packed.begin)
-    stream = Stream(packed.tokens, packed.positions >= 0, local(where, packed.tokens.shape[1], c))
+    positions = TokenPositions(packed.positions, packed.begin)
+    attend = data_parallel_attention(positions, packed.tokens.shape[1], c)
+    stream = Stream(packed.tokens, packed.positions >= 0, attend)
     [done] = decoder(weights, c, [stream], capacity_experts(capacity))
     return done.hidden, done.stats.load
 

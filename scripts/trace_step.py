@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.named_layouts import ready
+from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.mesh.trace import SOURCES, Trace, render, trace
 from cmx_jax.serving.deploy.model import config_of
 
@@ -32,7 +32,7 @@ def by_scope(found: Trace) -> dict[str, float]:
 
 def exchanges(args: argparse.Namespace) -> None:
     """One line for each way to send tokens to their experts."""
-    c, found = config_of(args.model), ready(args.layout)
+    c, found = config_of(args.model), named_layout(args.layout)
     layout = found.make(c.n_routed_experts)
     print(f"{args.model} decode, {found.about}: wire MB of a rank and step")
     for exchange, wire in (("flat", "int8"), ("flat", "bfloat16"), ("allgather", "int8")):

@@ -10,7 +10,7 @@ from cmx_jax.serving.deploy.llm import LLM
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import SamplingParams
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -28,11 +28,11 @@ def instance(
 
 
 def logits_of(llm: LLM, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """Logits of texts `[B, T]` of several lengths by one program: what stands behind changes nothing."""
+    """Returns logits of texts `[B, T]` of several lengths by one program; padding changes nothing."""
     longest = max(tokens.shape[1] for tokens in rows)
     padded = [np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1]))) for tokens in rows]
-    found = np.split(llm.logits(np.concatenate(padded)), np.cumsum([len(tokens) for tokens in rows])[:-1])
-    return [part[:, : tokens.shape[1]] for part, tokens in zip(found, rows, strict=True)]
+    parts = np.split(llm.logits(np.concatenate(padded)), np.cumsum([len(tokens) for tokens in rows])[:-1])
+    return [part[:, : tokens.shape[1]] for part, tokens in zip(parts, rows, strict=True)]
 
 
 def serve(engine: Engine, prompts: list[list[int]], max_tokens: int, **params: float) -> list[list[int]]:

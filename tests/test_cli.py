@@ -87,7 +87,7 @@ def test_seeds_repeat_and_differ() -> None:
         (("demo", "--shared-slots", "32"), "288 expert slots do not divide over 160 ranks"),
         (("demo", "--prefill-instances", "7"), "7 prefill instances asked for, expected 1 to 6"),
         (("compare", "tiny", "--layouts", "ep8,ep8"), "layout 'ep8' is given twice"),
-        (("compare", "tiny", "--layouts", "ep8", "--html", "/nowhere/x.html"), "/nowhere is no directory"),
+        (("compare", "tiny", "--layouts", "ep8", "--html", "/nowhere/x.html"), "/nowhere is not a directory"),
         (("sing",), "invalid choice: 'sing'"),
     ],
 )

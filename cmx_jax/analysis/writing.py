@@ -1,25 +1,25 @@
-"""Where a comparison is written: looked at before anything is computed, and never left half-written."""
+"""Writes a comparison to files: checks the paths before anything is computed, leaves no half-written file."""
 
 import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Any
 
+from cmx_jax.analysis.compare.comparison import Comparison
 from cmx_jax.analysis.compare.html import page
 from cmx_jax.analysis.compare.plots import image, need_matplotlib, plots
 from cmx_jax.errors import CmxError
 
 
 class Destination:
-    """A page, a folder of plots, both or neither.
+    """The files that a comparison is written to: a page, a folder of plots, both or neither.
 
     Args:
-      html: file of the page.
-      folder: of the plots; made if its parent is there.
+      html: Path of the page.
+      folder: Folder for the plots; it is made if its parent exists.
 
     Raises:
-      CmxError: there cannot be such a file, there is no such folder, or matplotlib is missing.
+      CmxError: The file or folder cannot be written, or matplotlib is missing.
     """
 
     def __init__(self, html: str | None = None, folder: str | None = None):
@@ -33,39 +33,42 @@ class Destination:
         if self.html is not None or self.folder is not None:
             need_matplotlib()
 
-    def write(self, d: dict[str, Any]) -> None:
-        """Writes what `compare` gave.
+    def write(self, comparison: Comparison) -> None:
+        """Writes the page and the plots.
 
         Raises:
-          CmxError: a file cannot be written; what was there before is still there.
+          CmxError: A file cannot be written; its former content is still there.
         """
         files: dict[Path, bytes] = {}
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)
-            for name, figure in plots(d).items():
+            for name, figure in plots(comparison).items():
                 file = re.sub(r"[^\w.-]", "_", name)
                 for kind in ("png", "svg"):
                     files[self.folder / f"{file}.{kind}"] = image(figure, kind)
         if self.html is not None:
-            files[self.html] = page(d).encode()
+            files[self.html] = page(comparison).encode()
         for path, content in files.items():
             write_whole(path, content)
 
 
 def need_folder(folder: Path) -> None:
-    """Raises:
-    CmxError: there is no such folder, or nothing can be written to it."""
+    """Raises an error unless files can be written to a folder.
+
+    Raises:
+      CmxError: The folder does not exist, or nothing can be written to it.
+    """
     if not folder.is_dir():
-        raise CmxError(f"{folder} is no directory: make it first")
+        raise CmxError(f"{folder} is not a directory: make it first")
     if not os.access(folder, os.W_OK):
         raise CmxError(f"{folder} cannot be written to, expected a directory that can")
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, or leaves what was there before.
+    """Writes a file completely, or leaves its former content.
 
     Raises:
-      CmxError: it cannot be written.
+      CmxError: The file cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""`cmx bench serve`: measures a server of OpenAI's API under load, with vLLM's flags."""
+"""`cmx bench serve`: a load generator for servers of OpenAI's API, with vLLM's flags."""
 
 import argparse
 import math
@@ -9,98 +9,125 @@ from typing import Any
 from cmx_jax.cli.common import add_json, progress, show
 from cmx_jax.errors import CmxError
 
-# flags of each data set: name, default, meaning; a flag without default is required
+# flags of each data set: name, default, help; a flag without a default is required
 Flags = tuple[tuple[str, Any, str], ...]
 DATASETS: dict[str, Flags] = {
     "random": (
-        ("--random-input-len", 1024, "mean tokens of a prompt"),
-        ("--random-output-len", 128, "mean tokens of an answer"),
-        ("--random-range-ratio", 0.0, "R: lengths are within (1 - R, 1 + R) times their mean"),
-        ("--random-prefix-len", 0, "tokens of a prefix that all prompts share, in addition to their length"),
+        ("--random-input-len", 1024, "tokens per prompt"),
+        ("--random-output-len", 128, "tokens per answer"),
+        (
+            "--random-range-ratio",
+            0.0,
+            "spread R of the lengths: they are drawn from (1 - R, 1 + R) times the flags' values",
+        ),
+        ("--random-prefix-len", 0, "tokens of a prefix that all prompts share"),
     ),
     "shared-prefix": (
         ("--num-prefixes", 10, "number of prefixes that prompts share"),
-        ("--prefix-len", 256, "tokens of a shared prefix"),
-        ("--suffix-len", 256, "tokens of a prompt after its prefix"),
-        ("--output-len", 128, "tokens of an answer"),
+        ("--prefix-len", 256, "tokens per shared prefix"),
+        ("--suffix-len", 256, "tokens per prompt after the shared prefix"),
+        ("--output-len", 128, "tokens per answer"),
     ),
     "mooncake": (
-        ("--dataset-path", None, "trace, JSONL in Mooncake's format"),
-        ("--input-scale", 1.0, "factor of the trace's prompt lengths, for models with a short context"),
-        ("--output-scale", 1.0, "factor of the trace's output lengths"),
-        ("--time-scale", 1.0, "factor of the trace's timestamps; below 1 it runs faster"),
+        ("--dataset-path", None, "trace to replay, JSONL in Mooncake's format"),
+        ("--input-scale", 1.0, "factor on the trace's prompt lengths, for models with a short context"),
+        ("--output-scale", 1.0, "factor on the trace's answer lengths"),
+        ("--time-scale", 1.0, "factor on the trace's timestamps"),
     ),
 }
 
 
 def add(verbs: Any) -> None:
     """Adds the verb, its subverb and their flags."""
-    verb = verbs.add_parser("bench", help="measure latencies and throughput of a server under load")
+    verb = verbs.add_parser("bench", help="load a server and measure the latencies of its clients")
     kinds = verb.add_subparsers(dest="kind", required=True, metavar="WHAT")
-    serve = kinds.add_parser("serve", help="measure a server of OpenAI's API")
+    serve = kinds.add_parser("serve", help="benchmark a server of OpenAI's API")
     serve.set_defaults(run=_serve)
     _add_server(serve.add_argument_group("server"))
     _add_traffic(serve.add_argument_group("traffic"))
     for name, flags in DATASETS.items():
-        group = serve.add_argument_group(f"flags for --dataset-name {name}")
+        group = serve.add_argument_group(f"only with --dataset-name {name}")
         for flag, default, meaning in flags:
-            note = "" if default is None else f" (default {default:g})"
+            suffix = "" if default is None else f" (default {default:g})"
             kind = str if default is None else type(default)
-            group.add_argument(flag, type=kind, help=meaning + note)
+            group.add_argument(flag, type=kind, help=meaning + suffix)
     _add_results(serve.add_argument_group("results"))
     add_json(serve)
 
 
 def _add_server(group: Any) -> None:
-    group.add_argument("--base-url", metavar="URL", help="server's address, instead of --host and --port")
+    group.add_argument("--base-url", metavar="URL", help="URL of the server, instead of --host and --port")
     group.add_argument("--host", default="127.0.0.1", help="host of the server (default 127.0.0.1)")
     group.add_argument("--port", type=int, default=8000, help="port of the server (default 8000)")
-    endpoints = "path: /v1/completions (default; prompts are token ids) or /v1/chat/completions"
+    endpoints = "path to ask: /v1/completions (default; prompts are token ids) or /v1/chat/completions"
     group.add_argument("--endpoint", default="/v1/completions", help=endpoints)
-    model = "name of the model at the server (default: the first one listed at /v1/models)"
-    group.add_argument("--model", help=model)
-    tokenizer = "tokenizer's directory, or tiny (default: the model's name)"
-    group.add_argument("--tokenizer", metavar="DIR", help=tokenizer)
-    key = "API key (default: the one in CMX_API_KEY or OPENAI_API_KEY)"
-    group.add_argument("--api-key", metavar="KEY", help=key)
+    group.add_argument("--model", help="model to ask for (default: the first one listed at /v1/models)")
+    group.add_argument(
+        "--tokenizer", metavar="DIR", help="directory of the tokenizer, or tiny (default: the model's name)"
+    )
+    group.add_argument(
+        "--api-key", metavar="KEY", help="API key of the server (default: CMX_API_KEY or OPENAI_API_KEY)"
+    )
     group.add_argument("--temperature", type=float, default=0.0, help="sampling temperature (default 0)")
-    group.add_argument("--ignore-eos", action="store_true", help="continue answers after an end token")
+    group.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        help="ignore end tokens, so that answers have the requested length",
+    )
     limit = "time limit of a request in seconds (default 600)"
     group.add_argument("--request-timeout-s", type=float, default=600.0, help=limit)
 
 
 def _add_traffic(group: Any) -> None:
-    kinds = "kind of the requests (default random)"
-    group.add_argument("--dataset-name", choices=DATASETS, default="random", help=kinds)
-    number = "number of requests, of a trace the first ones (default 1000)"
-    group.add_argument("--num-prompts", type=int, default=1000, help=number)
-    rate = "requests per second (default inf: all at once)"
-    group.add_argument("--request-rate", type=float, default=math.inf, help=rate)
-    burstiness = "shape of the gamma-distributed intervals; 1: Poisson (default), lower: burstier"
+    group.add_argument(
+        "--dataset-name", choices=DATASETS, default="random", help="prompts to send (default random)"
+    )
+    group.add_argument(
+        "--num-prompts", type=int, default=1000, help="requests to send (default 1000); of a trace, at most"
+    )
+    group.add_argument(
+        "--request-rate", type=float, default=math.inf, help="requests per second (default inf: all at once)"
+    )
+    burstiness = "shape of the arrivals: 1 is Poisson (default), less is burstier"
     group.add_argument("--burstiness", type=float, default=1.0, help=burstiness)
-    concurrency = "maximum number of concurrent requests; waiting for it is not measured (default: no limit)"
-    group.add_argument("--max-concurrency", type=int, help=concurrency)
-    warmups = "requests before the measurement (default 0)"
-    group.add_argument("--num-warmups", type=int, default=0, help=warmups)
-    seed = "seed of prompts, lengths and arrivals (default 0)"
-    group.add_argument("--seed", type=int, default=0, help=seed)
+    group.add_argument(
+        "--max-concurrency", type=int, help="most requests at once; the wait for a free place is not measured"
+    )
+    group.add_argument(
+        "--num-warmups", type=int, default=0, help="requests sent first that are not measured (default 0)"
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="seed of prompts, lengths and arrivals (default 0)"
+    )
 
 
 def _add_results(group: Any) -> None:
-    goodput = "limits of a good request in milliseconds: ttft:MS, tpot:MS, e2el:MS"
+    goodput = "limits in ms of a good request: ttft:MS, tpot:MS, e2el:MS"
     group.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help=goodput)
     names = "ttft,tpot,itl,e2el"
-    metrics = f"latencies to report (default {names})"
-    group.add_argument("--percentile-metrics", default=names, help=metrics)
-    percentiles = "percentiles to report, such as 50,90,99.9 (default 99)"
-    group.add_argument("--metric-percentiles", default="99", help=percentiles)
-    group.add_argument("--save-result", action="store_true", help="write the result as JSON")
-    folder = "directory of the JSON file (default: the working directory)"
-    group.add_argument("--result-dir", metavar="DIR", help=folder)
-    file = "name of the JSON file (default: made of the settings and the date)"
-    group.add_argument("--result-filename", metavar="FILE", help=file)
-    picture = "draw a timeline of the requests to FILE.png or FILE.svg"
-    group.add_argument("--plot-timeline", type=Path, metavar="FILE", help=picture)
+    group.add_argument(
+        "--percentile-metrics",
+        default=names,
+        help=f"metrics with percentiles in the report (default {names})",
+    )
+    group.add_argument(
+        "--metric-percentiles", default="99", help="percentiles to report, such as 50,90,99.9 (default 99)"
+    )
+    group.add_argument("--save-result", action="store_true", help="write the result to a file, as JSON")
+    group.add_argument(
+        "--result-dir", metavar="DIR", help="folder of the result file (default: the current folder)"
+    )
+    group.add_argument(
+        "--result-filename",
+        metavar="FILE",
+        help="name of the result file (default: made of the settings and the date)",
+    )
+    group.add_argument(
+        "--plot-timeline",
+        type=Path,
+        metavar="FILE",
+        help="plot each request over time, as FILE.png or FILE.svg",
+    )
     group.add_argument("--disable-tqdm", action="store_true", help="show no progress on stderr")
 
 
@@ -145,7 +172,7 @@ def _check(args: argparse.Namespace) -> None:
         for flag, default, _ in flags:
             value = getattr(args, name := flag.removeprefix("--").replace("-", "_"))
             if dataset != args.dataset_name and value is not None:
-                raise CmxError(f"{flag} is of --dataset-name {dataset}: leave it out")
+                raise CmxError(f"{flag} is for --dataset-name {dataset}: leave it out")
             setattr(args, name, default if value is None else value)
     if args.dataset_name == "mooncake":
         if args.dataset_path is None:

@@ -1,21 +1,13 @@
-"""What verbs have in common: one line for a mistake, progress, results, options of models and layouts."""
+"""Shared by all verbs: errors in one line, progress, results, and the flags of engine options."""
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import fields
+from typing import Any, NoReturn, get_args, get_type_hints
 
-# of from_pretrained, for every verb that calls it
-OPTIONS = ("runner", "ranks", "dtype", "quant", "kv_cache_dtype", "wire", "exchange")
-# further ones of a layout, for verbs that generate
-SPREAD = (
-    ("--num-speculative-tokens", 0, "MTP drafts verified in each decode step"),
-    ("--microbatches", 1, "streams of a step"),
-    ("--redundant-slots", 0, "further replicas of busy experts"),
-    ("--shared-slots", 0, "slots for copies of the shared expert"),
-    ("--eplb-interval", 0, "decode steps between rebalancings of the experts, 0: never"),
-)
+from cmx_jax.serving.deploy.engine_args import EngineArgs
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,34 +41,26 @@ def add_json(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
-def add_model_options(verb: argparse.ArgumentParser) -> None:
-    """How `MODEL` is computed: `OPTIONS`, without those of `add_exchange_options`."""
-    verb.add_argument("--runner", default="lanes", help="lanes (default) or devices")
-    verb.add_argument("--ranks", type=int, default=8, help="expert-parallel ranks (default 8)")
-    verb.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
-    verb.add_argument("--quant", default="auto", help="auto (as stored, the default), int8 or none")
+def add_engine_options(verb: Any, *groups: str, **defaults: Any) -> None:
+    """Adds a flag for each field of `EngineArgs` in these groups.
+
+    Args:
+      verb: Parser or group of arguments.
+      groups: Groups of options; see `engine_args`.
+      defaults: Defaults by field, where they are not those of `EngineArgs`.
+    """
+    types = get_type_hints(EngineArgs)
+    for f in fields(EngineArgs):
+        if f.metadata["group"] not in groups:
+            continue
+        default, about = defaults.get(f.name, f.default), f.metadata["help"]
+        if default is not None:
+            about = f"{about} (default {default})"
+        kind = next(t for t in (int, str) if t is types[f.name] or t in get_args(types[f.name]))
+        verb.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=default, help=about)
 
 
-def add_exchange_options(verb: argparse.ArgumentParser, exchange: str = "flat") -> None:
-    """How tokens reach experts, and how rows lie in pages."""
-    verb.add_argument("--wire", help="dispatched tokens: float32, bfloat16 or int8 (default: the model's)")
-    verb.add_argument(
-        "--kv-cache-dtype",
-        default="auto",
-        help="rows in pages: auto (the model's, default), int8, bfloat16 or float32",
-    )
-    methods = "flat, hierarchical, allgather, or ragged (accelerators only)"
-    verb.add_argument("--exchange", default=exchange, help=f"{methods} (default {exchange})")
-
-
-def add_spread_options(verb: argparse.ArgumentParser, **defaults: int) -> None:
-    """`SPREAD`; `defaults` by destination."""
-    for flag, usual, meaning in SPREAD:
-        default = defaults.get(flag.removeprefix("--").replace("-", "_"), usual)
-        verb.add_argument(flag, type=int, default=default, help=f"{meaning} (default {default})")
-
-
-def parallelism(args: argparse.Namespace) -> dict[str, Any]:
-    """Values of `add_exchange_options` and `add_spread_options`."""
-    names = ("wire", "exchange", "num_speculative_tokens", "microbatches", "redundant_slots", "shared_slots")
-    return {name: getattr(args, name) for name in (*names, "eplb_interval", "kv_cache_dtype")}
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of `EngineArgs` that have a value."""
+    values = {f.name: getattr(args, f.name, None) for f in fields(EngineArgs)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -42,4 +42,4 @@ def _compare(args: argparse.Namespace) -> None:
     chosen = {name: getattr(args, name) for name in names}
     result = compare(args.model, args.layouts.split(","), progress=progress(), **chosen)
     to.write(result)
-    show(result, args.json, report.render)
+    show(result.as_dict(), args.json, lambda _: report.render(result))

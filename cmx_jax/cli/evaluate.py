@@ -1,27 +1,34 @@
-"""`cmx eval`."""
+"""`cmx eval`: quality of a model, alone or compared with another one."""
 
 import argparse
 from typing import Any
 
-from cmx_jax.cli.common import OPTIONS, add_exchange_options, add_json, add_model_options, progress, show
+from cmx_jax.cli.common import add_engine_options, add_json, engine_options, progress, show
 
 
 def add(verbs: Any) -> None:
     """Adds the verb and its flags."""
-    verb = verbs.add_parser("eval", help="measure the quality of a model, or compare two models")
+    verb = verbs.add_parser("eval", help="measure the quality of a model, alone or compared with another one")
     verb.set_defaults(run=_eval)
-    verb.add_argument("model", metavar="MODEL", help="model: a Hugging Face or Orbax directory, or tiny")
-    verb.add_argument("--against", metavar="OTHER", help="second model, to compare on the same items")
-    quants = "quantisation of OTHER: auto, int8 or none; without --against, OTHER is MODEL"
+    verb.add_argument("model", metavar="MODEL", help="Hugging Face or Orbax directory, or tiny")
+    verb.add_argument(
+        "--against", metavar="OTHER", help="second model, compared with MODEL on the same items"
+    )
+    quants = "quantization of OTHER: auto, int8 or none; without --against, MODEL is compared with itself"
     verb.add_argument("--against-quant", help=quants)
-    suites = "skills, text, all (default: both), or lm-eval:TASK[,TASK] of lm-evaluation-harness"
+    suites = (
+        "tests to run: skills, text, all (default: both), or lm-eval:TASK[,TASK] of lm-evaluation-harness"
+    )
     verb.add_argument("--suite", default="all", help=suites)
     verb.add_argument("--items", type=int, default=200, help="items per skill or task (default 200)")
     verb.add_argument("--seed", type=int, default=0, help="seed of the skills' items (default 0)")
-    verb.add_argument("--text", metavar="FILE", help="UTF-8 text (default: documentation held out of tiny)")
-    verb.add_argument("--window", type=int, help="tokens per window of text (default 256)")
-    add_model_options(verb)
-    add_exchange_options(verb)
+    verb.add_argument(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text to score (default: documentation that tiny was not trained on)",
+    )
+    verb.add_argument("--window", type=int, help="tokens per window of the text (default 256)")
+    add_engine_options(verb, "model", "exchange")
     add_json(verb)
 
 
@@ -32,8 +39,8 @@ def _eval(args: argparse.Namespace) -> None:
     tell, chosen = progress(), {name: getattr(args, name) for name in ("suite", "items", "seed")}
     chosen |= {"text": args.text, "window": args.window}
     evaluate.check(**chosen)
-    options = {name: getattr(args, name) for name in OPTIONS}
-    if not args.suite.startswith(evaluate.HARNESS):  # nothing is generated: no cache is needed
+    options = engine_options(args)
+    if not args.suite.startswith(evaluate.HARNESS):  # the built-in suites generate nothing and need no cache
         options |= {"max_num_seqs": 1, "max_model_len": 1}
     tell("loading")
     models = [from_pretrained(args.model, **options)]

@@ -5,15 +5,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from cmx_jax.cli.common import (
-    add_exchange_options,
-    add_json,
-    add_model_options,
-    add_spread_options,
-    parallelism,
-    progress,
-    show,
-)
+from cmx_jax.cli.common import add_engine_options, add_json, engine_options, progress, show
 
 
 def add(verbs: Any) -> None:
@@ -23,9 +15,8 @@ def add(verbs: Any) -> None:
     demo.add_argument("--model", default="tiny", help="a directory, or tiny (default)")
     demo.add_argument("--max-tokens", type=int, default=32, help="tokens to generate for each prompt")
     demo.add_argument("--prefill-instances", type=int, default=6, help="how many of the six to start")
-    add_exchange_options(demo, exchange="hierarchical")
+    add_engine_options(demo, "exchange", "decode", exchange="hierarchical", num_speculative_tokens=1)
     add_json(demo)
-    add_spread_options(demo, num_speculative_tokens=1)
 
     generate = verbs.add_parser("generate", help="continue prompts")
     generate.set_defaults(run=_generate)
@@ -36,10 +27,8 @@ def add(verbs: Any) -> None:
     generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
-    add_model_options(generate)
-    add_exchange_options(generate)
+    add_engine_options(generate, "model", "exchange", "decode")
     add_json(generate)
-    add_spread_options(generate)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -50,7 +39,7 @@ def _demo(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         prefill=args.prefill_instances,
         progress=progress(),
-        **parallelism(args),
+        **engine_options(args),
     )
     show(result, args.json, demo.render)
 
@@ -60,14 +49,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     tell = progress()
     tell("loading")
-    llm = from_pretrained(
-        args.model,
-        runner=args.runner,
-        ranks=args.ranks,
-        dtype=args.dtype,
-        quant=args.quant,
-        **parallelism(args),
-    )
+    llm = from_pretrained(args.model, **engine_options(args))
     tell("generating (the first time compiles)")
     completions = llm.generate(
         args.prompt,

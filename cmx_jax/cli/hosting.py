@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cmx_jax.cli import caching
-from cmx_jax.cli.common import parallelism, progress
+from cmx_jax.cli.common import engine_options, progress
 from cmx_jax.errors import CmxError
 
-# of one instance that does everything; pools have sizes of their own
-ALONE = {"max_num_seqs": 32, "max_num_batched_tokens": 2048, "runner": "lanes", "ranks": 8}
 POOLS = {"prefill_instances": 6, "decode_instances": 1}
 LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_ttl_s")
 
@@ -50,45 +48,36 @@ def leave(service: Any) -> None:
 
 def deployed(args: argparse.Namespace) -> Any:
     """The model on its instances, with short sequences' programs compiled."""
-    from cmx_jax.serving.deploy.deployment import QueueLimits, colocated, pools, warm_up, worker
+    from cmx_jax.serving.deploy.deployment import colocated, pools, warm_up, worker
+    from cmx_jax.serving.scheduling.waiting import QueueLimits
 
     tell = progress()
-    common: dict[str, Any] = {"max_model_len": args.max_model_len, "dtype": args.dtype, "quant": args.quant}
-    common |= parallelism(args)
+    options = engine_options(args)
     limits = QueueLimits(**{name: getattr(args, name) for name in LIMITS})
     in_pools = args.deployment == "pools" and args.role == "all"
     _check_unused(args, POOLS if not in_pools else ("ranks",), "pools" if not in_pools else "colocated")
-    common["exchange"] = args.exchange or ("hierarchical" if in_pools else "flat")
     tell("loading")
     if in_pools:
-        counts: dict[str, Any] = {
-            name.split("_")[0]: getattr(args, name) or usual for name, usual in POOLS.items()
-        }
-        of_site = {"runner": args.runner, "max_num_batched_tokens": args.max_num_batched_tokens}
-        counts |= {name: value for name, value in of_site.items() if value is not None}
-        deployment = pools(args.model, **counts, **_sequences(args), **common)
+        counts = {name.split("_")[0]: getattr(args, name) or default for name, default in POOLS.items()}
+        sequences = _sequences(options.pop("max_num_seqs", None))
+        deployment = pools(args.model, **counts, sequences=sequences, **options)
+    elif args.role == "all":
+        deployment = colocated(args.model, **options)
     else:
-        sizes: dict[str, Any] = {
-            name: usual if getattr(args, name) is None else getattr(args, name)
-            for name, usual in ALONE.items()
-        }
-        if args.role == "all":
-            deployment = colocated(args.model, **sizes, **common)
-        else:
-            deployment = worker(args.role, args.model, host=args.host, **sizes, **common)
+        deployment = worker(args.role, args.model, host=args.host, **options)
     args.joined(deployment)
     tell("compiling (kept for the next time)")
     warm_up(deployment.engine)
-    limits.apply(deployment.engine)
+    deployment.engine.limits = limits
     tell("")
     return deployment
 
 
-def _sequences(args: argparse.Namespace) -> dict[str, Any]:
-    """Of a decode rank, so that the first decode instance has `max_num_seqs`."""
+def _sequences(max_num_seqs: int | None) -> int:
+    """Returns the sequences per decode rank with which the first decode instance has `max_num_seqs`."""
     from cmx_jax.mesh.pools import DECODE_NPUS
 
-    return {} if args.max_num_seqs is None else {"sequences": -(-args.max_num_seqs // DECODE_NPUS)}
+    return 1 if max_num_seqs is None else -(-max_num_seqs // DECODE_NPUS)
 
 
 def _check_unused(args: argparse.Namespace, names: Any, of: str) -> None:

@@ -35,7 +35,7 @@ def _predict(args: argparse.Namespace) -> None:
     from cmx_jax.analysis.plan.figures import Folder, paper_errors
     from cmx_jax.analysis.predict import paper
     from cmx_jax.analysis.predict.predict import predict, render, sensitivity
-    from cmx_jax.mesh.named_layouts import ready
+    from cmx_jax.mesh.named_layouts import named_layout
     from cmx_jax.serving.deploy.model import config_of
 
     if args.plots and not args.paper:
@@ -46,7 +46,7 @@ def _predict(args: argparse.Namespace) -> None:
             to.write("paper", paper_errors(rows))
         show(rows, args.json, paper.render)
         return
-    c, found = config_of(args.model), ready(args.layout)
+    c, found = config_of(args.model), named_layout(args.layout)
     if found.ranks_per_npu == 1 and args.hardware == "cloudmatrix384":
         raise CmxError(
             f"layout {args.layout} has one rank an NPU; a cloudmatrix384 rank is a die, as of ep320"

@@ -11,11 +11,12 @@ from typing import Any
 
 from cmx_jax.cli import caching, hosting
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.deploy.engine_args import EngineArgs
 
 
 def router(args: argparse.Namespace) -> None:
     """OpenAI's API in front of workers."""
-    from cmx_jax.serving.deploy.deployment import Hosted
+    from cmx_jax.serving.deploy.deployment import ModelInfo
     from cmx_jax.serving.deploy.model import Model
     from cmx_jax.serving.http.server import bind
     from cmx_jax.serving.roles.members import Members
@@ -27,7 +28,7 @@ def router(args: argparse.Namespace) -> None:
         members = Members(args.prefill, args.decode, args.cluster_secret, args.queue_ttl_s)
         context = model.config.max_position_embeddings
         length = min(context, 4096) if args.max_model_len is None else args.max_model_len
-        hosted = Hosted(name="router", model=model, max_model_len=length)
+        hosted = ModelInfo(name="router", model=model, max_model_len=length)
         hosting.answer_api(args, sock, hosted, Router(members, policy=args.kv_failure_policy, **limits))
 
 
@@ -64,13 +65,12 @@ def spanning(args: argparse.Namespace, run: Callable[[argparse.Namespace], None]
     if args.runner not in (None, "devices"):
         raise CmxError(f"runner is {args.runner!r}, expected devices: lanes are on one device")
     args.runner = "devices"
-    ranks: Any = hosting.ALONE["ranks"] if args.ranks is None else args.ranks
-    span.start(ranks)
+    span.start(EngineArgs().ranks if args.ranks is None else args.ranks)
 
     def lead(deployment: Any) -> None:
         [instance] = deployment.engine.instances
         leader = Leader(span, args.cluster_secret)
-        instance.tell = leader.tell
+        instance.programs.tell = leader.tell
 
     def follows(deployment: Any) -> None:
         [instance] = deployment.engine.instances

@@ -5,15 +5,14 @@ import os
 from typing import Any
 
 from cmx_jax.cli import caching, roles
-from cmx_jax.cli.common import (
-    add_exchange_options,
-    add_model_options,
-    add_spread_options,
-)
-from cmx_jax.cli.hosting import ALONE, POOLS, answer_api, cached, deployed, leave
+from cmx_jax.cli.common import add_engine_options
+from cmx_jax.cli.hosting import POOLS, answer_api, cached, deployed, leave
 from cmx_jax.errors import CmxError
 
 QUEUE = 1024  # requests that may wait
+UNSET = (
+    "runner", "ranks", "exchange", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens",
+)  # fmt: skip
 ROLES = ("all", "prefill", "decode", "router", "cache")
 
 
@@ -28,11 +27,9 @@ def add(verbs: Any) -> None:
     _add_span(verb.add_argument_group("an instance that spans processes"))
     _add_engine(verb.add_argument_group("engine"))
     caching.add_pool(verb.add_argument_group("caching pool"))
-    add_model_options(verb)
-    add_exchange_options(verb)
-    add_spread_options(verb, num_speculative_tokens=1)
-    # None: what was not said depends on the deployment and the model
-    verb.set_defaults(**dict.fromkeys((*ALONE, "exchange", "num_speculative_tokens")))
+    add_engine_options(verb, "model", "exchange", "decode", num_speculative_tokens=1)
+    # None: the default depends on the deployment and the model
+    verb.set_defaults(**dict.fromkeys(UNSET))
 
 
 def _add_http(group: Any) -> None:
@@ -75,9 +72,7 @@ def _add_engine(group: Any) -> None:
     for name, usual in POOLS.items():
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, type=int, help=f"of pools (default {usual})")
-    group.add_argument("--max-num-seqs", type=int, help="decoded at once (default 32)")
-    group.add_argument("--max-model-len", type=int, help="tokens of the longest sequence")
-    group.add_argument("--max-num-batched-tokens", type=int, help="of a prefill step's row (default 2048)")
+    add_engine_options(group, "size")
     queued = f"requests that may wait; further ones get 429 (default {QUEUE})"
     group.add_argument("--max-num-queued-reqs", type=int, default=QUEUE, help=queued)
     group.add_argument("--max-num-queued-tokens", type=int, help="prompt tokens that may wait, likewise")

@@ -1,4 +1,4 @@
-"""`cmx simulate`: serving traffic in virtual time."""
+"""`cmx simulate`: serving of a day's traffic, simulated in virtual time."""
 
 import argparse
 from pathlib import Path
@@ -7,31 +7,23 @@ from typing import Any
 from cmx_jax.cli.common import add_json, show
 from cmx_jax.errors import CmxError
 
-# fields of analysis/simulate/times.py:Linear; a flag without default is required unless --predict is given
+# fields of analysis/simulate/times.py:Linear; those without a default are required unless --predict is given
 TIMES = (
-    ("--prefill-ms", 0.0, "fixed milliseconds per prefill step (default 0)"),
-    ("--prefill-ms-per-1k", None, "milliseconds per 1,000 tokens of a prefill step's longest row"),
-    ("--decode-ms", None, "milliseconds of a decode step with one sequence per rank"),
-    (
-        "--decode-ms-per-sequence",
-        0.0,
-        "milliseconds per further sequence on the busiest rank (default 0)",
-    ),
-    ("--decode-ms-per-1m", 0.0, "milliseconds per 1,000,000 cached tokens on the busiest rank (default 0)"),
-    ("--transfer-ms-per-1k", 0.0, "milliseconds to move 1,000 tokens' KV rows to decode (default 0)"),
-    (
-        "--fetch-ms-per-1k",
-        0.0,
-        "milliseconds to fetch 1,000 tokens from the prefix cache (default 0)",
-    ),
+    ("--prefill-ms", 0.0, "time of a prefill step, however short, in ms"),
+    ("--prefill-ms-per-1k", None, "time per 1,000 tokens of a prefill step's longest row, in ms"),
+    ("--decode-ms", None, "time of a decode step with one sequence per rank, in ms"),
+    ("--decode-ms-per-sequence", 0.0, "time per additional sequence on the busiest rank, in ms"),
+    ("--decode-ms-per-1m", 0.0, "time per 1,000,000 cached tokens on the busiest rank, in ms"),
+    ("--transfer-ms-per-1k", 0.0, "time to move 1,000 tokens' rows to decode, in ms"),
+    ("--fetch-ms-per-1k", 0.0, "time to fetch 1,000 tokens' rows from the prefix cache, in ms"),
 )
-# sizes of the paper: instances, NPUs per instance, ranks with sequences of their own, layout
+# the paper's pools: instances, NPUs per instance, data-parallel ranks per instance, layout
 POOLS = {"prefill": (6, 16, 1, "ep32"), "decode": (1, 160, 320, "ep320")}
-# flags that need --predict
+# flags that need --predict: name, default, help
 PREDICT: tuple[tuple[str, Any, str], ...] = (
     ("--hardware", "cloudmatrix384", "machine: cloudmatrix384, h800 or h100"),
     *(
-        (f"--{kind}-layout", layout, f"layout of a {kind} instance, by a name that cmx trace takes")
+        (f"--{kind}-layout", layout, f"layout of {kind} instances, named as for cmx trace")
         for kind, (*_, layout) in POOLS.items()
     ),
     ("--microbatches", 2, "microbatches per step"),
@@ -41,55 +33,69 @@ PREDICT: tuple[tuple[str, Any, str], ...] = (
 
 def add(verbs: Any) -> None:
     """Adds the verb and its flags."""
-    verb = verbs.add_parser("simulate", help="serve traffic in virtual time: latencies, throughput, goodput")
+    verb = verbs.add_parser(
+        "simulate", help="simulate serving in virtual time: latencies, throughput, goodput"
+    )
     verb.set_defaults(run=_simulate)
     traffic = verb.add_argument_group("traffic: a trace, or requests drawn at a rate")
-    traffic.add_argument("--trace", type=Path, metavar="FILE", help="trace, JSONL in Mooncake's format")
-    traffic.add_argument("--rate", type=float, help="requests per second, instead of --trace")
-    burstiness = "shape of the gamma-distributed intervals; 1: Poisson (default), lower: burstier"
-    traffic.add_argument("--burstiness", type=float, default=1.0, help=burstiness)
-    lengths = "tokens, or uniform:LOW,HIGH, exponential:MEAN, lognormal:MEDIAN,SIGMA"
-    traffic.add_argument("--prompt", default="4096", help=f"prompt lengths: {lengths} (default 4096)")
-    traffic.add_argument("--output", default="256", help=f"output lengths: {lengths} (default 256)")
+    traffic.add_argument(
+        "--trace", type=Path, metavar="FILE", help="trace of requests, JSONL in Mooncake's format"
+    )
+    traffic.add_argument("--rate", type=float, help="requests per second, drawn at random instead of --trace")
+    traffic.add_argument(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        help="shape of the arrivals: 1 is Poisson (default), less is burstier",
+    )
+    lengths = "a number, or uniform:LOW,HIGH, exponential:MEAN, lognormal:MEDIAN,SIGMA"
+    traffic.add_argument("--prompt", default="4096", help=f"tokens per prompt: {lengths} (default 4096)")
+    traffic.add_argument("--output", default="256", help=f"tokens per answer: {lengths} (default 256)")
     traffic.add_argument("--duration", type=float, help="seconds of arrivals (default 3600)")
     traffic.add_argument("--requests", type=int, help="number of requests, instead of --duration")
-    traffic.add_argument("--seed", type=int, default=0, help="seed of the random traffic (default 0)")
+    traffic.add_argument("--seed", type=int, default=0, help="seed of arrivals and lengths (default 0)")
 
     machine = verb.add_argument_group("instances of a supernode")
     for kind, (instances, npus, ranks, _) in POOLS.items():
-        number = f"number of {kind} instances (default {instances})"
-        machine.add_argument(f"--{kind}-instances", type=int, default=instances, help=number)
-        machine.add_argument(f"--{kind}-npus", type=int, help=f"NPUs per {kind} instance (default {npus})")
-        ranks_help = f"ranks per {kind} instance that have sequences of their own (default {ranks})"
-        machine.add_argument(f"--{kind}-ranks", type=int, help=ranks_help)
-        cache = f"tokens in a {kind} rank's KV cache (default {1 << 18}; with --predict as many as fit)"
-        machine.add_argument(f"--{kind}-kv-tokens", type=int, help=cache)
-    sequences = "sequences that a decode rank runs at once (default 48)"
-    machine.add_argument("--max-num-seqs", type=int, default=48, help=sequences)
-    batched = "tokens of a prefill step's row (default 16384; with --predict for each NPU that shares it)"
+        about = f"number of {kind} instances (default {instances})"
+        machine.add_argument(f"--{kind}-instances", type=int, default=instances, help=about)
+        about = f"NPUs per {kind} instance (default {npus})"
+        machine.add_argument(f"--{kind}-npus", type=int, help=about)
+        about = f"ranks per {kind} instance that have sequences of their own (default {ranks})"
+        machine.add_argument(f"--{kind}-ranks", type=int, help=about)
+        cached = f"tokens in the KV cache of a {kind} rank (default {1 << 18}; with --predict all that fit)"
+        machine.add_argument(f"--{kind}-kv-tokens", type=int, help=cached)
+    machine.add_argument(
+        "--max-num-seqs", type=int, default=48, help="sequences per decode rank (default 48)"
+    )
+    batched = "tokens per row of a prefill step (default 16384; with --predict per NPU that shares the row)"
     machine.add_argument("--max-num-batched-tokens", type=int, help=batched)
-    machine.add_argument("--block-size", type=int, help="tokens per KV page (default 128)")
-    acceptance = "mean accepted drafts per step (default 0); with --predict the probability that a draft is "
-    machine.add_argument("--mtp-acceptance", type=float, help=f"{acceptance}accepted (default 0.7)")
-    prefix = "tokens in a supernode's prefix cache (default 0)"
-    machine.add_argument("--prefix-tokens", type=int, default=0, help=prefix)
-    supernodes = "number of supernodes that share one router (default 1)"
-    machine.add_argument("--supernodes", type=int, default=1, help=supernodes)
-    routers = "choice of a request's supernode: least-loaded (default), round-robin or prefix"
+    machine.add_argument("--block-size", type=int, help="tokens per page of the KV cache (default 128)")
+    acceptance = "accepted drafts per step (default 0); with --predict the probability of one (default 0.7)"
+    machine.add_argument("--mtp-acceptance", type=float, help=acceptance)
+    cached = "tokens in the prefix cache of a supernode (default 0)"
+    machine.add_argument("--prefix-tokens", type=int, default=0, help=cached)
+    machine.add_argument(
+        "--supernodes", type=int, default=1, help="number of supernodes that share one router (default 1)"
+    )
+    routers = "choice of the supernode for a request: least-loaded (default), round-robin or prefix"
     machine.add_argument("--router", default="least-loaded", help=routers)
 
-    times = verb.add_argument_group("times in milliseconds, or predicted for a model's layouts")
+    times = verb.add_argument_group(
+        "times, given in milliseconds or predicted for a model's layouts on a machine"
+    )
     for flag, _, meaning in TIMES:
         times.add_argument(flag, type=float, help=meaning)
-    model = "predict all times for this model: a directory, tiny, or a preset such as deepseek-r1"
+    model = "model whose times are predicted: checkpoint directory, tiny, or a preset such as deepseek-r1"
     times.add_argument("--predict", metavar="MODEL", help=model)
     for flag, default, meaning in PREDICT:
-        value_type = int if isinstance(default, int) else str
-        times.add_argument(flag, type=value_type, help=f"{meaning} (default {default}; needs --predict)")
-    ttft = "goodput: largest time to first token of a good request, in milliseconds"
-    verb.add_argument("--slo-ttft-ms", type=float, help=ttft)
-    tpot = "goodput: largest mean time per further token of a good request, in milliseconds"
-    verb.add_argument("--slo-tpot-ms", type=float, help=tpot)
+        times.add_argument(flag, type=type(default), help=f"{meaning}, with --predict (default {default})")
+    verb.add_argument(
+        "--slo-ttft-ms", type=float, help="limit in ms of the time to the first token, for goodput"
+    )
+    verb.add_argument(
+        "--slo-tpot-ms", type=float, help="limit in ms of the mean time per further output token, for goodput"
+    )
     add_json(verb)
 
 
@@ -97,7 +103,7 @@ def _simulate(args: argparse.Namespace) -> None:
     from cmx_jax.analysis.simulate import render, simulate, summary
 
     traffic = _traffic(args)
-    times, deployment = _predicted(args) if args.predict else _linear(args)
+    times, deployment = _predicted(args) if args.predict else _from_flags(args)
     _check_npus(args, deployment)
     outcome = simulate(traffic, deployment, times, supernodes=args.supernodes, router=args.router)
     result = summary(outcome, args.slo_ttft_ms, args.slo_tpot_ms)
@@ -112,18 +118,20 @@ def _traffic(args: argparse.Namespace) -> Any:
     if args.trace is not None:
         return mooncake(args.trace)
     duration = 3600.0 if args.duration is None and args.requests is None else args.duration
-    names = ("rate", "prompt", "output", "burstiness", "seed", "requests")
-    return synthetic(duration=duration, **{name: getattr(args, name) for name in names})
+    options = {
+        name: getattr(args, name) for name in ("rate", "prompt", "output", "burstiness", "seed", "requests")
+    }
+    return synthetic(duration=duration, **options)
 
 
 def _destination(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def _linear(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Step times and deployment that the flags give."""
+def _from_flags(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the times and sizes that the flags give."""
     from cmx_jax.analysis.simulate import InstancePool, Linear, SimulatedDeployment
-    from cmx_jax.serving.scheduling.ranks import Capacity
+    from cmx_jax.serving.scheduling.allocator import Capacity
 
     for flag, *_ in PREDICT:
         if getattr(args, _destination(flag)) is not None:
@@ -149,13 +157,9 @@ def _linear(args: argparse.Namespace) -> tuple[Any, Any]:
             page_width=width,
             max_num_batched_tokens=budget,
         )
-        _, default_npus, default_ranks, _ = POOLS[kind]
-        return InstancePool(
-            instances=instances,
-            npus=default_npus if npus is None else npus,
-            ranks=default_ranks if ranks is None else ranks,
-            capacity=capacity,
-        )
+        defaults = POOLS[kind]
+        sizes = defaults[1] if npus is None else npus, defaults[2] if ranks is None else ranks
+        return InstancePool(instances=instances, npus=sizes[0], ranks=sizes[1], capacity=capacity)
 
     deployment = SimulatedDeployment(
         prefill=pool("prefill", 1),
@@ -167,30 +171,32 @@ def _linear(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _predicted(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Step times and deployment of a model's layouts on a machine."""
+    """Returns the predicted times and sizes of a model's layouts on a machine."""
     from dataclasses import replace
 
     from cmx_jax.analysis.cost.constants import machine
     from cmx_jax.analysis.simulate import Predicted, SimulatedDeployment
     from cmx_jax.mesh.layout import Layout
-    from cmx_jax.mesh.named_layouts import ready
+    from cmx_jax.mesh.named_layouts import named_layout
     from cmx_jax.serving.deploy.model import config_of
 
-    sizes = [f"--{kind}-{size}" for kind in POOLS for size in ("npus", "ranks")]
-    for flag in (*(flag for flag, *_ in TIMES), *sizes, "--block-size"):
+    excluded = [flag for flag, *_ in TIMES] + [
+        f"--{kind}-{name}" for kind in POOLS for name in ("npus", "ranks")
+    ]
+    for flag in (*excluded, "--block-size"):
         if getattr(args, _destination(flag)) is not None:
-            raise CmxError(f"{flag} is given, but --predict says what it is: leave one of them out")
+            raise CmxError(f"{flag} is given, but --predict determines it: leave one of them out")
     options = {_destination(flag): default for flag, default, _ in PREDICT}
     options |= {name: value for name in options if (value := getattr(args, name)) is not None}
     c = config_of(args.predict)
 
     def layout(kind: str) -> Layout:
-        name, hardware = options[f"{kind}_layout"], machine(options["hardware"])
-        named, expected = ready(name), hardware.ranks_per_npu
+        named, hardware = named_layout(options[f"{kind}_layout"]), machine(options["hardware"])
+        expected = hardware.ranks_per_npu
         if named.ranks_per_npu != expected:
             raise CmxError(
-                f"layout {name} has {named.ranks_per_npu} rank(s) an NPU, expected {expected} on "
-                f"{hardware.name}, as of {'ep320' if expected > 1 else 'h800-ep144'}"
+                f"layout {options[f'{kind}_layout']} has {named.ranks_per_npu} rank(s) an NPU, expected "
+                f"{expected} on {hardware.name}, as of {'ep320' if expected > 1 else 'h800-ep144'}"
             )
         return replace(named.make(c.n_routed_experts), microbatches=options["microbatches"])
 

@@ -77,11 +77,11 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _of_model(args: argparse.Namespace) -> Any:
     from cmx_jax.analysis.trace.model import trace_model
-    from cmx_jax.mesh.named_layouts import ready
+    from cmx_jax.mesh.named_layouts import named_layout
     from cmx_jax.model.weights import int8_fields
     from cmx_jax.serving.deploy.model import config_of
 
-    c, found = config_of(args.model), ready(args.layout)
+    c, found = config_of(args.model), named_layout(args.layout)
     c = replace(c, int8=int8_fields(c)) if args.quant == "int8" else c
     layout, step = found.make(c.n_routed_experts), args.step or found.step
     batch = found.batch if args.batch is None else args.batch

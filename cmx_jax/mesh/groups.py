@@ -26,13 +26,13 @@ def mesh_groups(
     for name, before, size in parts:
         cuts[name].append((before, size))
     shape, inside = [], []
-    for name, whole in sizes.items():
+    for name, axis_size in sizes.items():
         done = 1
         for before, size in sorted(cuts[name]):
             shape += [before // done, size]
             inside.append(len(shape) - 1)
             done = before * size
-        shape.append(whole // done)
+        shape.append(axis_size // done)
     numbers = np.arange(math.prod(sizes.values())) if devices is None else devices
     last = tuple(range(len(shape) - len(inside), len(shape)))
     width = math.prod(shape[axis] for axis in inside)

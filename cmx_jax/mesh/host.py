@@ -1,6 +1,7 @@
-"""What must be said to JAX before it starts: how many host devices, and where compiled programs are kept.
+"""Settings that JAX must have before it starts: number of host devices, folder of compiled programs.
 
-This is the one place that does so. Nothing here starts the backend, except `host_devices`.
+This is the only place that sets them. Only `host_devices`, `has_exactly` and `request_exactly` may start the
+backend.
 """
 
 import contextlib
@@ -13,15 +14,17 @@ import jax
 from cmx_jax.errors import CmxError
 
 MAX_COLLECTIVE_CPU_DEVICES = 256
-"""XLA:CPU blocks one pool thread for each device that waits in a collective, and its pool ends at 256
-threads: a wider program waits for ever. Wider meshes run on the `lanes` runner or are compiled only."""
+"""Largest number of CPU devices in one program with collectives.
+
+XLA:CPU blocks one pool thread for each device that waits in a collective, and its pool has at most 256
+threads: a wider program waits forever. Wider meshes run on the `lanes` runner or are compiled only."""
 
 _COUNT_FLAG = "xla_force_host_platform_device_count"
 _FLAGS = {
     # a step on 160 devices can outlast the 40 s after which XLA gives up on a loaded machine
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": "300",
     "xla_cpu_collective_call_terminate_timeout_seconds": "1200",
-    # the devices share the cores: what one device runs side by side only costs threads that change
+    # devices share the cores: concurrency within one device only costs context switches
     "xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
 
@@ -30,7 +33,7 @@ def request_devices(count: int) -> None:
     """Makes sure that JAX has, or will have, at least `count` CPU devices. Call it before any computation.
 
     Raises:
-      CmxError: JAX has already started with fewer, or `XLA_FLAGS` asks for fewer.
+      CmxError: JAX has already started with fewer devices, or `XLA_FLAGS` asks for fewer.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     for name, value in _FLAGS.items():
@@ -42,7 +45,7 @@ def request_devices(count: int) -> None:
         if int(forced[1]) < count:
             raise CmxError(
                 f"XLA_FLAGS asks for {forced[1]} host devices, {count} are needed: "
-                f"raise or drop --{_COUNT_FLAG}"
+                f"increase or remove --{_COUNT_FLAG}"
             )
         return
     if count <= jax.config.jax_num_cpu_devices:
@@ -63,7 +66,10 @@ def _started(have: int, count: int) -> CmxError:
 
 
 def has_exactly(count: int) -> bool:
-    """Whether JAX has exactly `count` devices, all CPU devices. Starts it only where it would have them."""
+    """Returns whether JAX has exactly `count` devices, all of them CPU devices.
+
+    Starts JAX only if it is configured for that number.
+    """
     forced = re.search(rf"{_COUNT_FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
     configured = jax.config.jax_num_cpu_devices
     if configured < 0:
@@ -72,10 +78,10 @@ def has_exactly(count: int) -> bool:
 
 
 def request_exactly(count: int) -> None:
-    """Starts JAX with exactly `count` CPU devices and no others, whatever was asked for before.
+    """Starts JAX with exactly `count` CPU devices and no others, whatever was requested before.
 
     Raises:
-      CmxError: it has already started with others.
+      CmxError: JAX has already started with other devices.
     """
     if has_exactly(count):
         return
@@ -94,15 +100,15 @@ def request_exactly(count: int) -> None:
 
 
 def host_devices(count: int) -> list[jax.Device]:
-    """`count` devices: the accelerator's if it has as many, else CPU devices. Starts JAX.
+    """Returns at least `count` devices: the accelerators if there are enough, else CPU devices. Starts JAX.
 
     Raises:
-      CmxError: as `request_devices`.
+      CmxError: There are too few devices, or `JAX_PLATFORMS` names a platform that is missing.
     """
     request_devices(count)
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # JAX_PLATFORMS names what is not there
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that is missing
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise CmxError(f"JAX finds no devices (JAX_PLATFORMS is {platforms!r}): {error}") from None
     devices = devices if len(devices) >= count else jax.devices("cpu")
@@ -112,17 +118,17 @@ def host_devices(count: int) -> list[jax.Device]:
 
 
 def cache_directory() -> Path:
-    """`$CMX_CACHE_DIR`, else `cmx_jax` in the user's cache folder."""
-    given = os.environ.get("CMX_CACHE_DIR")
-    if given:
-        return Path(given).expanduser()
+    """Cache folder: `$CMX_CACHE_DIR`, else `cmx_jax` in the user's cache folder."""
+    directory = os.environ.get("CMX_CACHE_DIR")
+    if directory:
+        return Path(directory).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmx_jax"
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between processes, unless the user has already said where (or that not).
+    """Keeps compiled programs between processes, unless the user has set JAX's own options for it.
 
-    A folder that cannot be written is no reason to stop: then nothing is kept.
+    If the folder cannot be written, nothing is kept.
     """
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return

@@ -96,11 +96,11 @@ def replica_groups(
         part: Any = axis.sub_axis_info
         inner = None if part is None else stablehlo.SubAxisInfoAttr(part)
         parts.append((axis.name, inner.pre_size if inner else 1, inner.size if inner else sizes[axis.name]))
-    whole = all((before, size) == (1, sizes[name]) for name, before, size in parts)
+    whole_axes = all((before, size) == (1, sizes[name]) for name, before, size in parts)
     chosen = {name for name, _, _ in parts}
     return (
         mesh_groups(sizes, parts, mesh.devices),
-        tuple(name for name in sizes if name in chosen) if whole else None,
+        tuple(name for name in sizes if name in chosen) if whole_axes else None,
     )
 
 
@@ -151,5 +151,5 @@ def explicit_parts(value: Any, meshes: Mapping[str, DeviceOrder]) -> list[int] |
     return parts
 
 
-def _part_size(part: Any, whole: int) -> int:
-    return whole if part is None else int(sdy.SubAxisInfoAttr(part).size)
+def _part_size(part: Any, axis_size: int) -> int:
+    return axis_size if part is None else int(sdy.SubAxisInfoAttr(part).size)

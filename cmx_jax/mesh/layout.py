@@ -1,4 +1,7 @@
-"""How a model lies on an instance. Changing one field of a `Layout` is one experiment."""
+"""Layouts: the placement of a model on the ranks of an instance.
+
+Changing one field of a `Layout` is one experiment.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,10 +11,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.exchange.methods import MAX_SLOTS_PER_RANK, WIRES, exchange, usual_rows, worst_case_rows
+from cmx_jax.mesh.exchange import MAX_SLOTS_PER_RANK, WIRES, exchange, usual_rows, worst_case_rows
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 
-MAX_MICROBATCHES = 64  # each is compiled by itself
+MAX_MICROBATCHES = 64  # each is compiled separately
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,23 +22,24 @@ class Layout:
     """Mesh axes of an instance and what they carry.
 
     Attributes:
-      axes: names and sizes, outermost first. Their product is the number of ranks.
-      data: axes over which sequences (and their cache) are split.
-      experts: axes over which expert slots are split. It may share axes with `data`: the paper's decode
+      axes: Name and size of each mesh axis, outermost first. The product of the sizes is the number of ranks.
+      data: Axes over which sequences (and their cache) are split.
+      experts: Axes over which expert slots are split. They may share axes with `data`: the paper's decode
         instance is data-parallel attention and expert-parallel MoE over the same ranks.
-      slots: expert slots over all ranks, equally many on each; slots that hold no expert stay empty.
-      redundant_slots: how many of them hold further replicas of busy experts.
-      shared_slots: how many hold copies of the shared expert; with 0 it is on every rank.
-      sequence: axes over which ranks share each sequence, by tokens and then by heads (section 4.3.1).
-      tensor: axes over which ranks share each matrix: attention by heads, an FFN by its intermediate width,
-        the head by the vocabulary. All of them have all tokens and latents, and sum their parts.
-      auto: the program is that of whole arrays, and the compiler (GSPMD) splits it. `mailbox_rows` are then
-        places that a rank's tokens have in each slot; what does not fit is dropped.
-      microbatches: streams in which a step's rows go through the layers (sections 4.2.3, 4.3.2).
-      exchange: how tokens reach their experts, a name in `cmx_jax.mesh.exchange.methods.EXCHANGES`.
-      wire: type of dispatched tokens; results return in bfloat16, but behind `float32` in the model's
-        type.
-      mailbox_rows: rows a peer's mailbox has; None sizes it for twice the mean load, 0 for the worst case.
+      slots: Number of expert slots on all ranks, the same number on each. Slots without an expert stay empty.
+      redundant_slots: Number of slots that hold further replicas of busy experts.
+      shared_slots: Number of slots that hold copies of the shared expert. With 0 it is on every rank.
+      sequence: Axes over which ranks share each sequence, by tokens and then by heads (section 4.3.1).
+      tensor: Axes over which ranks share each matrix: attention by heads, an FFN by its intermediate width,
+        the head by the vocabulary. Each of these ranks has all tokens and latents, and they sum their parts.
+      auto: The program is one of whole arrays, which the compiler (GSPMD) splits. `mailbox_rows` is then the
+        number of places for a rank's tokens in each slot; tokens that do not fit are dropped.
+      microbatches: Number of streams in which a step's rows go through the layers (sections 4.2.3, 4.3.2).
+      exchange: Method that brings tokens to their experts, a name in `cmx_jax.mesh.exchange.EXCHANGES`.
+      wire: Type of dispatched tokens. Results return in bfloat16, or in the model's type if `wire` is
+        `float32`.
+      mailbox_rows: Rows of the mailbox for each peer. None sizes it for twice the mean load, 0 for the worst
+        case.
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -96,7 +100,7 @@ class Layout:
         exchange(self.exchange)
 
     def _check_kinds(self) -> None:
-        """What does not go together."""
+        """Refuses fields that do not go together."""
         if self.sequence and self.tensor:
             raise CmxError("layout: heads are split over sequence and tensor, expected one of them")
         gathers = self.exchange == "allgather"
@@ -113,7 +117,7 @@ class Layout:
             )
 
     def size(self, names: tuple[str, ...]) -> int:
-        """Ranks along some axes."""
+        """Number of ranks along some axes."""
         return math.prod(dict(self.axes)[name] for name in names)
 
     @property
@@ -142,17 +146,20 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """Parts of a program's arrays that pages are numbered in: one, or under `auto` every rank's."""
+        """Number of parts of a program's arrays, in each of which pages are numbered from 0.
+
+        A program of one rank has one part; a program of whole arrays (`auto`) has one for each data rank.
+        """
         return self.data_ranks if self.auto else 1
 
     @property
     def replicated(self) -> bool:
-        """Whether an expert may have several slots."""
+        """True if an expert may have several slots."""
         return self.redundant_slots > 0 or self.shared_slots > 0
 
     @property
     def token_spec(self) -> P:
-        """Spec of an array of tokens `[B, T]`."""
+        """Spec of an array of tokens [B, T]."""
         return P(self.data, self.sequence)
 
     @property
@@ -161,7 +168,7 @@ class Layout:
         return P(self.data)
 
     def rows(self, tokens: int, top_k: int) -> int:
-        """Mailbox rows of one peer, under `auto` of one slot, when a rank sends `tokens` tokens."""
+        """Mailbox rows for one peer (under `auto` for one slot) if a rank sends `tokens` tokens."""
         slots, peers = (1, self.slots) if self.auto else (self.slots_per_rank, self.expert_ranks)
         if self.mailbox_rows:
             return self.mailbox_rows
@@ -170,10 +177,10 @@ class Layout:
         return usual_rows(tokens, top_k, slots, peers)
 
     def placement(self, experts: int) -> np.ndarray:
-        """Slot of each expert, int32 [E]: experts spread evenly, so that empty slots are spread too.
+        """Slot of each expert, int32 [E]. Experts are spread evenly, and with them the empty slots.
 
         Raises:
-          CmxError: there are more experts than slots.
+          CmxError: There are more experts than slots.
         """
         if experts > self.slots:
             raise CmxError(
@@ -195,15 +202,23 @@ def _check_ranks(ranks: int) -> None:
 def expert_parallel(
     ranks: int, experts: int, *, exchange: str = "flat", share_sequences: bool = False, **fields: Any
 ) -> Layout:
-    """The paper's layouts (section 2): expert-parallel MoE over all ranks, and over the same ranks either
-    data-parallel attention (decode) or, with `share_sequences`, SP-TP-SP (prefill).
+    """The paper's layouts (section 2): expert-parallel MoE over all ranks.
 
-    256 experts get 320 slots on 160 ranks: the smallest number that is equal on each; with
-    `redundant_slots` or `shared_slots` exactly as many as these and the experts need. The ranks lie on one
-    axis `ep`, or for the hierarchical exchange on two, `node` and `npu`. `fields`: others of `Layout`.
+    Over the same ranks runs either data-parallel attention (decode) or, with `share_sequences`, SP-TP-SP
+    (prefill). The ranks lie on one axis `ep`, or for the hierarchical exchange on two, `node` and `npu`.
+
+    256 experts get 320 slots on 160 ranks, the smallest number that is equal on each rank. With
+    `redundant_slots` or `shared_slots` there are exactly as many slots as these and the experts need.
+
+    Args:
+      ranks: Number of ranks.
+      experts: Number of routed experts.
+      exchange: Exchange method.
+      share_sequences: Shares each sequence among all ranks.
+      **fields: Other fields of `Layout`.
 
     Raises:
-      CmxError: there is no rank, or they are no whole nodes where nodes are needed, or slots do not divide.
+      CmxError: There is no rank, ranks are not whole nodes where nodes are needed, or slots do not divide.
     """
     _check_ranks(ranks)
     axes: tuple[tuple[str, int], ...] = (("ep", ranks),)
@@ -216,24 +231,30 @@ def expert_parallel(
     extra = fields.get("redundant_slots", 0) + fields.get("shared_slots", 0)
     slots = experts + extra if extra else -(-max(experts, 1) // ranks) * ranks
     split: dict[str, Any] = {"data": (), "sequence": names} if share_sequences else {"data": names}
-    given: dict[str, Any] = {"slots": slots, "exchange": exchange} | split | fields
-    return Layout(axes=axes, experts=names, **given)
+    merged: dict[str, Any] = {"slots": slots, "exchange": exchange} | split | fields
+    return Layout(axes=axes, experts=names, **merged)
 
 
 def tensor_parallel(ranks: int, experts: int, *, whole_experts: bool = False, **fields: Any) -> Layout:
-    """Every matrix over all ranks, of one axis `tp` (Megatron-LM, arXiv 1909.08053; vLLM's
-    `--tensor-parallel-size`): two all-reduces a layer, and tokens and cache on every rank.
+    """Layout with every matrix split over all ranks of one axis `tp` (Megatron-LM, arXiv 1909.08053).
 
-    With `whole_experts` (vLLM's `--enable-expert-parallel`) a routed expert is not split but lies on one
-    rank, which runs it; the sums go into the same all-reduce. `fields`: others of `Layout`.
+    As vLLM's `--tensor-parallel-size`: two all-reduces per layer, and all tokens and their cache on every
+    rank.
+
+    Args:
+      ranks: Number of ranks.
+      experts: Number of routed experts.
+      whole_experts: Puts each routed expert on one rank, which runs it, instead of splitting it (vLLM's
+        `--enable-expert-parallel`). The sums go into the same all-reduce.
+      **fields: Other fields of `Layout`.
 
     Raises:
-      CmxError: there is no rank.
+      CmxError: There is no rank.
     """
     _check_ranks(ranks)
     names = ("tp",)
     slots = -(-max(experts, 1) // ranks) * ranks if whole_experts else max(experts, 1)
-    given: dict[str, Any] = {"slots": slots, "exchange": "allgather"} | fields
+    merged: dict[str, Any] = {"slots": slots, "exchange": "allgather"} | fields
     return Layout(
-        axes=(("tp", ranks),), data=(), tensor=names, experts=names if whole_experts else (), **given
+        axes=(("tp", ranks),), data=(), tensor=names, experts=names if whole_experts else (), **merged
     )

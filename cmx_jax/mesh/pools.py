@@ -1,7 +1,7 @@
-"""How a supernode's NPUs are carved into instances (section 2: prefill, decode and caching are equal pools).
+"""Carving of a supernode's NPUs into instances (section 2: prefill, decode and caching are equal pools).
 
-The paper's deployment is the default: one decode instance of 160 NPUs (20 nodes), six prefill instances of
-16 (2 nodes each). On 384 NPUs that leaves 128, enough for eight more prefill instances.
+The paper's deployment is the default: one decode instance of 160 NPUs (20 nodes) and six prefill instances of
+16 NPUs (2 nodes) each. On 384 NPUs that leaves 128, enough for eight more prefill instances.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,14 @@ PREFILL_NPUS = 16
 
 @dataclass(frozen=True)
 class Slice:
-    """The NPUs of one instance: `[start, start + npus)` of the supernode."""
+    """The NPUs of one instance: `[start, start + npus)` of the supernode.
+
+    Attributes:
+      name: Name of the instance, such as `prefill-0`.
+      role: `decode`, `prefill` or `spare`.
+      start: Number of the first NPU.
+      npus: Number of NPUs.
+    """
 
     name: str
     role: str
@@ -24,12 +31,20 @@ class Slice:
 
     @property
     def stop(self) -> int:
+        """Number of the NPU after the last one."""
         return self.start + self.npus
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Instances that do not overlap, in the order of their NPUs, and what is left over."""
+    """Instances that do not overlap, in the order of their NPUs, and the NPUs that are left.
+
+    Attributes:
+      supernode: Supernode that is carved.
+      decode: Decode instances.
+      prefill: Prefill instances.
+      spare: NPUs that are left.
+    """
 
     supernode: Supernode
     decode: tuple[Slice, ...]
@@ -37,7 +52,7 @@ class Pools:
     spare: Slice
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: one entry an instance, with its nodes."""
+        """Returns JSON data with one entry per instance, which names its first and last node."""
 
         def entry(s: Slice) -> dict[str, object]:
             first, last = self.supernode.node_of(s.start), self.supernode.node_of(s.stop - 1)
@@ -58,10 +73,17 @@ def carve(
     decode_npus: int = DECODE_NPUS,
     prefill_npus: int = PREFILL_NPUS,
 ) -> Pools:
-    """Carves `decode` and `prefill` instances of the given sizes, decode first.
+    """Carves a supernode into decode instances, followed by prefill instances.
+
+    Args:
+      supernode: Supernode to carve.
+      decode: Number of decode instances.
+      prefill: Number of prefill instances.
+      decode_npus: NPUs per decode instance.
+      prefill_npus: NPUs per prefill instance.
 
     Raises:
-      CmxError: a size is not positive, not whole nodes where it spans several, or there are too few NPUs.
+      CmxError: A size is not positive, or spans several nodes but not whole ones, or there are too few NPUs.
     """
     node = supernode.npus_per_node
     for name, npus in (("decode_npus", decode_npus), ("prefill_npus", prefill_npus)):
@@ -73,7 +95,7 @@ def carve(
     start = 0
     for role, count, npus in (("decode", decode, decode_npus), ("prefill", prefill, prefill_npus)):
         part = min(npus, node)
-        start = -(-start // part) * part  # an instance never spans more nodes than it fills
+        start = -(-start // part) * part  # an instance spans no more nodes than it fills
         for index in range(count):
             slices[role].append(Slice(f"{role}-{index}", role, start, npus))
             start += npus

@@ -1,6 +1,6 @@
-"""Machines as data; units are in the names.
+"""Machines as data. Units are in the names.
 
-CloudMatrix384's figures are the paper's (arXiv 2506.12708), the H800's those of the sources beside them.
+CloudMatrix384's figures are the paper's (arXiv 2506.12708), the H800's are from the sources beside them.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """What one die gets between two kinds of processor, one way, 512-byte latency (Table 1)."""
+    """Bandwidth and latency of one die on a path, one way, latency for 512 bytes (Table 1)."""
 
     read_gb_s: float
     write_gb_s: float
@@ -18,7 +18,7 @@ class Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """One of the networks (section 3.1.3). Bandwidth is the peak, one way, for one NPU."""
+    """One of the networks (section 3.1.3). Bandwidth is the peak of one NPU, one way."""
 
     name: str
     npu_gb_s: float
@@ -27,9 +27,9 @@ class Plane:
 
 @dataclass(frozen=True, kw_only=True)
 class Npu:
-    """One accelerator package and what it holds (section 3.3.1; peaks pinned by Table 10).
+    """One accelerator package (section 3.3.1; peaks from Table 10).
 
-    Cube cores multiply matrices: a GPU's tensor cores; vector cores: its SMs.
+    Cube cores multiply matrices, as a GPU's tensor cores do. Vector cores correspond to a GPU's SMs.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Npu:
     bf16_tflops_per_die: float
     hbm_gb: int
     hbm_gb_s: float
-    die_to_die_gb_s: float | None  # of one die there is none
+    die_to_die_gb_s: float | None  # None if there is only one die
 
 
 @dataclass(frozen=True, kw_only=True)
 class Supernode:
-    """Nodes of NPUs that share one scale-up network; several of them are joined by RDMA."""
+    """Nodes of NPUs that share one scale-up network. RDMA connects several supernodes."""
 
     name: str
     nodes: int
@@ -53,7 +53,7 @@ class Supernode:
     cpus_per_node: int
     npu: Npu
     planes: tuple[Plane, ...]
-    within_node: Path | None  # None: not published in this form
+    within_node: Path | None  # None if not published in this form
     across_nodes: Path | None
 
     @property
@@ -69,11 +69,11 @@ class Supernode:
         return self.nodes * self.cpus_per_node
 
     def node_of(self, npu: int) -> int:
-        """The node in which an NPU (a device of the virtual mesh) sits; NPUs are numbered node by node."""
+        """Returns the node of an NPU (a device of the virtual mesh). NPUs are numbered node by node."""
         return npu // self.npus_per_node
 
     def supernode_of(self, npu: int) -> int:
-        """The supernode in which it sits."""
+        """Returns the supernode of an NPU."""
         return npu // self.npus
 
 
@@ -131,4 +131,4 @@ H800_NODE = Supernode(
     within_node=None,
     across_nodes=None,
 )
-"""On which DeepSeek serves (arXiv 2505.09343, section 4.1): the scale-up network ends with the node."""
+"""Node on which DeepSeek serves (arXiv 2505.09343, section 4.1). The scale-up network ends with the node."""

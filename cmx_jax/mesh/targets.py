@@ -1,4 +1,4 @@
-"""What a program can be compiled for: this machine's CPU devices, or TPU topologies that nobody has."""
+"""Targets that a program can be compiled for: this machine's CPU devices, or TPU topologies, without TPUs."""
 
 import importlib.util
 import os
@@ -10,39 +10,39 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import request_devices
 
 TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": "true"}
-"""By default nothing runs beside an all-to-all."""
+"""Compiler options for TPUs. By default nothing runs concurrently with an all-to-all."""
 
 
 def compiler_options(target: str) -> dict[str, str]:
-    """What the compiler of a target is told."""
+    """Compiler options for a target."""
     return {} if target == "cpu" else TPU_OPTIONS
 
 
 def target_devices(target: str, count: int) -> list[jax.Device]:
-    """The first `count` devices of a target.
+    """Returns the first devices of a target.
 
     Args:
       target: `cpu`, or the name of a TPU topology, such as v5p:4x4x10 (160 chips), v5p:8x8x6 (384) or
         tpu7x:4x8x12 (768 cores).
-      count: how many.
+      count: Number of devices.
 
     Raises:
-      CmxError: the topology is unknown or too small, or there is no compiler for it.
+      CmxError: The topology is unknown or too small, or its compiler is missing.
     """
     if target == "cpu":
         request_devices(count)
         return list(jax.devices("cpu")[:count])
     if importlib.util.find_spec("libtpu") is None:
         raise CmxError(f"target {target}: the TPU compiler is missing: pip install 'cmx_jax[tpu-aot]'")
-    # libtpu asks where it runs, unless it is told
+    # libtpu asks where it runs unless these variables say it
     for name, value in (("TPU_ACCELERATOR_TYPE", "v5p-8"), ("TPU_WORKER_HOSTNAMES", "localhost")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
-        found = list(topologies.get_topology_desc(target, "tpu").devices)
-    except Exception as error:  # the compiler's own, of several types
+        devices = list(topologies.get_topology_desc(target, "tpu").devices)
+    except Exception as error:  # the compiler raises several types
         reason = str(error).splitlines()[0]
         raise CmxError(f"target {target!r} is neither cpu nor a TPU topology: {reason}") from None
-    if len(found) < count:
-        raise CmxError(f"target {target} has {len(found)} devices, {count} are needed")
-    return found[:count]
+    if len(devices) < count:
+        raise CmxError(f"target {target} has {len(devices)} devices, {count} are needed")
+    return devices[:count]

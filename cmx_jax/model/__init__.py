@@ -1,7 +1,22 @@
-"""What one rank computes: config, weights, attention, router, experts, decoder, cache, checkpoints.
+"""Computation of one rank: config, weights, attention, router, experts, decoder, cache, checkpoints.
 
-Letters in shapes: `B` sequences, `T` new tokens per sequence, `S` cached positions, `D` model width,
-`H` heads, `N` nope dim, `R` rope dim, `V` value dim, `Q` query latent, `C` KV latent, `E` experts,
-`F` expert hidden, `K` top-k, `X` expert slots, `P` pages, `W` page width, `G` ranks in an axis,
-`L` layers, `O` vocabulary.
+Letters in shapes; each has one meaning (`tests/model/test_letters.py` keeps the list complete):
+
+    B  rows of a batch (in decode one sequence each)    J  sequences packed into one batch row
+    T  new tokens per batch row                         t  the part of `T` that one rank has
+    S  addresses of a batch row, cached and new         k  drafted tokens per sequence
+    D  model width                                      O  vocabulary
+    H  query heads                                      Y  key-value heads of GQA
+    N  unrotated width of a head; of GQA all of it      R  rotated width of a head
+    V  width of a head's value                          Q  query latent
+    A  key-value latent                                 C  numbers of a cached row
+    E  routed experts                                   K  experts per token
+    X  expert slots                                     F  hidden width of an FFN or an expert
+    L  layers                                           G  ranks of a group
+    P  pages                                            W  tokens per page
+    Z  rows of a message buffer                         M  elements of a message
+    I  inputs of a matrix, when it is quantised
+
+Axes without a letter have a word: `[B, pages]`. An axis in front of others may be any number of axes (`*B`,
+`...`).
 """

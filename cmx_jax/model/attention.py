@@ -1,8 +1,8 @@
 """Attention of any family, as a decoder layer calls it: from normed hidden states back to the model's width.
 
-Two ways to spread it over ranks. `local`: each rank attends for its own sequences, with all heads or, under
-tensor parallelism, with its own. `staged`: the ranks share every sequence, by tokens and then by heads
-(SP-TP-SP, section 4.3.1).
+Two ways to spread it over ranks. `data_parallel_attention`: each rank attends for its own sequences, with all
+heads or, under tensor parallelism, with its own heads. `sequence_parallel_attention`: the ranks share every
+sequence, by tokens and then by heads (SP-TP-SP, section 4.3.1).
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.mesh.exchange.methods import Axis, gather, summed
+from cmx_jax.mesh.exchange import Axis, gather, psum_if
 from cmx_jax.model import cache as paged
 from cmx_jax.model import gqa, mla
 from cmx_jax.model.cache import Rows
 from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
-from cmx_jax.model.layers import biased, visible
+from cmx_jax.model.layers import add_bias, visible
 from cmx_jax.model.weights import GQA, MLA
 from cmx_jax.quant import einsum
 
@@ -26,32 +26,36 @@ Attend = Callable[
     [Int[Array, ""], LayerKind, Float[Array, "B T D"], MLA | GQA],
     tuple[Float[Array, "B T D"], Rows],
 ]
-"""(number of the layer, its kind, hidden states, weights) -> what is added to them, rows as the cache keeps
-them."""
+"""(layer number, its kind, hidden states, weights) -> (attention output before the residual, new rows in the
+cache's format)."""
 
-Held = Callable[[Int[Array, ""]], Rows]
-"""Number of a layer -> the rows that a batch's pages hold of it. Unseen rows may hold anything."""
+ReadCache = Callable[[Int[Array, ""]], Rows]
+"""Layer number -> the layer's cached rows of a batch. Rows that no token sees may hold anything."""
 
 
 @struct.dataclass
-class Where:
-    """Where tokens stand: `positions [B, T]` in their sequences (-1: padding), which begin at the addresses
-    `begin [B, T]` (None: 0)."""
+class TokenPositions:
+    """Positions of tokens, and the addresses at which their sequences begin.
+
+    Attributes:
+      positions: Position of each token in its sequence, int32 `[B, T]`; -1 for padding.
+      begin: Address of position 0 of each token's sequence, int32 `[B, T]`; None is 0 for all.
+    """
 
     positions: Any
     begin: Any = None
 
     @property
     def addresses(self) -> Int[Array, "B T"]:
-        """Of each token's row; -1 of padding."""
+        """Address of each token's row; -1 for padding."""
         if self.begin is None:
             return self.positions
         return jnp.where(self.positions < 0, -1, self.begin + self.positions)
 
 
-def masks(where: Where, span: int, c: ModelConfig) -> dict[bool, Bool[Array, "B T S"]]:
-    """Which of the addresses 0 to `span - 1` each token sees, in layers that are chunked and that are not."""
-    a, positions, begin = c.attention, where.positions, where.begin
+def masks(tokens: TokenPositions, span: int, c: ModelConfig) -> dict[bool, Bool[Array, "B T S"]]:
+    """Masks of the addresses 0 to `span - 1` that each token sees, by whether a layer is chunked."""
+    a, positions, begin = c.attention, tokens.positions, tokens.begin
     if not isinstance(a, GQAConfig):
         return {False: visible(positions, span, begin=begin)}
     return {
@@ -60,11 +64,11 @@ def masks(where: Where, span: int, c: ModelConfig) -> dict[bool, Bool[Array, "B 
     }
 
 
-def local(
-    where: Where,
+def data_parallel_attention(
+    tokens: TokenPositions,
     span: int,
     c: ModelConfig,
-    held: Held | None = None,
+    read_cache: ReadCache | None = None,
     absorbed: bool = False,
     kv_dtype: Any = None,
     tensor: Axis = (),
@@ -72,65 +76,67 @@ def local(
     """Attention of a rank to its own sequences.
 
     Args:
-      where: the tokens.
-      span: addresses `S` of a batch row.
-      c: the model.
-      held: what the pages hold; None if the tokens are all there is, each at the address of its index.
-      absorbed: MLA in latent space: cheaper for few tokens.
-      kv_dtype: type in which rows are kept, and so seen; None: as they are.
-      tensor: axes of ranks that have the same sequences, and each some of the heads.
+      tokens: Positions of the new tokens.
+      span: Number of addresses `S` of a batch row.
+      c: The model.
+      read_cache: Reader of the cached rows; None if nothing is cached, and each token's address is its index.
+      absorbed: True if MLA attends in latent space, which is cheaper for few tokens.
+      kv_dtype: Type in which rows are cached, and therefore seen; None leaves them as they are.
+      tensor: Axes of ranks that have the same sequences, and each some of the heads.
     """
-    seen, at = masks(where, span, c), jnp.maximum(where.positions, 0)
+    layer_masks, positions = masks(tokens, span, c), jnp.maximum(tokens.positions, 0)
 
     def attend(number: Any, kind: LayerKind, h: Any, w: MLA | GQA) -> tuple[Any, Any]:
-        q, made = (mla if isinstance(w, MLA) else gqa).prolog(h, at, kind, w, c)
-        rows = paged.stored(made, kv_dtype, c)
-        every = rows if held is None else paged.insert(held(number), where.addresses, rows)
-        every = paged.numbers(every, made.dtype, c)
+        q, computed = (mla if isinstance(w, MLA) else gqa).prolog(h, positions, kind, w, c)
+        rows = paged.encode_rows(computed, kv_dtype, c)
+        context = rows if read_cache is None else paged.insert(read_cache(number), tokens.addresses, rows)
+        context = paged.decode_rows(context, computed.dtype, c)
+        mask = layer_masks[kind.chunked]
         if isinstance(w, MLA):
-            out = (mla.absorbed if absorbed else mla.expanded)(q, every, seen[kind.chunked], w, c)
+            out = (mla.absorbed if absorbed else mla.expanded)(q, context, mask, w, c)
         else:
-            out = gqa.attend(q, every, seen[kind.chunked], w, c)
+            out = gqa.attend(q, context, mask, w, c)
         return project_out(out, w, tensor), rows
 
     return attend
 
 
-def staged(
+def sequence_parallel_attention(
     positions: Int[Array, "B t"],
-    whole: Where,
+    tokens: TokenPositions,
     span: int,
     c: ModelConfig,
     axis: Axis,
-    held: Held | None = None,
+    read_cache: ReadCache | None = None,
     kv_dtype: Any = None,
 ) -> Attend:
-    """Attention of ranks that share their sequences: SP down, all-gather of the latents, TP over heads up
-    and in attention, all-to-all back to SP for O_proj.
+    """Attention of ranks that share their sequences: SP for the down-projections, all-gather of the latents,
+    TP over heads for the up-projections and attention, all-to-all back to SP for O_proj.
 
-    The gathered latents are `Q + C` wide where hidden states are `D`. The weights `q_b`, `k_b` and `v_b`
-    are of this rank's heads.
+    The gathered latents are `Q + C` wide where hidden states are `D` wide. The weights `q_b`, `k_b` and `v_b`
+    are those of this rank's heads. The new rows that `Attend` returns are those of all tokens.
 
     Args:
-      positions: of this rank's share of the tokens.
-      whole: of all of them, as are the rows that come back.
-      span: addresses `S` of a batch row.
-      c: the model.
-      axis: the ranks.
-      held, kv_dtype: see `local`; the latents are gathered as they are kept.
+      positions: Positions of this rank's part of the tokens; -1 for padding.
+      tokens: Positions of all tokens.
+      span: Number of addresses `S` of a batch row.
+      c: The model.
+      axis: Axes of the ranks that share sequences.
+      read_cache: Reader of the cached rows, see `data_parallel_attention`.
+      kv_dtype: Type in which rows are cached; the latents are gathered in that type.
     """
-    seen, at = masks(whole, span, c)[False], jnp.maximum(whole.positions, 0)
+    mask, all_positions = masks(tokens, span, c)[False], jnp.maximum(tokens.positions, 0)
 
     def attend(number: Any, kind: LayerKind, h: Any, w: MLA | GQA) -> tuple[Any, Any]:
         del kind
         assert isinstance(w, MLA)
-        q, made = mla.down(h, jnp.maximum(positions, 0), w, c)
-        rows = paged.stored(made, kv_dtype, c)
+        q, computed = mla.down(h, jnp.maximum(positions, 0), w, c)
+        rows = paged.encode_rows(computed, kv_dtype, c)
         with jax.named_scope("GatherLatents"):
             q, rows = jax.tree.map(lambda a: gather(a, axis, 1), (q, rows))
-        every = rows if held is None else paged.insert(held(number), whole.addresses, rows)
-        every = paged.numbers(every, made.dtype, c)
-        out = mla.expanded(mla.up(q, at, w, c), every, seen, w, c)
+        context = rows if read_cache is None else paged.insert(read_cache(number), tokens.addresses, rows)
+        context = paged.decode_rows(context, computed.dtype, c)
+        out = mla.expanded(mla.up(q, all_positions, w, c), context, mask, w, c)
         with jax.named_scope("HeadsToTokens"):
             out = jax.lax.all_to_all(out, axis, 1, 2, tiled=True)
         return project_out(out, w), rows
@@ -141,4 +147,4 @@ def staged(
 def project_out(out: Float[Array, "B T H V"], w: MLA | GQA, tensor: Axis = ()) -> Float[Array, "B T D"]:
     """O_proj, summed over the ranks that have heads."""
     with jax.named_scope("O_proj"):
-        return biased(summed(einsum("bthv,hvd->btd", out, w.o), tensor), w.o_bias)
+        return add_bias(psum_if(einsum("bthv,hvd->btd", out, w.o), tensor), w.o_bias)

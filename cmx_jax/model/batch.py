@@ -1,4 +1,4 @@
-"""What goes into a step and what comes out, and how a batch is cut into microbatches."""
+"""Inputs and outputs of a step, and microbatches."""
 
 from typing import Any, TypeVar
 
@@ -9,8 +9,8 @@ from flax import struct
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.gshard import masked
-from cmx_jax.model.moe import MoEStats, RunExperts, exchanged
+from cmx_jax.model.gshard import gspmd_masked
+from cmx_jax.model.moe import MoEStats, RunExperts, expert_parallel
 from cmx_jax.model.sharding import shared_in_slots
 
 
@@ -18,40 +18,41 @@ from cmx_jax.model.sharding import shared_in_slots
 class PrefillBatch:
     """Prompts, or chunks of them, packed into rows.
 
-    `B` rows of `T` tokens and `S` addresses, in which up to `N` sequences stand behind each other, each
-    from a page's beginning on. Under a layout with `sequence` axes the ranks share each row's tokens.
+    `B` rows of `T` tokens and `S` addresses hold up to `J` sequences each, one after the other, each from the
+    beginning of a page on. Under a layout with `sequence` axes the ranks share each row's tokens.
     """
 
     tokens: Any  # [B, T] int32
-    positions: Any  # [B, T] int32: in its sequence; -1: padding
-    begin: Any  # [B, T] int32: the address of position 0 of its sequence
-    following: Any  # [B, T] int32: the token behind each; -1 behind the last of a prompt
+    positions: Any  # [B, T] int32: position in its sequence; -1: padding
+    begin: Any  # [B, T] int32: address of position 0 of its sequence
+    following: Any  # [B, T] int32: the next token of the prompt; -1 after the last one
     page_table: Any  # [B, pages] int32
-    last: Any  # [B, N] int32: index in `T` of each sequence's last token; -1: none
-    lengths: Any  # [B, N] int32: tokens of each sequence up to that one
-    sampling: Any  # Sampling [B, N]
+    last: Any  # [B, J] int32: index in `T` of each sequence's last token; -1: no sequence
+    lengths: Any  # [B, J] int32: tokens of each sequence up to and including the last one
+    sampling: Any  # Sampling [B, J]
 
 
 @struct.dataclass
 class DecodeBatch:
-    """The newest token of each running sequence and `k` that are drafted behind it."""
+    """The newest token of each running sequence, followed by `k` drafts."""
 
-    tokens: Any  # [B, 1 + k] int32; -1: nothing is drafted
-    positions: Any  # [B] int32: where the newest token stands; -1: an empty row
+    tokens: Any  # [B, 1 + k] int32; -1: no draft
+    positions: Any  # [B] int32: position of the newest token; -1: an empty row
     page_table: Any  # [B, pages] int32
     sampling: Any  # Sampling [B]
 
 
 @struct.dataclass
 class StepOutput:
-    """What a step made of each sequence; None where there is no such thing.
+    """Results of a step for each sequence; a field that does not apply is None.
 
     Attributes:
-      tokens: `[B, 1 + k]`, of which the first `1 + accepted` count (prefill: `[B, N]`, one a sequence).
-      accepted: `[B]`, how many drafts were right.
-      drafts: `[B, k]`, of what follows (prefill: `[B, N]`).
-      stats: of each MoE layer, MTP's last, and rank; summed over microbatches.
-      logprobs: of each of `tokens`.
+      tokens: Sampled tokens `[B, 1 + k]`, of which the first `1 + accepted` count (prefill: `[B, J]`, one a
+        sequence).
+      accepted: Number of correct drafts, `[B]`.
+      drafts: Draft tokens for the next step, `[B, k]` (prefill: `[B, J]`).
+      stats: Statistics for each MoE layer, MTP's last, and rank, summed over microbatches.
+      logprobs: Logprobs of `tokens`.
     """
 
     tokens: Any
@@ -61,14 +62,14 @@ class StepOutput:
     logprobs: Any = None  # Logprobs [B, 1 + k]
 
 
-Rows = TypeVar("Rows")
+Tree = TypeVar("Tree")
 
 
-def split(batch: Rows, parts: int) -> list[Rows]:
+def split(batch: Tree, parts: int) -> list[Tree]:
     """Cuts the rows of a batch into microbatches.
 
     Raises:
-      CmxError: they do not divide.
+      CmxError: The number of rows is not a multiple of `parts`.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
@@ -77,17 +78,17 @@ def split(batch: Rows, parts: int) -> list[Rows]:
     return [jax.tree.map(lambda a, i=i: a[i * size : (i + 1) * size], batch) for i in range(parts)]
 
 
-def joined(parts: list[Rows], axis: int = 0) -> Rows:
-    """Microbatches, or layers, as one again."""
+def concatenate(parts: list[Tree], axis: int = 0) -> Tree:
+    """Concatenates trees of equal structure, leaf by leaf; undoes `split`."""
     return jax.tree.map(lambda *a: jnp.concatenate(a, axis), *parts)
 
 
-def by_rank(stats: list[MoEStats | None]) -> MoEStats | None:
-    """Sum over microbatches, with an axis for the rank behind that of the layer."""
+def sum_microbatches(stats: list[MoEStats | None]) -> MoEStats | None:
+    """Sum over microbatches, with an axis for the rank after that of the layer."""
     return jax.tree.map(lambda *a: sum(a)[:, None], *stats)
 
 
 def run_experts(c: ModelConfig, layout: Layout, tokens: int) -> RunExperts:
-    """How `tokens` tokens of a program reach their experts under a layout."""
+    """Returns the function that sends `tokens` tokens of a program through their experts under a layout."""
     rows = layout.rows(tokens // layout.groups, c.num_experts_per_tok + shared_in_slots(c, layout))
-    return masked(layout, rows) if layout.auto else exchanged(layout, rows)
+    return gspmd_masked(layout, rows) if layout.auto else expert_parallel(layout, rows)

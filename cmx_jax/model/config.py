@@ -1,19 +1,20 @@
 """The architecture as data. `families` reads it from a `config.json`.
 
-One decoder serves every family: what differs between them are the fields below. Field names are Hugging
-Face's where it has one.
+One decoder serves every family: families differ in the fields below. Field names are those of Hugging Face
+where it has one.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cmx_jax.errors import CmxError
+from cmx_jax.model.limits import LARGEST, MAX_EXPERTS, expect
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding; `factor` onwards matter to `linear`, `yarn` (arXiv 2309.00071) and `llama3` only."""
+    """Rotary embedding. Fields from `factor` on matter only to kinds `linear`, `yarn` (arXiv 2309.00071) and
+    `llama3`."""
 
     theta: float = 10000.0
     interleaved: bool = False  # pairs are (0, 1), (2, 3), ... instead of (i, i + R/2)
@@ -36,14 +37,14 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one latent a token for all heads."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one latent per token for all heads."""
 
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
     q_lora_rank: int | None = None
-    latent_norm_eps: float = 1e-6  # of the norms of the two latents
+    latent_norm_eps: float = 1e-6  # for the norms of the query latent and the key-value latent
 
     @property
     def qk_head_dim(self) -> int:
@@ -51,12 +52,12 @@ class MLAConfig:
 
     @property
     def row_dim(self) -> int:
-        """Numbers that the cache keeps per token and layer: the latent and the rotated key, `C + R`."""
+        """Numbers in a cached row: the latent and the rotated key, `C = A + R`."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def row_parts(self) -> tuple[int, ...]:
-        """Widths of the parts of these numbers that differ in size."""
+        """Widths of the parts of a cached row that differ in magnitude: latent, rotated key."""
         return self.kv_lora_rank, self.qk_rope_head_dim
 
 
@@ -65,13 +66,15 @@ class GQAConfig:
     """Grouped-query attention (multi-query with one key-value head).
 
     Attributes:
-      num_key_value_heads: each serves as many consecutive query heads.
+      num_key_value_heads: Number of key-value heads; each serves the same number of consecutive query heads.
+      head_dim: Width of a head.
       qk_norm: RMSNorm of each head's query and key: `weighted` before rotation (Qwen3), `l2` without weights
-        after it and only where there is rotation (Llama 4).
-      sliding_window: a token sees itself and this many minus one before it.
-      chunk_size: in chunked layers a token sees only its own chunk of positions.
-      temperature_scale, temperature_floor: in layers without rotation queries are multiplied by
-        `1 + scale * ln(1 + floor((position + 1) / floor))` (Llama 4).
+        after rotation and only in layers with rotation (Llama 4).
+      sliding_window: Number of tokens that a token sees, itself included; None: all before it.
+      chunk_size: Length in positions of a chunk; in chunked layers a token sees only its own chunk.
+      temperature_scale: Scale of Llama 4's query temperature: in layers without rotation queries are
+        multiplied by `1 + scale * ln(1 + floor((position + 1) / floor))`; 0 for none.
+      temperature_floor: `floor` in that formula.
     """
 
     num_key_value_heads: int
@@ -84,18 +87,24 @@ class GQAConfig:
 
     @property
     def row_dim(self) -> int:
-        """Numbers that the cache keeps per token and layer: every head's key, then every head's value."""
+        """Numbers in a cached row: the keys of all heads, then the values of all heads, `C = 2 Y N`."""
         return 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def row_parts(self) -> tuple[int, ...]:
-        """Widths of the parts of these numbers that differ in size."""
+        """Widths of the parts of a cached row that differ in magnitude: each head's key or value."""
         return (self.head_dim,) * (2 * self.num_key_value_heads)
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How a layer differs from others of the same model."""
+    """Properties in which layers of one model may differ.
+
+    Attributes:
+      moe: True if the FFN is a mixture of experts.
+      rope: True if queries and keys are rotated.
+      chunked: True if attention is within chunks (`GQAConfig.chunk_size`).
+    """
 
     moe: bool
     rope: bool = True
@@ -107,17 +116,18 @@ class ModelConfig:
     """A decoder-only transformer, mixture-of-experts or dense.
 
     Attributes:
-      family: whose names the tensors have (`cmx_jax.model.checkpoint.names`).
-      intermediate_size: of dense layers' FFN.
-      layers: kind of each layer.
-      block: where norms stand: `pre` of attention and of FFN; `sandwich` also behind each; `parallel`: one
-        norm, attention and FFN side by side.
-      norm: RMSNorm or LayerNorm without bias.
-      scoring: of the router; with `router_bias` a correction is added that only chooses.
-      weigh_input: a router's weight scales what its expert is given instead of the result.
-      int8: the fields (stack and path, see `cmx_jax.model.weights`) that are INT8; not part of a config.json,
-        but of how a model is loaded.
-      int8_scales: type of their scales.
+      family: Name of the family, which decides the names of tensors (`cmx_jax.model.checkpoint.names`).
+      intermediate_size: Hidden width of the FFN of dense layers.
+      layers: Kind of each layer.
+      weigh_input: True if a router's weight scales the input of an expert instead of its result.
+      scoring: Router score function. With `router_bias`, a correction bias is used for selection but not for
+        weighting.
+      block: Placement of norms: `pre`: before attention and before the FFN; `sandwich`: also after each;
+        `parallel`: one norm, attention and FFN side by side.
+      norm: RMSNorm, or LayerNorm without bias.
+      int8: Fields (stack and path, see `cmx_jax.model.weights`) that are INT8. They are not part of a
+        config.json but of how a model is loaded.
+      int8_scales: Type of the scales of INT8 fields.
     """
 
     family: str
@@ -167,17 +177,17 @@ class ModelConfig:
 
     @property
     def row_dim(self) -> int:
-        """Numbers that the cache keeps per token and layer."""
+        """Numbers in a cached row, `C`: one row per token and layer."""
         return self.attention.row_dim
 
     @property
     def row_parts(self) -> tuple[int, ...]:
-        """Widths of the parts of these numbers that differ in size."""
+        """Widths of the parts of a cached row that differ in magnitude."""
         return self.attention.row_parts
 
     @property
     def softmax_scale(self) -> float:
-        """`1 / sqrt(width of a key)`; under MLA times YaRN's squared `mscale_all_dim` correction."""
+        """`1 / sqrt(width of a key)`, for MLA times YaRN's squared `mscale_all_dim` correction."""
         a, rope = self.attention, self.rope
         if isinstance(a, GQAConfig):
             return a.head_dim**-0.5
@@ -185,60 +195,31 @@ class ModelConfig:
         return a.qk_head_dim**-0.5 * (rope.temperature(rope.mscale_all_dim or 0) ** 2 if corrected else 1.0)
 
 
+MAX_PERIOD = 16  # longest pattern of layers that is looked for
+
+
 def segments(kinds: tuple[LayerKind, ...]) -> list[tuple[int, tuple[LayerKind, ...]]]:
-    """Layers as repeated patterns `(times, pattern)`, each of which is one loop of the program.
+    """Splits layers into repeated patterns `(times, pattern)`.
 
     61 layers of which the first 3 are dense are `[(3, (dense,)), (58, (moe,))]`; 48 layers of which every
     fourth lacks rotation are `[(12, (rope, rope, rope, nope))]`.
     """
-    found, at = [], 0
-    while at < len(kinds):
-        best, best_times = kinds[at : at + 1], 1
-        for period in range(1, min(MAX_PERIOD, len(kinds) - at) + 1):
-            pattern, times = kinds[at : at + period], 1
-            while kinds[at + times * period : at + (times + 1) * period] == pattern:
+    result, start = [], 0
+    while start < len(kinds):
+        best, best_times = kinds[start : start + 1], 1
+        for period in range(1, min(MAX_PERIOD, len(kinds) - start) + 1):
+            pattern, times = kinds[start : start + period], 1
+            while kinds[start + times * period : start + (times + 1) * period] == pattern:
                 times += 1
             if times > 1 and times * period > best_times * len(best):
                 best, best_times = pattern, times
-        found.append((best_times, best))
-        at += best_times * len(best)
-    return found
-
-
-MAX_PERIOD = 16  # longest pattern of layers that is looked for
-MAX_LAYERS = 10_000
-MAX_EXPERTS = 200_000  # in all layers together; each has names and tensors of its own
-
-# Far beyond any model; what is larger is a mistake, and would take all memory before it showed.
-_MOST = {
-    "num_hidden_layers": MAX_LAYERS,
-    "num_nextn_predict_layers": 100,
-    "n_routed_experts": 100_000,
-    "n_shared_experts": 1_000,
-    "num_attention_heads": 100_000,
-    "vocab_size": 100_000_000,
-    "hidden_size": 10_000_000,
-    "intermediate_size": 100_000_000,
-    "moe_intermediate_size": 100_000_000,
-    "max_position_embeddings": 1_000_000_000,
-    "kv_lora_rank": 10_000_000,
-    "q_lora_rank": 10_000_000,
-    "qk_nope_head_dim": 1_000_000,
-    "qk_rope_head_dim": 1_000_000,
-    "v_head_dim": 1_000_000,
-    "head_dim": 1_000_000,
-    "num_key_value_heads": 100_000,
-}
-
-
-def expect(ok: bool, field: str, given: object, expected: str) -> None:
-    """Refuses a config's field by name."""
-    if not ok:
-        raise CmxError(f"config: {field} is {given!r}, expected {expected}")
+        result.append((best_times, best))
+        start += best_times * len(best)
+    return result
 
 
 def _sizes(c: ModelConfig) -> dict[str, int]:
-    """The widths and counts that must be positive."""
+    """Widths and counts that must be positive, by field."""
     fields = [
         "vocab_size",
         "hidden_size",
@@ -263,10 +244,10 @@ def _sizes(c: ModelConfig) -> dict[str, int]:
 def _check(c: ModelConfig) -> None:
     for field, size in _sizes(c).items():
         expect(size > 0, field, size, "a positive integer")
-        expect(size <= _MOST.get(field, size), field, size, f"at most {_MOST.get(field)}")
+        expect(size <= LARGEST.get(field, size), field, size, f"at most {LARGEST.get(field)}")
     for field in ("n_shared_experts", "num_nextn_predict_layers"):
         expect(getattr(c, field) >= 0, field, getattr(c, field), "zero or more")
-        expect(getattr(c, field) <= _MOST[field], field, getattr(c, field), f"at most {_MOST[field]}")
+        expect(getattr(c, field) <= LARGEST[field], field, getattr(c, field), f"at most {LARGEST[field]}")
     expect(c.rms_norm_eps > 0, "rms_norm_eps", c.rms_norm_eps, "a positive number")
     expect(c.rope.theta > 1, "rope_theta", c.rope.theta, "a number above 1")
     rope = ("factor", "beta_fast", "beta_slow", "low_freq_factor", "original_max_position_embeddings")
@@ -277,7 +258,7 @@ def _check(c: ModelConfig) -> None:
         c.rope.kind != "llama3" or high >= low, "high_freq_factor", high, f"at least low_freq_factor ({low})"
     )
     _check_attention(c)
-    if c.num_moe_layers:  # an MTP layer of a dense model may be named without being there
+    if c.num_moe_layers:  # a dense model's config may name an MTP layer that does not exist
         _check_router(c)
 
 
@@ -293,8 +274,8 @@ def _check_attention(c: ModelConfig) -> None:
 
 def _check_router(c: ModelConfig) -> None:
     experts, groups = c.n_routed_experts, c.n_group
-    most = MAX_EXPERTS // (c.num_moe_layers + c.num_nextn_predict_layers)
-    expect(experts <= most, "n_routed_experts", experts, f"at most {most} in each of so many layers")
+    limit = MAX_EXPERTS // (c.num_moe_layers + c.num_nextn_predict_layers)
+    expect(experts <= limit, "n_routed_experts", experts, f"at most {limit} in each of so many layers")
     expect(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts ({experts})")
     expect(experts // groups >= 2 or groups == 1, "n_group", groups, "two or more experts a group")
     expect(c.topk_group <= groups, "topk_group", c.topk_group, f"at most n_group ({groups})")

@@ -1,7 +1,7 @@
 """The decoder: one body for every layer, scanned over the stacks of equal layers.
 
-Prefill, decode and training differ only in two functions that they pass in: how new tokens attend
-(`Attend`) and how experts are run (`RunExperts`).
+Prefill, decode and training differ only in two functions that they pass in: `Attend` (attention of the new
+tokens) and `RunExperts` (dispatch, experts, combine).
 
 Tokens go through the layers in one stream, or in several (microbatches, sections 4.2.3 and 4.3.2). No value
 of one stream depends on another, so a backend may run the attention of one while the experts of another are
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cmx_jax.mesh.exchange.methods import Axis, gather, summed
+from cmx_jax.mesh.exchange import Axis, gather, psum_if
 from cmx_jax.model.attention import Attend
 from cmx_jax.model.config import LayerKind, ModelConfig, segments
 from cmx_jax.model.layers import layer_norm, rms_norm, swiglu
@@ -30,7 +30,13 @@ from cmx_jax.quant import einsum
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokens that go through the layers together: ids `[B, T]`, whether each is one, how they attend."""
+    """Tokens that go through the layers together.
+
+    Attributes:
+      tokens: Token ids, int32 `[B, T]`.
+      active: True if each is a token rather than padding, bool `[B, T]`.
+      attend: Attention of these tokens.
+    """
 
     tokens: Any
     active: Any
@@ -38,9 +44,13 @@ class Stream:
 
 
 class Decoded(NamedTuple):
-    """What became of a stream: hidden states `[B, T, D]`, the rows of its tokens in all layers
-    `[L, B, T, C]` as the cache keeps them, and stats of the MoE layers, which come first in their arrays
-    (None without any)."""
+    """Results of a stream, of one layer or of several.
+
+    Attributes:
+      hidden: Hidden states `[B, T, D]`.
+      rows: New rows of the cache, `[L, B, T, C]`, in the cache's format (one layer: without `L`).
+      stats: `MoEStats` with a leading axis for the MoE layers (one layer: without it); None without any.
+    """
 
     hidden: Any
     rows: Any
@@ -51,7 +61,7 @@ MTP_KIND = LayerKind(moe=True)
 
 
 def norm(x: Float[Array, "*B D"], weight: Float[Array, " D"] | None, c: ModelConfig) -> Float[Array, "*B D"]:
-    """The model's norm; `x` itself where a block has none."""
+    """The model's norm; returns `x` itself where a block has no norm."""
     if weight is None:
         return x
     return (rms_norm if c.norm == "rms" else layer_norm)(x, weight, c.rms_norm_eps)
@@ -69,19 +79,19 @@ def layer(
     run: RunExperts,
     tensor: Axis = (),
 ) -> list[Decoded]:
-    """Attention and FFN with residuals, one behind the other or side by side, of each stream.
+    """Attention and FFN with residuals, one after the other or side by side, for each stream.
 
     Args:
-      xs: hidden states of each stream.
-      streams: the rest of them.
-      w: weights of this layer.
-      kind: its kind.
-      experts: of the stack that it lies in.
-      number: of the layer among all.
-      index: of the layer in its stack.
-      c: the model.
-      run: how experts are run.
-      tensor: axes over which FFNs are split.
+      xs: Hidden states of each stream.
+      streams: The streams.
+      w: Weights of this layer, without experts.
+      kind: Kind of this layer.
+      experts: Experts of the whole stack of layers.
+      number: Number of the layer among all layers.
+      index: Index of the layer in its stack.
+      c: The model.
+      run: Runner of the experts.
+      tensor: Mesh axes over which FFNs are split.
     """
     between = []
     for i, (x, stream) in enumerate(zip(xs, streams, strict=True)):
@@ -90,16 +100,16 @@ def layer(
             out, rows = stream.attend(number, kind, h, w.attn)
             attended = x + norm(out, w.attn_out_norm, c)
             between.append((h if c.block == "parallel" else norm(attended, w.ffn_norm, c), attended, rows))
-    done = []
+    results = []
     for i, ((h, attended, rows), stream) in enumerate(zip(between, streams, strict=True)):
         with _named(i, streams):
             y, stats = _ffn(h, stream.active, w, experts, index, c, run, tensor)
-            done.append(Decoded(attended + norm(y, w.ffn_out_norm, c), rows, stats))
-    return done
+            results.append(Decoded(attended + norm(y, w.ffn_out_norm, c), rows, stats))
+    return results
 
 
 def _named(i: int, streams: Sequence[Stream]) -> AbstractContextManager[Any]:
-    """Where there are several streams, what is done for each says so in profiles and compiled programs."""
+    """Names the stream in profiles and compiled programs, if there are several."""
     return jax.named_scope(f"Stream{i}") if len(streams) > 1 else nullcontext()
 
 
@@ -115,18 +125,26 @@ def _ffn(
 ) -> tuple[Array, MoEStats | None]:
     if isinstance(w.ffn, FFN):
         with jax.named_scope("DenseFFN"):
-            return summed(swiglu(h, w.ffn), tensor), None
+            return psum_if(swiglu(h, w.ffn), tensor), None
     y, stats = moe(h.reshape(-1, h.shape[-1]), active.reshape(-1), w.ffn, experts, index, c, run)
     with jax.named_scope("Combine"):
-        return summed(y, tensor).reshape(h.shape), stats
+        return psum_if(y, tensor).reshape(h.shape), stats
 
 
 def decoder(
     weights: Weights, c: ModelConfig, streams: Sequence[Stream], run: RunExperts, tensor: Axis = ()
 ) -> list[Decoded]:
-    """Embedding, all layers, final norm, of each stream; `tensor`: axes over which FFNs are split."""
+    """Runs embedding, all layers and the final norm for each stream.
+
+    Args:
+      weights: The weights.
+      c: The model.
+      streams: The streams.
+      run: Runner of the experts.
+      tensor: Mesh axes over which FFNs are split.
+    """
     xs: Any = [weights.embed[stream.tokens] for stream in streams]
-    first, done = 0, {"dense": 0, "moe": 0}  # layers behind us, in all and of each stack
+    first, done = 0, {"dense": 0, "moe": 0}  # layers already run, in total and by stack
     parts: list[Any] = []
 
     def one(xs: Any, w: Layer, kind: LayerKind, experts: Experts, number: Array, index: Array) -> Any:
@@ -139,15 +157,15 @@ def decoder(
         first += times * len(pattern)
         for kind in pattern:
             done[_stack(kind)] += times
-    rows, stats = (_concatenated([part[i] for part in parts]) for i in (0, 1))
-    found = [None] * len(xs) if stats is None else stats
-    return [Decoded(norm(x, weights.norm, c), *of) for x, *of in zip(xs, rows, found, strict=True)]
+    rows, stats = (_concatenate([part[i] for part in parts]) for i in (0, 1))
+    stats = [None] * len(xs) if stats is None else stats
+    return [Decoded(norm(x, weights.norm, c), r, s) for x, r, s in zip(xs, rows, stats, strict=True)]
 
 
-def _concatenated(parts: list[Any]) -> Any:
-    """Along the first axis, without those that are None."""
-    there = [part for part in parts if part is not None]
-    return jax.tree.map(lambda *a: jnp.concatenate(a), *there) if there else None
+def _concatenate(parts: list[Any]) -> Any:
+    """Concatenates trees along the first axis, leaving out those that are None."""
+    present = [part for part in parts if part is not None]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *present) if present else None
 
 
 def _stack(kind: LayerKind) -> str:
@@ -163,47 +181,50 @@ def _scan(
     xs: Any,
     one: Callable[..., Any],
 ) -> tuple[Any, tuple[Any, Any]]:
-    """Runs a pattern of layers several times, as one loop; returns hidden states, and rows and stats of each
-    layer (None of dense layers).
+    """Runs a pattern of layers several times, as one loop.
 
     Args:
-      weights: of the model.
-      times: how often.
-      pattern: kinds of the layers of one round.
-      first: number of the first layer.
-      done: layers of each stack that lie before it.
-      xs: hidden states of each stream.
-      one: runs one layer.
+      weights: Weights of the model.
+      times: Number of rounds of the loop.
+      pattern: Kinds of the layers of one round.
+      first: Number of the first layer.
+      done: Number of layers of each stack before the first layer.
+      xs: Hidden states of each stream.
+      one: Runs one layer.
+
+    Returns:
+      Hidden states, and rows and stats of each layer (no stats for dense layers).
     """
     counts = {name: sum(_stack(kind) == name for kind in pattern) for name in map(_stack, pattern)}
     split = {name: split_experts(getattr(weights, name)) for name in counts}
     scanned = {name: layers for name, (layers, _) in split.items() if layers.attn_norm.shape[0] == times}
 
-    def body(xs: Any, at: tuple[dict[str, Layer], Array]) -> tuple[Any, tuple[Any, Any]]:
-        (here, i), used, rows, stats = at, dict.fromkeys(counts, 0), [], []
+    def body(xs: Any, turn: tuple[dict[str, Layer], Array]) -> tuple[Any, tuple[Any, Any]]:
+        (current, i), used, rows, stats = turn, dict.fromkeys(counts, 0), [], []
         for j, kind in enumerate(pattern):
             name = _stack(kind)
             layers, experts = split[name]
             index = done[name] + i * counts[name] + used[name]
-            w = here[name] if name in here else _layer(layers, index)
+            w = current[name] if name in current else _layer(layers, index)
             xs, r, s = one(xs, w, kind, experts, first + i * len(pattern) + j, index)
             rows.append(r)
             stats += [s] if kind.moe else []
             used[name] += 1
-        return xs, (_stacked(rows), _stacked(stats))
+        return xs, (_stack_trees(rows), _stack_trees(stats))
 
     xs, ys = jax.lax.scan(body, xs, (scanned, jnp.arange(times, dtype=jnp.int32)))
     return xs, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
 
 
-def _stacked(parts: list[Any]) -> Any:
+def _stack_trees(parts: list[Any]) -> Any:
     return jax.tree.map(lambda *a: jnp.stack(a), *parts) if parts else None
 
 
 def _layer(stack: Layer, index: Array) -> Layer:
-    """One layer of a stack that the loop does not run over as it is.
+    """Cuts one layer out of a stack that the loop does not scan over.
 
-    Reshaping a stack to the loop's rounds would be simpler, but XLA then copies all of it in every step.
+    Reshaping the stack to the rounds of the loop would be simpler, but XLA then copies all of it in every
+    step.
     """
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stack)
 
@@ -212,11 +233,16 @@ HEAD_BLOCKS = 4
 
 
 def logits(hidden: Float[Array, "*B D"], weights: Weights, tensor: Axis = ()) -> Float[Array, "*B O"]:
-    """Hidden states to float32 logits; `tensor`: axes over which the head is split by the vocabulary (never
-    where it is the embedding), and logits are gathered.
+    """Float32 logits of hidden states.
 
-    Summed in blocks of the width: one running float32 sum of large terms that cancel would cost more digits
-    than all layers before it.
+    Sums are taken in blocks of the width: one running float32 sum of large terms that cancel would cost more
+    digits than all layers before it.
+
+    Args:
+      hidden: Hidden states after the final norm.
+      weights: The weights.
+      tensor: Mesh axes over which the head is split by the vocabulary, and logits are gathered; a head that
+        is the embedding is never split.
     """
     head = weights.embed.T if weights.head is None else weights.head
     width = head.shape[0]
@@ -228,14 +254,14 @@ def logits(hidden: Float[Array, "*B D"], weights: Weights, tensor: Axis = ()) ->
             head.reshape(blocks, width // blocks, -1),
             preferred_element_type=jnp.dtype(jnp.float32),
         )
-        found = functools.reduce(jnp.add, parts)
-        return found if weights.head is None else gather(found, tensor, found.ndim - 1)
+        result = functools.reduce(jnp.add, parts)
+        return result if weights.head is None else gather(result, tensor, result.ndim - 1)
 
 
 def with_mtp(main: Decoded, modules: Sequence[Decoded]) -> Decoded:
-    """Rows of the first MTP run behind those of the model, the stats of all behind its stats."""
-    stats = _concatenated([main.stats, *(module.stats for module in modules)])
-    return Decoded(main.hidden, _concatenated([main.rows, modules[0].rows]), stats)
+    """Appends the rows of the first MTP run, and the stats of all MTP runs, to those of the model."""
+    stats = _concatenate([main.stats, *(module.stats for module in modules)])
+    return Decoded(main.hidden, _concatenate([main.rows, modules[0].rows]), stats)
 
 
 def mtp_hidden(
@@ -250,10 +276,12 @@ def mtp_hidden(
     (DeepSeek-V3 report, formulas 21 to 23).
 
     Args:
-      weights: with MTP layers.
-      hidden: after the final norm, or the result of the module for the position before.
-      stream: the token *behind* each position, and how the module attends.
-      run, tensor: as of `layer`.
+      weights: Weights with MTP layers.
+      c: The model.
+      hidden: Hidden states after the final norm, or the result of this module for the position before.
+      stream: The token that *follows* each position, and the attention of the module.
+      run: Runner of the experts.
+      tensor: Mesh axes over which FFNs are split.
     """
     with jax.named_scope("MTP"):
         mtp = weights.mtp
@@ -261,9 +289,9 @@ def mtp_hidden(
         stack, experts = split_experts(mtp.layer)
         w = jax.tree.map(lambda a: a[0], mtp.replace(layer=stack))
         embedding = norm(weights.embed[stream.tokens], w.enorm, c)
-        joined = jnp.concatenate([embedding, norm(hidden, w.hnorm, c)], axis=-1)
-        x = einsum("bte,ed->btd", joined, w.eh_proj)
+        pair = jnp.concatenate([embedding, norm(hidden, w.hnorm, c)], axis=-1)
+        x = einsum("bte,ed->btd", pair, w.eh_proj)
         number, index = jnp.asarray(c.num_hidden_layers, jnp.int32), jnp.zeros((), jnp.int32)
-        [done] = layer([x], [stream], w.layer, MTP_KIND, experts, number, index, c, run, tensor)
-        one_layer = jax.tree.map(lambda a: a[None], done._replace(hidden=None))
-        return one_layer._replace(hidden=norm(done.hidden, w.norm, c))
+        [state] = layer([x], [stream], w.layer, MTP_KIND, experts, number, index, c, run, tensor)
+        one_layer = jax.tree.map(lambda a: a[None], state._replace(hidden=None))
+        return one_layer._replace(hidden=norm(state.hidden, w.norm, c))

@@ -1,4 +1,4 @@
-"""Typed fields out of a parsed `config.json`: a value of its type, or a one-line refusal by name."""
+"""Reads typed fields of a parsed `config.json`; a value of another type is refused by name, in one line."""
 
 import json
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.model.config import expect
+from cmx_jax.model.limits import expect
 
 Raw = Mapping[str, Any]
 
 
 def integer(raw: Raw, field: str, default: int | None = None) -> int:
-    """An integer; an absent one, or null, takes the default, and is refused without one."""
+    """An integer. Absent and null mean the default; without a default they are refused."""
     value = raw.get(field)
     value = default if value is None else value
     if value is None:
@@ -28,7 +28,7 @@ def optional_integer(raw: Raw, field: str) -> int | None:
 
 
 def number(raw: Raw, field: str, default: Any) -> Any:
-    """A finite number."""
+    """A finite number. Absent and null mean the default."""
     value = raw.get(field)
     if value is None:
         return default
@@ -38,7 +38,7 @@ def number(raw: Raw, field: str, default: Any) -> Any:
 
 
 def flag(raw: Raw, field: str, default: bool) -> bool:
-    """True or false; absent takes the default, null is false, as in transformers."""
+    """True or false. Absent means the default, null means false, as in transformers."""
     value = raw.get(field)
     if field not in raw:
         return default
@@ -56,15 +56,23 @@ def integers(raw: Raw, field: str) -> list[int] | None:
 
 
 def only(raw: Raw, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuses what would be computed wrongly: field -> what is implemented; null and absent are allowed."""
+    """Refuses values that would be computed wrongly.
+
+    Args:
+      raw: The parsed config.
+      allowed: Implemented values of each field; null and absent are always allowed.
+
+    Raises:
+      CmxError: A field has another value.
+    """
     for field, values in allowed.items():
-        given = raw.get(field)
-        if given is not None and given not in values:
-            raise CmxError(f"config: {field} is {str(given)[:80]!r}, supported is {values[0]!r}")
+        value = raw.get(field)
+        if value is not None and value not in values:
+            raise CmxError(f"config: {field} is {str(value)[:80]!r}, supported is {values[0]!r}")
 
 
 def mapping(raw: Raw, field: str) -> Raw:
-    """An object; absent and null are an empty one."""
+    """An object; absent and null mean an empty one."""
     value = {} if raw.get(field) is None else raw[field]
     if not isinstance(value, Mapping):
         raise CmxError(f"config: {field} is {str(value)[:40]!r}, expected an object")
@@ -80,10 +88,10 @@ def token_ids(raw: Raw, field: str) -> tuple[int, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model's directory.
+    """Reads a JSON object of a model's directory.
 
     Raises:
-      CmxError: it is not there, cannot be read, or is no JSON object.
+      CmxError: The file does not exist, cannot be read, or is not a JSON object.
     """
     if not path.is_file():
         raise CmxError(f"{path.parent}: no {path.name} there, expected a Hugging Face model directory")

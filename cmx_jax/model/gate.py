@@ -1,4 +1,4 @@
-"""The router: sigmoid or softmax scores, a correction bias that only chooses, groups, top-k."""
+"""The router: sigmoid or softmax scores, a correction bias for selection only, groups, top-k."""
 
 from typing import Any
 
@@ -12,7 +12,12 @@ from cmx_jax.model.config import ModelConfig
 
 @struct.dataclass
 class Routing:
-    """Where each token goes: `experts [T, K]` int32, distinct in a row; `weights [T, K]` float32."""
+    """Experts of each token.
+
+    Attributes:
+      experts: Expert numbers, int32 `[T, K]`, distinct in a row.
+      weights: Weights of their results, float32 `[T, K]`.
+    """
 
     experts: Any
     weights: Any
@@ -21,11 +26,12 @@ class Routing:
 def route(
     x: Float[Array, "T D"], router: Float[Array, "E D"], bias: Float[Array, " E"] | None, c: ModelConfig
 ) -> Routing:
-    """Chooses by score plus bias, weighs by the score alone.
+    """Selects experts by score plus bias, and weighs them by the score alone.
 
-    With groups (DeepSeek-V3) only the `topk_group` best of `n_group` groups compete, a group being worth
-    the sum of its two best experts; the others are masked with -inf, since biased scores may be negative.
-    Without a bias the logits choose: the order is the same, but large ones do not become equal.
+    With groups (DeepSeek-V3) only experts of the `topk_group` best of `n_group` groups compete. The worth of
+    a group is the sum of its two best scores. Other groups are masked with -inf, since biased scores may be
+    negative. Without a bias experts are selected by their logits: the order is the same, but large logits do
+    not become equal, as large scores do.
     """
     logits = jnp.einsum("td,ed->te", x.astype(jnp.float32), router, precision="highest")
     scores = jax.nn.sigmoid(logits) if c.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)

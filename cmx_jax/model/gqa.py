@@ -1,6 +1,6 @@
 """Grouped-query attention. A cached row is every key head, rotated, then every value head.
 
-Prefill and decode attend in the same way: there is nothing to absorb.
+Prefill and decode attend in the same way: no projection can be absorbed.
 """
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
-from cmx_jax.model.layers import biased, probabilities, rms_norm, seen_rows
+from cmx_jax.model.layers import add_bias, probabilities, rms_norm, seen_rows
 from cmx_jax.model.rope import rotate
 from cmx_jax.model.weights import GQA
 from cmx_jax.quant import einsum
@@ -17,12 +17,12 @@ from cmx_jax.quant import einsum
 def prolog(
     x: Float[Array, "B T D"], positions: Int[Array, "B T"], kind: LayerKind, w: GQA, c: ModelConfig
 ) -> tuple[Float[Array, "B T H N"], Float[Array, "B T C"]]:
-    """Queries, and the rows `[keys; values]` to be cached."""
+    """Returns the queries and the rows `[keys; values]` to be cached."""
     a = _config(c)
     with jax.named_scope("QKV"):
-        q = biased(einsum("btd,dhn->bthn", x, w.q), w.q_bias)
-        k = biased(einsum("btd,dyn->btyn", x, w.k), w.k_bias)
-        v = biased(einsum("btd,dyn->btyn", x, w.v), w.v_bias)
+        q = add_bias(einsum("btd,dhn->bthn", x, w.q), w.q_bias)
+        k = add_bias(einsum("btd,dyn->btyn", x, w.k), w.k_bias)
+        v = add_bias(einsum("btd,dyn->btyn", x, w.v), w.v_bias)
         if a.qk_norm == "weighted":
             q, k = rms_norm(q, w.q_norm, c.rms_norm_eps), rms_norm(k, w.k_norm, c.rms_norm_eps)
         if kind.rope:
@@ -42,7 +42,8 @@ def _config(c: ModelConfig) -> GQAConfig:
 
 
 def _temperature(positions: Int[Array, "B T"], a: GQAConfig) -> Float[Array, "B T"]:
-    """Llama 4: scores of far positions are sharpened where nothing is rotated (arXiv 2501.19399)."""
+    """Factor of the queries that sharpens the scores of far positions in layers without rotation (Llama 4,
+    arXiv 2501.19399)."""
     steps = jnp.floor((positions.astype(jnp.float32) + 1.0) / a.temperature_floor)
     return jnp.log1p(steps) * a.temperature_scale + 1.0
 

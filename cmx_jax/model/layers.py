@@ -1,4 +1,4 @@
-"""The small parts that layers share: norms, attention's masks and softmax, SwiGLU of one and of many."""
+"""Small parts that layers share: norms, masks and softmax of attention, SwiGLU of one expert and of many."""
 
 import functools
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from cmx_jax.mesh.exchange.mailbox import occurrences, stable_order
-from cmx_jax.mesh.exchange.message import Wire
+from cmx_jax.mesh.exchange import Wire
+from cmx_jax.mesh.exchange.ordering import bincount, stable_argsort
 from cmx_jax.model.weights import FFN, Experts, Tensor
 from cmx_jax.quant import einsum
 
@@ -29,8 +29,8 @@ def layer_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) 
     return rms_norm((wide - jnp.mean(wide, axis=-1, keepdims=True)).astype(x.dtype), weight, eps)
 
 
-def biased(x: Array, bias: Array | None) -> Array:
-    """`x + bias`, the bias being that of the last axes of `x`; or `x`."""
+def add_bias(x: Array, bias: Array | None) -> Array:
+    """Adds a bias over the last axes of `x`; None adds nothing."""
     return x if bias is None else x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
 
 
@@ -41,14 +41,14 @@ def visible(
     window: int | None = None,
     begin: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Which of the addresses 0 to `span - 1` a token sees: those of its sequence up to its own position.
+    """Mask of the addresses 0 to `span - 1` that a token sees: those of its sequence up to its own position.
 
     Args:
-      positions: of the tokens in their sequences; -1 sees nothing.
-      span: `S`.
-      chunk: only those of its own chunk of so many positions (Llama 4).
-      window: only itself and the `window - 1` before it.
-      begin: address of position 0 of each token's sequence; None is 0 for all.
+      positions: Positions of the tokens in their sequences; a token at -1 sees nothing.
+      span: Number of addresses, `S`.
+      chunk: Length in positions of a chunk: a token sees only its own chunk (Llama 4). None: no chunks.
+      window: Number of tokens that a token sees, itself included. None: all before it.
+      begin: Address of position 0 of each token's sequence; None is 0 for all.
     """
     key, query = jnp.arange(span, dtype=jnp.int32)[None, None], positions[:, :, None]
     if begin is not None:
@@ -64,13 +64,13 @@ def visible(
 def probabilities(
     scores: Float[Array, "B H T S"], mask: Bool[Array, "B T S"], scale: float
 ) -> Float[Array, "B H T S"]:
-    """Softmax over the positions that the mask lets through, in float32."""
+    """Softmax in float32 over the positions for which the mask is True."""
     scores = jnp.where(mask[:, None], scores.astype(jnp.float32) * scale, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)
 
 
 def seen_rows(rows: Float[Array, "B S C"], mask: Bool[Array, "B T S"]) -> Float[Array, "B S C"]:
-    """Cached rows with zeros where no query looks: what lies there may be NaN."""
+    """Replaces rows that no query sees by zeros: they may be NaN."""
     return jnp.where(jnp.any(mask, axis=1)[..., None], rows, jnp.zeros((), rows.dtype))
 
 
@@ -81,17 +81,24 @@ def swiglu(x: Float[Array, "*B D"], w: FFN) -> Float[Array, "*B D"]:
 
 
 def _tile_rows(mean: int) -> int:
-    """Rows of one tile: near the mean group when a large batch fills groups, small in decode."""
+    """Rows of one tile: near the mean size of a group when a large batch fills groups, small in decode."""
     return min(max(8, 1 << (max(mean, 1).bit_length() - 1)), 64)
 
 
 def _tiles_at_once(rows: int) -> int:
-    """Few where tiles are large: each brings a copy of its expert, which many rows alone are worth."""
+    """Number of tiles in one turn of the loop: few if tiles are large. Each tile brings a copy of its expert,
+    which pays for many rows only."""
     return max(1, 64 // rows)
 
 
 class _Tiles(NamedTuple):
-    """Rows of a tile, tiles that are worked at once, how a row is read."""
+    """Cutting of rows into tiles.
+
+    Attributes:
+      rows: Rows of a tile.
+      at_once: Tiles in one turn of the loop.
+      wire: Reader of received rows; None: rows are tokens.
+    """
 
     rows: int
     at_once: int
@@ -101,13 +108,13 @@ class _Tiles(NamedTuple):
 def _grouped_swiglu(
     x: Array, group: Array, layer: Array, gate_up: Tensor, down: Tensor, tiling: _Tiles
 ) -> Array:
-    """See `grouped_swiglu`. Rows are put in order of their group, then cut into tiles of one group
-    each; a loop runs over the tiles that exist, some at a time."""
+    """See `grouped_swiglu`. Rows are sorted by group and cut into tiles of one group each; a loop runs over
+    the tiles that exist, some at a time."""
     tile, at_once, wire = tiling
     rows, groups = x.shape[0], gate_up.shape[0]
     key = jnp.where(group < 0, groups, group)
-    order = stable_order(key, groups + 1)
-    counts = occurrences(key, groups + 1)[:groups]
+    order = stable_argsort(key, groups + 1)
+    counts = bincount(key, groups + 1)[:groups]
     start = jnp.cumsum(counts) - counts
     tiles_end = jnp.cumsum(-(-counts // tile))
     tiles_start = tiles_end - (-(-counts // tile))
@@ -116,11 +123,11 @@ def _grouped_swiglu(
         tiles = step * at_once + jnp.arange(at_once, dtype=jnp.int32)
         g = jnp.searchsorted(tiles_end, tiles, side="right", method="compare_all")
         g = jnp.minimum(g, groups - 1)
-        at = ((tiles - tiles_start[g]) * tile)[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
-        live = at < counts[g][:, None]  # in tiles behind the last one, no row is
-        source = order[jnp.where(live, start[g][:, None] + at, 0)]
+        row = ((tiles - tiles_start[g]) * tile)[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
+        live = row < counts[g][:, None]  # no row in tiles beyond the last one
+        source = order[jnp.where(live, start[g][:, None] + row, 0)]
         tokens = x[source] if wire is None else wire.tokens(x[source])
-        # gate and up as one matrix: with an axis of two behind the width, the TPU compiler copies all experts
+        # gate and up as one matrix: with an axis of two after the width, the TPU compiler copies all experts
         first = jax.tree.map(lambda a: a[g, layer].reshape(at_once, a.shape[2], -1), gate_up)
         gate, up = jnp.split(einsum("ntd,ndh->nth", tokens, first, live), 2, axis=-1)
         second = jax.tree.map(lambda a: a[g, layer], down)
@@ -134,10 +141,10 @@ def _grouped_swiglu(
 
 @functools.cache
 def _grouped(tiling: _Tiles) -> Callable[..., Array]:
-    """`_grouped_swiglu`, for lanes too.
+    """Returns `_grouped_swiglu` with a rule for `vmap` over lanes.
 
-    Lanes fold into groups: many ranks' experts are more experts, so that the loop still runs over
-    the tiles that exist instead of every lane paying for the longest.
+    Lanes are folded into groups: the experts of many ranks are just more experts. The loop then still runs
+    over the tiles that exist; otherwise every lane would run as many turns as the longest.
     """
 
     @custom_vmap
@@ -151,9 +158,9 @@ def _grouped(tiling: _Tiles) -> Callable[..., Array]:
             raise NotImplementedError("all lanes run the same layer")
         x = x if x_b else jnp.broadcast_to(x, (size, *x.shape))
         group = group if group_b else jnp.broadcast_to(group, (size, *group.shape))
-        own = all(jax.tree.leaves(gate_b))
-        per_lane = gate_up.shape[1] if own else gate_up.shape[0]
-        if own:  # each lane has its own experts
+        own_experts = all(jax.tree.leaves(gate_b))
+        per_lane = gate_up.shape[1] if own_experts else gate_up.shape[0]
+        if own_experts:
             offset = jnp.arange(size, dtype=group.dtype)[:, None] * per_lane
             group = jnp.where(group < 0, -1, group + offset)
             gate_up, down = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (gate_up, down))
@@ -165,25 +172,25 @@ def _grouped(tiling: _Tiles) -> Callable[..., Array]:
 
 
 def grouped_swiglu(
-    x: Shaped[Array, "N M"],
-    group: Int[Array, " N"],
+    x: Shaped[Array, "Z M"],
+    group: Int[Array, " Z"],
     w: Experts,
     layer: Int[Array, ""],
     expected: int | None = None,
     wire: Wire | None = None,
-) -> Float[Array, "N D"]:
-    """SwiGLU of each row under the expert of its group (a local slot) in one layer.
+) -> Float[Array, "Z D"]:
+    """SwiGLU of each row by the expert of its group (a local slot) in one layer.
 
-    Rows of group -1 are empty: they cost nothing, may hold anything and give zeros. Rows are compacted
-    by expert first, so that the work is that of the rows that are there.
+    Rows of group -1 are empty: they cost nothing, may hold anything and give zeros. Rows are sorted by expert
+    first, so that only the rows that are not empty cost work.
 
     Args:
-      x: tokens, or received rows that `wire` reads.
-      group: of each row.
-      w: the experts.
-      layer: which of their layers.
-      expected: how many rows are likely to be there, for which tiles are cut; None: all.
-      wire: how rows are read; None: they are tokens.
+      x: Tokens, or received rows that `wire` reads.
+      group: Group of each row.
+      w: The experts.
+      layer: Number of the layer of these experts.
+      expected: Likely number of rows that are not empty, for which tiles are sized; None: all.
+      wire: Reader of received rows; None: rows are tokens.
     """
     groups, expected = max(w.gate_up.shape[0], 1), x.shape[0] if expected is None else expected
     rows = _tile_rows(expected // groups)

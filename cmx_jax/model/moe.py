@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cmx_jax.mesh.exchange.mailbox import occurrences
-from cmx_jax.mesh.exchange.message import Wire
-from cmx_jax.mesh.exchange.methods import ExchangeStats, exchange, gathered
+from cmx_jax.mesh.exchange import Exchange, ExchangeArgs, ExchangeStats, Wire, allgather_exchange, exchange
+from cmx_jax.mesh.exchange.ordering import bincount
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.placement import choose
+from cmx_jax.mesh.placement import choose_slots
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.gate import route
 from cmx_jax.model.layers import grouped_swiglu, swiglu
@@ -23,33 +22,35 @@ RunExperts = Callable[
     [Float[Array, "T D"], Int[Array, "T K"], Float[Array, "T K"], MoE, Experts, Int[Array, ""]],
     tuple[Float[Array, "T D"], ExchangeStats],
 ]
-"""Tokens, their experts (-1: none) and weights, this layer, this rank's experts, layer -> weighted sums."""
+"""(tokens, their experts (-1: none), weights of these, weights of the layer, this rank's experts, layer
+number) -> (weighted sums of the experts' results, stats)."""
 
 
 @struct.dataclass
 class MoEStats:
-    """One MoE layer on one rank: the exchange's stats, and how many tokens chose each expert."""
+    """Statistics of one MoE layer on one rank.
 
-    exchange: Any  # ExchangeStats
-    load: Any  # [E] int32
+    Attributes:
+      exchange: `ExchangeStats` of the token exchange.
+      load: Number of tokens that chose each expert, int32 `[E]`.
+    """
+
+    exchange: Any
+    load: Any
 
 
-def exchanged(layout: Layout, rows: int) -> RunExperts:
-    """Runs experts where they are: choose a replica, dispatch, grouped SwiGLU there, combine.
+def expert_parallel(layout: Layout, rows: int) -> RunExperts:
+    """Runs experts on their own ranks: choose a replica, dispatch, grouped SwiGLU, combine.
 
     Args:
-      layout: the experts' slots, and the exchange.
-      rows: of a mailbox.
+      layout: The layout: expert slots and exchange.
+      rows: Rows of a mailbox.
     """
-    alike = tuple(name for name in layout.experts if name in layout.tensor)
-    others = tuple(name for name in layout.experts if name not in alike)
-    send = partial(
-        partial(gathered, shared=alike) if alike else exchange(layout.exchange),
-        axis=layout.experts,
-        slots_per_rank=layout.slots_per_rank,
-        rows=rows,
-        wire=layout.wire,
-    )
+    # ranks along the `shared` axes have the same tokens
+    shared = tuple(name for name in layout.experts if name in layout.tensor)
+    split = tuple(name for name in layout.experts if name not in shared)
+    send: Exchange = partial(allgather_exchange, shared=shared) if shared else exchange(layout.exchange)
+    args = ExchangeArgs(layout.experts, layout.slots_per_rank, rows, layout.wire)
 
     def run(
         x: Array, chosen: Array, weights: Array, w: MoE, experts: Experts, layer: Array
@@ -59,8 +60,8 @@ def exchanged(layout: Layout, rows: int) -> RunExperts:
                 # mailboxes are mostly empty: a rank gets about as many rows as it sends
                 return grouped_swiglu(received, local, experts, layer, slots.size, wire)
 
-        slots = choose(chosen, w.slots, w.first_slot, others, layout.replicated)
-        return send(x, slots, weights, ffn)
+        slots = choose_slots(chosen, w.slots, w.first_slot, split, layout.replicated)
+        return send(x, slots, weights, ffn, args)
 
     return run
 
@@ -76,13 +77,13 @@ def moe(
 ) -> tuple[Float[Array, "T D"], MoEStats]:
     """Routed experts plus the shared expert; inactive tokens (padding) are sent nowhere.
 
-    `w` is of one layer, `experts` of the whole stack, in which the layer is number `layer`.
+    `w` holds the weights of one layer, `experts` those of the whole stack, in which `layer` is its index.
     """
     with jax.named_scope("Gate"):
         routing = route(x, w.router, w.router_bias, c)
         chosen = jnp.where(active[:, None], routing.experts, -1)
         counted = jnp.where(chosen < 0, c.n_routed_experts, chosen)
-        load = occurrences(counted.reshape(-1), c.n_routed_experts + 1)[:-1]
+        load = bincount(counted.reshape(-1), c.n_routed_experts + 1)[:-1]
         chosen, weights = _with_shared(chosen, routing.weights, w, c)
     y, stats = _run(x, chosen, weights, w, experts, layer, c, run)
     if w.shared is not None:
@@ -92,7 +93,7 @@ def moe(
 
 
 def _with_shared(chosen: Array, weights: Array, w: MoE, c: ModelConfig) -> tuple[Array, Array]:
-    """Shared experts that lie in slots are chosen by every token, with weight 1."""
+    """Adds shared experts that have slots to the choice of every token, with weight 1."""
     shared = w.first_slot.shape[0] - 1 - c.n_routed_experts
     if not shared:
         return chosen, weights
@@ -112,9 +113,9 @@ def _run(
     c: ModelConfig,
     run: RunExperts,
 ) -> tuple[Array, ExchangeStats]:
-    """Weighted sum of the experts' results; under `weigh_input` the sum for weighted inputs (Llama 4).
+    """Weighted sum of the experts' results, or under `weigh_input` the sum of results for weighted inputs.
 
-    Each copy of a token is then another token, of one expert.
+    In that case (Llama 4) each copy of a token is sent as a token of its own, with one expert.
     """
     if not c.weigh_input:
         return run(x, chosen, weights, w, experts, layer)

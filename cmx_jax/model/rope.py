@@ -24,7 +24,7 @@ def _yarn_range(rope: RopeConfig, dim: int) -> tuple[float, float]:
 
 
 def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
-    """Llama 3.1's scaling: slow pairs are stretched, fast ones kept, those between are blended."""
+    """Llama 3.1's scaling: slow pairs are stretched, fast ones kept, pairs in between blended."""
     turns = rope.original_max_position_embeddings * plain / (2 * math.pi)  # over the original context
     low, high = rope.low_freq_factor, rope.high_freq_factor
     blend = np.clip((turns - low) / max(high - low, 1e-30), 0, 1)
@@ -56,8 +56,8 @@ def rotate(
 ) -> Float[Array, "B T H R"]:
     """Rotates each pair of `x` by its position.
 
-    Pairs are `(0, 1), (2, 3), ...` when the config says `interleaved` (DeepSeek, Llama 4), else `(i, i +
-    R/2)`; the result always lists first members, then second members.
+    Pairs are `(0, 1), (2, 3), ...` if the config is `interleaved` (DeepSeek, Llama 4), else `(i, i + R/2)`;
+    the result always has the first members of all pairs, then the second members.
     """
     dim = x.shape[-1]
     inverse, factor = frequencies(rope, dim)

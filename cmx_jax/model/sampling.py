@@ -1,4 +1,4 @@
-"""Sampling inside the step's graph: greedy, temperature, top-k, top-p, one seed a request."""
+"""Sampling inside the program of a step: greedy, temperature, top-k, top-p, one seed per request."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 @struct.dataclass
 class Sampling:
-    """One row a sequence."""
+    """Sampling parameters, one entry per sequence."""
 
     temperature: Any  # [B] float32; 0 is greedy
     top_k: Any  # [B] int32; 0 keeps all
@@ -22,32 +22,33 @@ class Sampling:
 class Logprobs:
     """Logarithms of probabilities, before temperature, top-k and top-p."""
 
-    chosen: Any  # [B, T] float32: of the tokens taken
-    top: Any  # [B, T, MAX_LOGPROBS] float32: the largest, in order
-    tokens: Any  # [B, T, MAX_LOGPROBS] int32: whose those are
+    chosen: Any  # [B, T] float32: logprobs of the chosen tokens
+    top: Any  # [B, T, MAX_LOGPROBS] float32: the largest logprobs, in descending order
+    tokens: Any  # [B, T, MAX_LOGPROBS] int32: the tokens of these
 
 
 MAX_LOGPROBS = 20  # OpenAI's limit
 
 
 def logprobs_of(logits: Float[Array, "B T O"], tokens: Int[Array, "B T"]) -> Logprobs:
-    """What a model said of the tokens taken, and of those that it found likeliest."""
+    """Logprobs of the chosen tokens, and of the likeliest ones."""
     with jax.named_scope("Logprobs"):
-        every = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        chosen = jnp.take_along_axis(every, tokens[..., None], axis=-1)[..., 0]
-        top, which = jax.lax.top_k(every, min(MAX_LOGPROBS, logits.shape[-1]))
-        return Logprobs(chosen, top, which.astype(jnp.int32))
+        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+        top, top_tokens = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
+        return Logprobs(chosen, top, top_tokens.astype(jnp.int32))
 
 
 def next_tokens(
     logits: Float[Array, "B T O"], s: Sampling, positions: Int[Array, "B T"], sampled: bool
 ) -> Int[Array, "B T"]:
-    """Greedy, or drawn as `sample` does.
+    """Chooses the token at each position: the likeliest, or one drawn by `sample`.
 
     Args:
-      logits: of tokens that stand at `positions`.
-      s: of each sequence `[B]`, or of each token `[B, T]`.
-      sampled: whether any is not greedy.
+      logits: Logits of the tokens at `positions`.
+      s: Parameters of each sequence `[B]`, or of each token `[B, T]`.
+      positions: Positions of the chosen tokens in their sequences.
+      sampled: True if any sequence is not greedy.
     """
     with jax.named_scope("Sampling"):
         if not sampled:
@@ -58,20 +59,20 @@ def next_tokens(
 
 
 def greedy(logits: Float[Array, "*B O"]) -> Int[Array, " *B"]:
-    """The likeliest token, the first of equals."""
+    """The likeliest token; the first one of several equally likely."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def sample(logits: Float[Array, "B O"], s: Sampling, positions: Int[Array, " B"]) -> Int[Array, " B"]:
-    """One token a row.
+    """Draws one token per row.
 
-    The draw depends on the request's seed and the token's position alone, so that a request gives the same
-    text in any batch, on any rank. Top-k is applied first; of what it keeps, top-p keeps the fewest
-    likeliest tokens that reach `top_p`, at least one (vLLM's order).
+    The draw depends only on the request's seed and the token's position, so that a request gives the same
+    text in any batch, on any rank. Top-k is applied first. Of the tokens it keeps, top-p keeps the smallest
+    number of likeliest ones that reach `top_p`, at least one (vLLM's order).
     """
     vocab = logits.shape[-1]
     ordered, order = jax.lax.top_k(logits, vocab)
-    # from the best one on: a tiny temperature then gives -inf and 0, never inf
+    # relative to the best one: a tiny temperature then gives -inf and 0, never inf
     ordered = (ordered - ordered[:, :1]) / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
     rank = jnp.arange(vocab, dtype=jnp.int32)[None]
     top_k = jnp.where(s.top_k > 0, s.top_k, vocab)[:, None]

@@ -1,4 +1,4 @@
-"""How the weights lie on an instance: which are split over its ranks, and along which axis."""
+"""Sharding of the weights: which of them are split over the ranks of an instance, and along which axis."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,19 +9,20 @@ from jax.sharding import PartitionSpec as P
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import MLAConfig, ModelConfig
-from cmx_jax.model.weights import Leaf, Weights, all_leaves, leaf_dtype, weight_tree
+from cmx_jax.model.leaf import Leaf, leaf_dtype
+from cmx_jax.model.weights import Weights, all_leaves, weight_tree
 
 
 def shared_in_slots(c: ModelConfig, layout: Layout) -> int:
-    """Shared experts that lie in slots: all of them, or with no slots of their own none."""
+    """Number of shared experts that have slots: all of them if the layout has `shared_slots`, else none."""
     return c.n_shared_experts if layout.shared_slots else 0
 
 
 def laid_out(c: ModelConfig, layout: Layout, make: Callable[[Leaf], Any], mtp: bool) -> Weights:
-    """A `weight_tree` in the layout's slots.
+    """Builds a `weight_tree` with the slots of a layout.
 
     Raises:
-      CmxError: ranks are to share sequences or matrices, but cannot share the heads, or a width.
+      CmxError: Ranks are to share sequences or matrices, but do not divide the heads, or a width.
     """
     shared, heads = layout.sequence_ranks * layout.tensor_ranks, c.num_attention_heads
     latent = isinstance(c.attention, MLAConfig)
@@ -35,52 +36,54 @@ def laid_out(c: ModelConfig, layout: Layout, make: Callable[[Leaf], Any], mtp: b
 
 
 def abstract_weights(c: ModelConfig, layout: Layout, dtype: Any, mtp: bool = True) -> Weights:
-    """Shapes and dtypes without arrays."""
+    """Shapes and types of the weights, without arrays."""
     return laid_out(c, layout, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(leaf, dtype)), mtp)
 
 
 SEQUENCE = {"attn.q_b": -2, "attn.k_b": -3, "attn.v_b": -3}
-"""The axis of heads, from behind, of what ranks share when they share sequences (section 4.3.1)."""
+"""Leaves that are split when ranks share sequences (section 4.3.1), and their axis of heads, counted from the
+end."""
 
 TENSOR = SEQUENCE | {"attn.o": -3, "gate_up": -1, "down": -2, "head": -1}
-"""The axis of heads, of an FFN's intermediate width (whosever it is), or of the vocabulary, of what tensor
-parallelism splits."""
+"""Leaves that tensor parallelism splits, and the axis, counted from the end: that of heads, of the
+intermediate width of any FFN, or of the vocabulary."""
 
 
 def _split(leaf: Leaf, layout: Layout) -> tuple[int, tuple[str, ...]]:
-    """The axis of a leaf, from behind, that is split, and over which mesh axes; experts' slots aside."""
+    """The axis along which a leaf is split, counted from the end (0: none), and the mesh axes over which it
+    is split. Slots of experts are not considered."""
     if layout.sequence:
         return SEQUENCE.get(leaf.path, 0), layout.sequence
-    at = TENSOR.get(leaf.path, TENSOR.get(leaf.path.split(".")[-1], 0))
-    # a whole expert is not split, nor a scale along the inputs that it holds for
-    over = tuple(name for name in layout.tensor if not (leaf.experts and name in layout.experts))
-    return (0 if leaf.kind == "scale" and leaf.shape[at] == 1 else at), over
+    axis = TENSOR.get(leaf.path, TENSOR.get(leaf.path.split(".")[-1], 0))
+    # axes that carry whole experts split none of them; a scale is not split along inputs, of which it has one
+    names = tuple(name for name in layout.tensor if not (leaf.experts and name in layout.experts))
+    return (0 if leaf.kind == "scale" and leaf.shape[axis] == 1 else axis), names
 
 
 def _check_widths(leaves: Iterable[Leaf], layout: Layout) -> None:
     for leaf in leaves:
-        at, over = _split(leaf, layout)
-        if at and leaf.shape[at] % layout.size(over):
+        axis, names = _split(leaf, layout)
+        if axis and leaf.shape[axis] % layout.size(names):
             raise CmxError(
-                f"{leaf.path}: a width of {leaf.shape[at]} cannot be shared by {layout.size(over)} ranks, "
-                f"expected a divisor of {leaf.shape[at]}"
+                f"{leaf.path}: a width of {leaf.shape[axis]} cannot be shared by {layout.size(names)} ranks, "
+                f"expected a divisor of {leaf.shape[axis]}"
             )
 
 
 def leaf_spec(leaf: Leaf, layout: Layout) -> P:
-    """Experts over their axes, heads over `sequence`, what `TENSOR` names over `tensor`; everything else,
-    routers, norms, latents' projections, the embedding, is replicated (section 2)."""
+    """Spec of a leaf: experts are split over `experts`, heads over `sequence`, leaves in `TENSOR` over
+    `tensor`. All others are replicated (section 2): routers, norms, projections to latents, the embedding."""
     axes: list[Any] = [None] * len(leaf.shape)
     if leaf.experts:
         axes[0] = layout.experts or None
-    at, over = _split(leaf, layout)
-    if at and over:
-        axes[at] = over
+    axis, names = _split(leaf, layout)
+    if axis and names:
+        axes[axis] = names
     while axes and axes[-1] is None:
         axes.pop()
     return P(*axes)
 
 
 def weight_specs(c: ModelConfig, layout: Layout, mtp: bool = True) -> Weights:
-    """`leaf_spec` of every leaf."""
+    """Specs of all weights, by `leaf_spec`."""
     return laid_out(c, layout, lambda leaf: leaf_spec(leaf, layout), mtp)

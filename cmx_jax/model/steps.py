@@ -3,36 +3,24 @@
 `step_specs` says how the ranks' parts make up whole arrays; `compile_steps` ties both together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner, check_ragged
 from cmx_jax.model import cache as paged
-from cmx_jax.model.batch import DecodeBatch, PrefillBatch, StepOutput
+from cmx_jax.model.batch import PrefillBatch, StepOutput
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decode import decode_step
 from cmx_jax.model.moe import MoEStats
 from cmx_jax.model.prefill import prefill_step, score_step
 from cmx_jax.model.sharding import weight_specs
 from cmx_jax.model.weights import Weights
-
-__all__ = [
-    "DecodeBatch",
-    "PrefillBatch",
-    "StepOutput",
-    "Steps",
-    "compile_steps",
-    "decode_step",
-    "prefill_step",
-    "score_step",
-    "step_specs",
-]
 
 
 @dataclass(frozen=True)
@@ -42,12 +30,13 @@ class Steps:
     Attributes:
       prefill: `(weights, cache, batch, sampled=..., logprobs=..., cached=...) -> (cache, StepOutput)`; the
         cache is donated. `sampled=False` is a cheaper program for batches in which every request is greedy,
-        `cached=False` one for prompts of which nothing lies in pages yet, `logprobs=True` one that returns
-        them. A flag that is not given is False.
-      decode: `(weights, cache, batch, sampled=..., logprobs=...) -> (cache, StepOutput)`.
+        `cached=False` one for prompts of which no page holds anything yet, `logprobs=True` one that returns
+        logprobs. A flag that is absent is False.
+      decode: `(weights, cache, batch, sampled=..., logprobs=...) -> (cache, StepOutput)`; the cache is
+        donated.
       score: `(weights, tokens, lengths) -> logits`.
-      take_pages: `(cache, ids [ranks * n]) -> pages`: each rank's `n` pages, copied out.
-      put_pages: `(cache, ids, pages) -> cache`, donated.
+      take_pages: `(cache, ids [ranks * n]) -> pages`: a copy of `n` pages of each rank.
+      put_pages: `(cache, ids, pages) -> cache`; the cache is donated.
     """
 
     prefill: Callable[..., Any]
@@ -58,7 +47,15 @@ class Steps:
 
 
 class StepSpecs(NamedTuple):
-    """Specs, or prefixes of them, of what a step takes and gives; `data`: split like the sequences."""
+    """Specs, or prefixes of them, of the arguments and results of a step.
+
+    Attributes:
+      weights: Specs of the weights.
+      data: Spec of every array that is split like the sequences, the cache and a `DecodeBatch` included.
+      prefill: Specs of a `PrefillBatch`.
+      prefilled: Specs of the output of prefill.
+      decoded: Specs of the output of decode.
+    """
 
     weights: Weights
     data: P
@@ -68,12 +65,13 @@ class StepSpecs(NamedTuple):
 
 
 def step_specs(c: ModelConfig, layout: Layout, mtp: bool) -> StepSpecs:
-    """Specs of an instance's programs. `mtp`: whether the weights carry MTP layers."""
+    """Specs of an instance's programs; `mtp` tells whether the weights have MTP layers."""
     data, tokens = layout.data_spec, layout.token_spec
-    every = () if layout.auto else tuple(name for name, _ in layout.axes)
-    own = tuple(name for name in every if name not in layout.tensor)  # others chose for the same tokens
+    all_axes = () if layout.auto else tuple(name for name, _ in layout.axes)
+    # ranks along tensor axes choose experts for the same tokens
+    load_axes = tuple(name for name in all_axes if name not in layout.tensor)
     batch = PrefillBatch(tokens, tokens, tokens, tokens, data, data, data, data)
-    stats = MoEStats(P(None, every), P(None, own)) if c.num_moe_layers or mtp else None
+    stats = MoEStats(P(None, all_axes), P(None, load_axes)) if c.num_moe_layers or mtp else None
     drafts = data if mtp else None
     decoded = StepOutput(data, data, drafts, stats)
     return StepSpecs(weight_specs(c, layout, mtp), data, batch, decoded.replace(accepted=None), decoded)
@@ -82,30 +80,39 @@ def step_specs(c: ModelConfig, layout: Layout, mtp: bool) -> StepSpecs:
 def compile_steps(
     c: ModelConfig, layout: Layout, runner: Runner, mtp: bool, kv_dtype: str | None = None
 ) -> Steps:
-    """The programs of an instance under a runner; each compiles at its first call with new shapes.
+    """Returns the programs of an instance under a runner; each compiles at its first call with new shapes.
+
+    Equal arguments give the same programs, so that equal instances in a process compile only once. Programs
+    hold no arrays.
 
     Args:
-      c: the model.
-      layout: how it lies on the instance.
-      runner: over the layout's axes.
-      mtp: whether the weights carry MTP layers, which then draft.
-      kv_dtype: of the cache, for `score`, which has none; None: as rows are computed.
+      c: The model.
+      layout: Layout of the instance.
+      runner: `Devices` or `Lanes` over the layout's axes. (All `Abstract` runners of the same axes are equal,
+        whatever their meshes, and would share programs.)
+      mtp: True if the weights have MTP layers, which then draft.
+      kv_dtype: Type of cached rows for `score`, which has no cache; None leaves rows as they are computed.
     """
     check_ragged(layout.exchange, runner)
+    return _compile_steps(c, layout, cast(Hashable, runner), mtp, kv_dtype)
+
+
+@lru_cache(maxsize=64)
+def _compile_steps(c: ModelConfig, layout: Layout, runner: Any, mtp: bool, kv_dtype: str | None) -> Steps:
     specs = step_specs(c, layout, mtp)
 
     def step(fn: Callable[..., Any], batch: Any, output: StepOutput, *flags: str) -> Callable[..., Any]:
-        def compiled(chosen: tuple[bool, ...]) -> Any:
-            given = dict(zip(flags, chosen, strict=True))
-            static = partial(fn, c=c, layout=layout, **given)
+        def compiled(values: tuple[bool, ...]) -> Any:
+            settings = dict(zip(flags, values, strict=True))
+            static = partial(fn, c=c, layout=layout, **settings)
             ins = (specs.weights, specs.data, batch)
-            outs = (specs.data, output.replace(logprobs=specs.data if given["logprobs"] else None))
+            outs = (specs.data, output.replace(logprobs=specs.data if settings["logprobs"] else None))
             return runner.jit(static, ins, outs, donate_argnums=(1,), auto=layout.auto)
 
-        variants = {chosen: compiled(chosen) for chosen in product((False, True), repeat=len(flags))}
-        return lambda weights, cache, batch, **given: variants[tuple(given.get(f, False) for f in flags)](
-            weights, cache, batch
-        )
+        variants = {values: compiled(values) for values in product((False, True), repeat=len(flags))}
+        return lambda weights, cache, batch, **settings: variants[
+            tuple(settings.get(flag, False) for flag in flags)
+        ](weights, cache, batch)
 
     data = specs.data
     return Steps(

@@ -1,18 +1,17 @@
 """The weights as typed pytrees, and their shapes and shardings as the same classes.
 
-`weight_tree` builds a `Weights` of whatever its `make` returns for each `Leaf`: shapes, specs,
-random arrays, arrays read from a file. So a field is described once, here.
+`weight_tree` builds a `Weights` out of the results of `make` for each `Leaf`: shapes, specs, random arrays,
+arrays read from a file. So each field is described once, here.
 """
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-import jax.numpy as jnp
 from flax import struct
 
 from cmx_jax.model.config import GQAConfig, MLAConfig, ModelConfig
+from cmx_jax.model.leaf import Leaf, Stack
 from cmx_jax.quant import QTensor
 
 Tensor = Any  # a jax.Array, np.ndarray, PartitionSpec or ShapeDtypeStruct, or a QTensor of two of them
@@ -20,24 +19,24 @@ Tensor = Any  # a jax.Array, np.ndarray, PartitionSpec or ShapeDtypeStruct, or a
 
 @struct.dataclass
 class MLA:
-    """Latent attention of one layer. Without a query latent `q_a` is None and `q_b` starts from `D`."""
+    """Latent attention of one layer. Without a query latent `q_a` is None and `q_b` has `D` inputs."""
 
     q_a: Tensor  # [D, Q]
     q_a_bias: Tensor  # [Q], None unless attention_bias
     q_norm: Tensor  # [Q]
     q_b: Tensor  # [Q or D, H, N + R]
-    kv_a: Tensor  # [D, C + R]
-    kv_a_bias: Tensor  # [C + R], None unless attention_bias
-    kv_norm: Tensor  # [C]
-    k_b: Tensor  # [H, N, C]: latent to key; absorbed into the query in decode
-    v_b: Tensor  # [H, V, C]: latent to value; absorbed into the output in decode
+    kv_a: Tensor  # [D, A + R]
+    kv_a_bias: Tensor  # [A + R], None unless attention_bias
+    kv_norm: Tensor  # [A]
+    k_b: Tensor  # [H, N, A]: latent to key; absorbed into the query in decode
+    v_b: Tensor  # [H, V, A]: latent to value; absorbed into the output in decode
     o: Tensor  # [H, V, D]
     o_bias: Tensor  # [D], None unless attention_bias
 
 
 @struct.dataclass
 class GQA:
-    """Grouped-query attention of one layer; `Y` key-value heads, each for `H / Y` query heads."""
+    """Grouped-query attention of one layer: `Y` key-value heads, each for `H / Y` query heads."""
 
     q: Tensor  # [D, H, N]
     k: Tensor  # [D, Y, N]
@@ -53,7 +52,7 @@ class GQA:
 
 @struct.dataclass
 class FFN:
-    """SwiGLU: `(silu(x @ gate) * (x @ up)) @ down`, gate and up side by side."""
+    """SwiGLU: `(silu(x @ gate) * (x @ up)) @ down`, with gate and up in one array."""
 
     gate_up: Tensor  # [D, 2, F]
     down: Tensor  # [F, D]
@@ -64,7 +63,7 @@ class Experts:
     """Routed experts of all layers of a stack, in slots; a rank holds `X / G` consecutive slots.
 
     The layer is the second axis and is not scanned over: cutting a layer out would copy all of its experts in
-    every step, while indexing by slot and layer reads those that are used.
+    every step, while indexing by slot and layer reads only experts that are used.
     """
 
     gate_up: Tensor  # [X, L, D, 2, F]
@@ -76,21 +75,23 @@ class MoE:
     """Router (float32), expert placement, experts, shared expert (None if the model has none)."""
 
     router: Tensor  # [E, D]
-    router_bias: Tensor  # [E], e_score_correction_bias: chooses experts, never weighs them; may be None
+    router_bias: Tensor  # [E], e_score_correction_bias: selects experts, never weighs them; may be None
     slots: Tensor  # [X] int32, and
     first_slot: Tensor  # [E + 1] int32: a `SlotTable`; data, so that experts can move without a new program
     experts: Experts
-    shared: FFN | None  # None too where it lies in slots
+    shared: FFN | None  # also None where shared experts have slots
 
 
 @struct.dataclass
 class Layer:
+    """One layer: norms, attention, FFN."""
+
     attn_norm: Tensor  # [D]
     attn: MLA | GQA
-    attn_out_norm: Tensor  # [D], of a sandwich block, else None
-    ffn_norm: Tensor  # [D], None of a parallel block
+    attn_out_norm: Tensor  # [D], None unless the block is a sandwich
+    ffn_norm: Tensor  # [D], None if the block is parallel
     ffn: FFN | MoE
-    ffn_out_norm: Tensor  # [D], of a sandwich block, else None
+    ffn_out_norm: Tensor  # [D], None unless the block is a sandwich
 
 
 @struct.dataclass
@@ -109,7 +110,7 @@ class MTP:
 
 @struct.dataclass
 class Weights:
-    """The whole model; `dense`, `moe` and `mtp` have a leading layer axis `L` (`Experts`: a second one)."""
+    """The whole model; `dense`, `moe` and `mtp` have a leading layer axis `L` (in `Experts` the second)."""
 
     embed: Tensor  # [O, D]
     dense: Layer | None
@@ -117,42 +118,6 @@ class Weights:
     norm: Tensor  # [D]
     head: Tensor  # [D, O], None when tied to `embed`
     mtp: MTP | None
-
-
-Stack = Literal["", "dense", "moe", "mtp"]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One tensor of one stack: `path` inside the stack, `shape` with its layer axis.
-
-    A field in INT8 is two leaves of one path, of kind `int8` and `scale`.
-    """
-
-    stack: Stack
-    path: str
-    shape: tuple[int, ...]
-    kind: Literal["matrix", "norm", "router", "router_bias", "bias", "slots", "int8", "scale"] = "matrix"
-    experts: bool = False  # slots in front, sharded over expert ranks
-    inputs: tuple[int, ...] = (0,)  # axes of a piece along which an output channel of a matrix lies
-    scales: str = "bfloat16"  # type of a scale
-
-    @property
-    def layers(self) -> int:
-        """Layers of its stack (1 of what is in none)."""
-        return 1 if not self.stack else self.shape[1 if self.experts else 0]
-
-    @property
-    def piece_shape(self) -> tuple[int, ...]:
-        """Of one layer, of one expert where there are experts."""
-        return self.shape[2:] if self.experts else self.shape[1:] if self.stack else self.shape
-
-    def scale(self) -> "Leaf":
-        """The scales of this one."""
-        lead = len(self.shape) - len(self.piece_shape)
-        inputs = {lead + axis for axis in self.inputs}
-        shape = tuple(1 if axis in inputs else n for axis, n in enumerate(self.shape))
-        return replace(self, shape=shape, kind="scale")
 
 
 class _Builder:
@@ -169,10 +134,6 @@ class _Builder:
             return self.make(leaf)
         leaf = replace(leaf, kind="int8", scales=self.c.int8_scales)
         return QTensor(self.make(leaf), self.make(leaf.scale()))
-
-
-def _attention(c: ModelConfig, t: _Builder) -> MLA | GQA:
-    return _mla(c, c.attention, t) if isinstance(c.attention, MLAConfig) else _gqa(c, c.attention, t)
 
 
 def _mla(c: ModelConfig, a: MLAConfig, t: _Builder) -> MLA:
@@ -231,12 +192,13 @@ def _moe(c: ModelConfig, t: _Builder, slots: int, shared_in_slots: bool) -> MoE:
 
 
 def _layer(c: ModelConfig, t: _Builder, ffn: FFN | MoE) -> Layer:
-    def norm(path: str, there: bool) -> Any:
-        return t(path, c.hidden_size, kind="norm") if there else None
+    def norm(path: str, exists: bool) -> Any:
+        return t(path, c.hidden_size, kind="norm") if exists else None
 
+    a = c.attention
     return Layer(
         attn_norm=norm("attn_norm", True),
-        attn=_attention(c, t),
+        attn=_mla(c, a, t) if isinstance(a, MLAConfig) else _gqa(c, a, t),
         attn_out_norm=norm("attn_out_norm", c.block == "sandwich"),
         ffn_norm=norm("ffn_norm", c.block != "parallel"),
         ffn=ffn,
@@ -251,14 +213,14 @@ def weight_tree(
     mtp: bool = True,
     shared_in_slots: bool = False,
 ) -> Weights:
-    """A `Weights` whose leaves are `make(leaf)`.
+    """Builds a `Weights` whose leaves are `make(leaf)`.
 
     Args:
-      c: the model.
-      slots: expert slots `X` over all ranks.
-      make: what to put in each place.
-      mtp: whether the MTP layers are there.
-      shared_in_slots: whether the shared expert lies in slots too.
+      c: The model.
+      slots: Number of expert slots `X` over all ranks.
+      make: Makes the value of each leaf.
+      mtp: True to include MTP layers.
+      shared_in_slots: True if shared experts have slots too.
     """
     width = c.hidden_size
     top = _Builder("", 0, c, make)
@@ -286,62 +248,21 @@ def weight_tree(
 
 
 def all_leaves(c: ModelConfig, slots: int, mtp: bool = True) -> list[Leaf]:
-    """Every leaf of `weight_tree` in its order."""
-    found: list[Leaf] = []
-    weight_tree(c, slots, found.append, mtp)
-    return found
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters of a model.
-
-    Attributes:
-      total: all but those of MTP layers.
-      active: those that one token uses: its top-k experts, and not the input embedding unless it is the
-        head too.
-      mtp: of MTP layers, which share embedding and head.
-    """
-
-    total: int
-    active: int
-    mtp: int
-
-
-def parameter_counts(c: ModelConfig) -> ParameterCounts:
-    """Counts a config's parameters (section 9)."""
-    leaves = all_leaves(c, c.n_routed_experts)
-
-    def total(chosen: Iterable[Leaf]) -> int:
-        return sum(math.prod(leaf.shape) for leaf in chosen if leaf.kind not in ("slots", "scale"))
-
-    main = [leaf for leaf in leaves if leaf.stack != "mtp"]
-    experts = total(leaf for leaf in main if leaf.experts)
-    used = experts * c.num_experts_per_tok // max(c.n_routed_experts, 1)
-    embed = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
-    whole = total(main)
-    return ParameterCounts(
-        whole, whole - experts + used - embed, total(x for x in leaves if x.stack == "mtp")
-    )
+    """All leaves of `weight_tree`, in its order."""
+    leaves: list[Leaf] = []
+    weight_tree(c, slots, leaves.append, mtp)
+    return leaves
 
 
 def split_experts(stack: Layer) -> tuple[Layer, Experts]:
-    """A stack without its experts, to be scanned over, and the experts (empty of dense layers)."""
+    """Splits a stack into layers without experts, to be scanned over, and experts (empty if dense)."""
     if not isinstance(stack.ffn, MoE):
         return stack, Experts(None, None)
     return stack.replace(ffn=stack.ffn.replace(experts=Experts(None, None))), stack.ffn.experts
 
 
-def leaf_dtype(leaf: Leaf, dtype: Any) -> Any:
-    """Router and its bias stay float32 (the paper's mixed precision, section 4.5), placement int32."""
-    own = {"slots": "int32", "int8": "int8", "scale": leaf.scales}
-    if leaf.kind in own:
-        return jnp.dtype(own[leaf.kind])
-    return jnp.dtype(jnp.float32) if leaf.kind in ("router", "router_bias") else jnp.dtype(dtype)
-
-
 FLOAT_FIELDS = ("embed", "head", "attn.k_b", "attn.v_b")
-"""Never INT8: what is small and sensitive (section 4.5), and what absorbed attention is made of."""
+"""Matrices that are never INT8: small and sensitive ones (section 4.5), and those of absorbed attention."""
 
 
 def int8_fields(c: ModelConfig, mtp: bool = True) -> frozenset[tuple[str, str]]:

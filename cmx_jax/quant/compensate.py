@@ -1,9 +1,9 @@
-"""Error compensation: what rounding one input's weights costs is made good by those not yet rounded.
+"""Error compensation: weights that are not yet rounded make up for the errors of those already rounded.
 
 GPTQ (arXiv 2210.17323). Let `x^T x = a a^T` with `a` upper triangular (Cholesky). The error of an output
-channel is `||x e||^2 = sum_i (a[i, i] e[i] + sum_{j < i} a[j, i] e[j])^2`, so that, inputs taken in turn,
-errors made so far move the point that input `i` rounds to by `sum_{j < i} a[j, i] / a[i, i] e[j]`. This is
-GPTQ's update (it is the nearest plane algorithm: arXiv 2507.18553), but needs no inverse.
+channel is `||x e||^2 = sum_i (a[i, i] e[i] + sum_{j < i} a[j, i] e[j])^2`. If inputs are rounded in turn, the
+errors made so far therefore move the point to which input `i` rounds by `sum_{j < i} a[j, i] / a[i, i] e[j]`.
+This is GPTQ's update (it is the nearest plane algorithm: arXiv 2507.18553), but needs no inverse.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int8
 from cmx_jax.quant.measure import checked, squares
 from cmx_jax.quant.weights import quantize
 
-_BLOCK = 128  # inputs that read the errors of all before them by one matmul
+_BLOCK = 128  # inputs that take in the errors of all earlier blocks by one matmul
 
 
 def compensate(
@@ -24,21 +24,23 @@ def compensate(
     damp: float = 0.01,
     ordered: bool = True,
 ) -> Int8[np.ndarray, "I O"]:
-    """Weights rounded so that `||x w - x q scale||` is small; plainly where that is no better for a channel.
+    """Rounds weights so that `||x w - x q scale||` is small.
+
+    Channels for which that is no better than plain rounding are rounded plainly.
 
     Args:
-      gram: `x^T x` of the calibration rows.
-      w: weights.
-      scale: of each output channel (`search_clip`).
-      judge: `x^T x` of rows kept back, which say where plain is better; `gram` itself (None) does not see
-        that it was fitted too closely: with few rows, or inputs that do not depend on each other.
-      damp: share of the mean diagonal that is added to it: few rows leave directions that cost nothing.
-      ordered: inputs of large norm first, while many are left to make up for them.
+      gram: Gram matrix `x^T x` of the calibration rows.
+      w: Weights.
+      scale: Scale of each output channel (from `search_clip`).
+      judge: Gram matrix of other rows, which decides where plain rounding is better. None takes `gram`
+        itself, which does not show overfitting: with few rows, or inputs that do not depend on each other.
+      damp: Share of the mean diagonal that is added to the diagonal: few rows leave directions without cost.
+      ordered: Rounds inputs of large norm first, while many inputs are left to make up for them.
 
     Raises:
-      ValueError: numbers that are not finite, a scale that is not positive, or no Gram matrix.
+      ValueError: Numbers are not finite, a scale is not positive, or `gram` is no Gram matrix.
     """
-    wide = checked("w", w).astype(np.float64)
+    weights = checked("w", w).astype(np.float64)
     if not (np.isfinite(scale) & (scale > 0)).all():
         raise ValueError("scale holds numbers that are not positive, or not finite")
     damped = _damped(gram, damp)
@@ -47,26 +49,29 @@ def compensate(
     step = scale.astype(np.float64)
     plain = quantize(w, scale[None])
     q = np.empty_like(plain)
-    q[order] = _round(_shifts(damped[np.ix_(order, order)]), wide[order], step)
+    q[order] = _round(_shifts(damped[np.ix_(order, order)]), weights[order], step)
     judge = gram if judge is None else judge
-    gains = squares(judge, wide - q * step) < squares(judge, wide - plain * step)
+    gains = squares(judge, weights - q * step) < squares(judge, weights - plain * step)
     return np.where(gains, q, plain)
 
 
 def _damped(gram: np.ndarray, damp: float) -> np.ndarray:
-    """With a larger diagonal; that of inputs which were always zero, and on which nothing depends, is 1."""
+    """Returns the Gram matrix with a larger diagonal.
+
+    The diagonal of inputs that were always zero, on which nothing depends, becomes 1.
+    """
     if not np.isfinite(gram).all():
-        raise ValueError("gram holds numbers that are not finite: the activations did")
+        raise ValueError("gram holds numbers that are not finite, because the activations did")
     diagonal = np.diag(gram)
     if (diagonal < 0).any() or not np.allclose(gram, gram.T, rtol=0, atol=1e-4 * diagonal.max(initial=0)):
         raise ValueError("gram is not symmetric, or negative on its diagonal: expected x^T x")
     seen = diagonal > 0
-    more = damp * diagonal[seen].mean() if seen.any() else 0.0
-    return gram.astype(np.float64) + np.diag(np.where(seen, more, 1.0))
+    added = damp * diagonal[seen].mean() if seen.any() else 0.0
+    return gram.astype(np.float64) + np.diag(np.where(seen, added, 1.0))
 
 
 def _shifts(gram: np.ndarray) -> np.ndarray:
-    """`a[j, i] / a[i, i]`, where `gram = a a^T` and `a` is upper triangular."""
+    """Returns `a[j, i] / a[i, i]`, where `gram = a a^T` and `a` is upper triangular."""
     try:
         a = np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
     except np.linalg.LinAlgError:
@@ -75,7 +80,10 @@ def _shifts(gram: np.ndarray) -> np.ndarray:
 
 
 def _round(shifts: np.ndarray, w: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Input after input; the errors of earlier blocks reach a block by one matmul, its own one by one."""
+    """Rounds input after input.
+
+    A block takes in the errors of earlier blocks by one matmul, and those of its own inputs one by one.
+    """
     q, errors = np.empty(w.shape, np.int8), np.zeros_like(w)
     for start in range(0, len(w), _BLOCK):
         block = range(start, min(start + _BLOCK, len(w)))

@@ -1,7 +1,8 @@
-"""Orthogonal matrices that spread what is large in a few inputs over all of them (section 4.5).
+"""Orthogonal matrices that spread large values of a few inputs over all inputs (section 4.5).
 
 `(x r) (r^T w) = x w`, and no input of `x r` is an outlier any more (QuaRot, arXiv 2404.00456). A rotation
-keeps a row's length, so it passes an RMS norm whose weight is in the matrices behind it (`fold_norm`).
+keeps a row's length, so it commutes with an RMS norm whose weight is folded into the matrices after it
+(`fold_norm`).
 """
 
 import numpy as np
@@ -9,7 +10,9 @@ from jaxtyping import Float, Float64, Int8
 
 
 def rotation(n: int, seed: int = 0) -> Float64[np.ndarray, "n n"]:
-    """Orthogonal: random signs on a Hadamard matrix over `sqrt(n)`, or a random rotation where none is known.
+    """Returns an orthogonal matrix: a Hadamard matrix with random signs over `sqrt(n)`.
+
+    Where no Hadamard matrix is known, it is a random rotation.
 
     Raises:
       ValueError: `n` is not positive.
@@ -20,15 +23,17 @@ def rotation(n: int, seed: int = 0) -> Float64[np.ndarray, "n n"]:
     base = _base(n)
     if base is None:
         q, r = np.linalg.qr(rng.normal(size=(n, n)))
-        return q * np.sign(np.diag(r))  # evenly distributed, whatever signs the factorisation prefers
+        return q * np.sign(np.diag(r))  # evenly distributed, whatever signs the factorisation chooses
     return rng.choice([-1.0, 1.0], n)[:, None] * hadamard(n) / np.sqrt(n)
 
 
 def hadamard(n: int) -> Int8[np.ndarray, "n n"]:
-    """`h h^T = n I`, entries 1 and -1: one of Paley's, doubled (Sylvester): 1536 = 12 * 2^7, 7168 = 28 * 2^8.
+    """Returns a Hadamard matrix: entries 1 and -1, `h h^T = n I`.
+
+    It is one of Paley's matrices, doubled by Sylvester's construction: 1536 = 12 * 2^7, 7168 = 28 * 2^8.
 
     Raises:
-      ValueError: no such matrix is known here.
+      ValueError: No such matrix is known here.
     """
     base = _base(n)
     if base is None:
@@ -40,29 +45,32 @@ def hadamard(n: int) -> Int8[np.ndarray, "n n"]:
 
 
 def fold_norm(weight: Float[np.ndarray, " I"], w: Float[np.ndarray, "I O"]) -> Float64[np.ndarray, "I O"]:
-    """The matrix behind a norm with the norm's weight in it: `(x * weight) w = x (weight * w)`."""
+    """Folds a norm's weight into the matrix after the norm: `(x * weight) w = x (weight * w)`."""
     return weight.astype(np.float64)[:, None] * w
 
 
 def rotate_inputs(w: Float[np.ndarray, "I O"], r: Float64[np.ndarray, "I I"]) -> Float64[np.ndarray, "I O"]:
-    """`r^T w`, which reads `x r` as `w` reads `x`."""
+    """Rotates the inputs of a matrix: `(x r) (r^T w) = x w`."""
     return r.T @ w.astype(np.float64)
 
 
 def rotate_outputs(w: Float[np.ndarray, "I O"], r: Float64[np.ndarray, "O O"]) -> Float64[np.ndarray, "I O"]:
-    """`w r`: what `w` writes, rotated."""
+    """Rotates the outputs of a matrix: `w r`."""
     return w.astype(np.float64) @ r
 
 
 def _base(n: int) -> int | None:
-    """The least `n / 2^k` that Paley's constructions (or the matrix of one row) have."""
+    """Smallest `n / 2^k` that is 1 or a size of Paley's constructions; None if there is none."""
     twos = n & -n if n > 0 else 0  # the largest power of two that divides n
     sizes = (n // twos << k for k in range(twos.bit_length()))
     return next((m for m in sizes if m == 1 or _prime_of(m)), None)
 
 
 def _prime_of(n: int) -> int | None:
-    """The prime `p` that gives `n` rows: `p % 4 = 3` and `n = p + 1`, or `p % 4 = 1` and `n = 2 p + 2`."""
+    """Prime `p` of Paley's construction of `n` rows; None if there is none.
+
+    Either `p % 4 = 3` and `n = p + 1`, or `p % 4 = 1` and `n = 2 p + 2`.
+    """
     for p, rest in ((n - 1, 3), (n // 2 - 1, 1)):
         if n % 4 == 0 and p % 4 == rest and p > 1 and all(p % d for d in range(2, int(p**0.5) + 1)):
             return p
@@ -70,7 +78,10 @@ def _prime_of(n: int) -> int | None:
 
 
 def _paley(n: int) -> np.ndarray:
-    """Of the squares modulo a prime (Paley 1933): entries of `q [p, p]` say whether `i - j` is one."""
+    """Returns the Hadamard matrix of Paley's construction (1933), or that of one row.
+
+    It is made from squares modulo a prime `p`: entry `[i, j]` of a matrix [p, p] says whether `i - j` is one.
+    """
     p = _prime_of(n)
     if p is None:
         return np.ones((1, 1), np.int8)

@@ -1,4 +1,4 @@
-"""INT8 rows of several parts, each with a scale of its own: none is rounded by the size of another."""
+"""INT8 rows of several parts, each with its own scale, so that no part is rounded by the size of another."""
 
 from typing import Any
 
@@ -12,23 +12,28 @@ from cmx_jax.quant.int8 import dequantize, quantize_rows
 
 @struct.dataclass
 class Int8Rows:
-    """Rows of which part `s` is `q * scale[s]`; the parts lie behind each other along `C`."""
+    """Rows in parts: part `p` of a row is the numbers of that part times `scale[p]`.
 
-    q: Any  # int8 [..., C]
-    scale: Any  # float32 [..., S]
+    Attributes:
+      q: Quantised numbers, the parts one after another, int8 [..., width].
+      scale: Scale of each part, float32 [..., parts].
+    """
+
+    q: Any
+    scale: Any
 
 
-def quantize_parts(x: Float[Array, "*N C"], widths: tuple[int, ...]) -> Int8Rows:
-    """Each part of each row as `quantize_rows` has it; `widths` of the `S` parts make up `C`."""
+def quantize_parts(x: Float[Array, "*B width"], widths: tuple[int, ...]) -> Int8Rows:
+    """Quantises each part of each row by `quantize_rows`. `widths` are the widths of the parts."""
     parts = _parts(x, widths)
     q, scale = zip(*(quantize_rows(part, jnp.ones(part.shape[:-1], bool)) for part in parts), strict=True)
     return Int8Rows(jnp.concatenate(q, axis=-1), jnp.stack(scale, axis=-1))
 
 
-def dequantize_parts(rows: Int8Rows, widths: tuple[int, ...], dtype: Any) -> Float[Array, "*N C"]:
-    """The numbers that `quantize_parts` rounded to, in `dtype`."""
+def dequantize_parts(rows: Int8Rows, widths: tuple[int, ...], dtype: Any) -> Float[Array, "*B width"]:
+    """Dequantises the result of `quantize_parts` to `dtype`."""
     parts = enumerate(_parts(rows.q, widths))
-    return jnp.concatenate([dequantize(q, rows.scale[..., s], dtype) for s, q in parts], axis=-1)
+    return jnp.concatenate([dequantize(q, rows.scale[..., i], dtype) for i, q in parts], axis=-1)
 
 
 def _parts(x: Array, widths: tuple[int, ...]) -> list[Array]:

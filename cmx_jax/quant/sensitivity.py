@@ -1,4 +1,4 @@
-"""Mixed precision: which matrices stay in floats because INT8 costs them most (section 4.5)."""
+"""Mixed precision: keeps in floats the matrices to which INT8 does most harm (section 4.5)."""
 
 import math
 from collections.abc import Mapping
@@ -7,16 +7,19 @@ from collections.abc import Mapping
 def keep_precision(
     errors: Mapping[str, float], sizes: Mapping[str, int], budget: float, *, threshold: float = 0.05
 ) -> frozenset[str]:
-    """The tensors to keep: the largest error for its bytes first, each that the budget still has room for.
+    """Chooses the tensors to keep in floats.
+
+    Takes tensors in the order of their error per byte, largest first, and keeps each that still fits the
+    budget.
 
     Args:
-      errors: relative output error of each tensor in INT8. Those that are always kept are not among them.
-      sizes: their bytes in INT8, which are also what keeping them in bfloat16 adds.
-      budget: bytes that may be added, as a share of all `sizes`.
-      threshold: a tensor is worth keeping above this error.
+      errors: Relative output error of each tensor in INT8, without the tensors that are always kept.
+      sizes: Bytes of each tensor in INT8, which are also the bytes that keeping it in bfloat16 adds.
+      budget: Bytes that may be added, as a share of all `sizes`.
+      threshold: Error above which a tensor is worth keeping.
 
     Raises:
-      ValueError: a size that is missing or not positive, an error or a budget that is not 0 or more.
+      ValueError: A size is missing or not positive, or an error or the budget is not 0 or more.
     """
     for name, error in errors.items():
         if sizes.get(name, 0) <= 0:

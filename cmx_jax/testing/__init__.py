@@ -1,4 +1,4 @@
-"""For other people's tests: virtual devices, meshes, runners, rank-coded inputs, collectives.
+"""Helpers for tests of your own: virtual devices, meshes, runners, rank-coded inputs, collectives.
 
 `plugin.py` is the pytest plugin; importing it, or this package, imports neither JAX nor NumPy.
 """
@@ -13,7 +13,7 @@ __all__ = ["assert_collectives", "rank_coded", "where_from"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "assert_collectives":  # loaded on first use: they need JAX
+    if name == "assert_collectives":  # loaded on first use, since it needs JAX
         from cmx_jax.testing import collectives
 
         return collectives.assert_collectives

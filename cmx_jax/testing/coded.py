@@ -1,4 +1,4 @@
-"""Arrays whose elements say from which rank and position they come: what goes astray shows."""
+"""Arrays whose elements tell from which rank and position they come, so that misplaced ones are seen."""
 
 import math
 from typing import Any
@@ -10,18 +10,18 @@ from cmx_jax.errors import CmxError
 
 
 def rank_coded(ranks: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """The whole array `[ranks * shape[0], *shape[1:]]` of which each rank holds `shape`.
+    """Returns the array `[ranks * shape[0], *shape[1:]]` of which each rank has a part of `shape`.
 
     The element at `position` (row-major) of a rank's part is `1 + rank * size + position`: all differ, and
-    none is zero. `where_from` reads them.
+    none is zero. `where_from` decodes them.
 
     Args:
-      ranks: that hold a part each, in the order of the array's first axis.
-      shape: of one rank's part.
-      dtype: of the array.
+      ranks: Number of ranks, each with a part, in the order of the array's first axis.
+      shape: Shape of one rank's part.
+      dtype: Type of the array.
 
     Raises:
-      CmxError: the type cannot hold so many whole numbers exactly.
+      CmxError: The type cannot represent as many whole numbers exactly as there are elements.
     """
     total, dtype = ranks * math.prod(shape), jnp.dtype(dtype)
     exact = 2 ** (jnp.finfo(dtype).nmant + 1) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
@@ -34,11 +34,11 @@ def rank_coded(ranks: int, shape: tuple[int, ...], dtype: Any = np.float32) -> n
 
 
 def where_from(coded: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The rank, and the position in its part, of each element of what `rank_coded(ranks, shape)` made.
+    """Returns the rank, and the position in its part, of each element of `rank_coded(ranks, shape)`.
 
     Args:
-      coded: elements of it, in any order and shape.
-      shape: of one rank's part.
+      coded: Elements of that array, in any order and shape.
+      shape: Shape of one rank's part.
 
     Returns:
       Two int64 arrays of the shape of `coded`; an element that is zero comes from rank -1.

@@ -19,43 +19,44 @@ def assert_collectives(
     allow: Iterable[Key] = (),
     source: str = "jaxpr",
 ) -> None:
-    """Holds the collectives of one run of a function to what is expected. Nothing is run.
+    """Asserts that one run of a function has the expected collectives. The function is not run.
 
-    Executions are counted with loops, one for each array that is moved: `lax.psum` of two arrays is two.
+    Executions are counted with loops, and once for each array that is moved: `lax.psum` of two arrays is two.
 
     Args:
-      fn: jitted or not; under `vmap` axes (the runner `Lanes`) nothing moves, and nothing is found.
-      args: its arguments, as arrays or `jax.ShapeDtypeStruct`s.
-      expected: executions of each operation (`"all_to_all"`), or of an operation over an axis or axes
-        (`("all_to_all", "ep")`, `("all_reduce", ("dp", "ep"))`); None where data decide how often. An
-        operation that is named with axes and without them is counted without those that the former counts.
-        Names are of `cmx_jax.mesh.trace.ops.collective.OPS`; `psum`, `pmax` and `pmin` are `all_reduce`,
-        `ppermute` is `permute`.
-      allow: other collectives that may be there any number of times; those of neither fail.
-      source: `jaxpr`, what is written; or `hlo`, what the compiler made of it for the devices of `args`. That
-        has what sharding propagation inserts; several arrays that travel together are one.
+      fn: Function, jitted or not. Over `vmap` axes (the runner `Lanes`) nothing moves, so it has none.
+      args: Arguments of the function, as arrays or `jax.ShapeDtypeStruct`s.
+      expected: Executions of each operation (`"all_to_all"`), or of an operation over an axis or axes
+        (`("all_to_all", "ep")`, `("all_reduce", ("dp", "ep"))`); None where data decide how often. If an
+        operation is named both with axes and without, the latter counts only the executions over other axes.
+        Names are those of `cmx_jax.mesh.trace.ops.collective.OPS`; `psum`, `pmax` and `pmin` are
+        `all_reduce`, `ppermute` is `permute`.
+      allow: Other collectives that may occur any number of times; any that are in neither fail.
+      source: `jaxpr` for the program as written; or `hlo` for the compiler's output for the devices of
+        `args`, which has what sharding propagation inserts and counts arrays that travel together as one.
 
     Raises:
-      AssertionError: they differ; it has the differences and a table of what was found.
-      CmxError: an operation is unknown.
+      AssertionError: The collectives differ; the message has the differences and a table of all collectives.
+      CmxError: An operation is unknown.
     """
     __tracebackhide__ = True
-    wanted = {_key(key): count for key, count in expected.items()}
+    counts = {_key(key): count for key, count in expected.items()}
     allowed = {_key(key) for key in allow}
-    found = trace(fn, *args, source=source)
-    executions = _executions(found, {*wanted, *allowed})
+    result = trace(fn, *args, source=source)
+    executions = _executions(result, {*counts, *allowed})
     lines = [
-        f"  {_name(key)}: {_times(executions.get(key, 0))}, expected {_times(wanted.get(key, 0))}"
-        for key in {**wanted, **executions}
-        if key not in allowed - wanted.keys() and executions.get(key, 0) != wanted.get(key, 0)
+        f"  {_name(key)}: {_times(executions.get(key, 0))}, expected {_times(counts.get(key, 0))}"
+        for key in {**counts, **executions}
+        if key not in allowed - counts.keys() and executions.get(key, 0) != counts.get(key, 0)
     ]
     if lines:
-        table = render(found) if found.collectives else "none"
+        table = render(result) if result.collectives else "none"
         name = getattr(fn, "__name__", repr(fn))
         raise AssertionError("\n".join([f"collectives of {name} ({source})", *lines, "found:", table]))
 
 
 def _key(key: Key) -> tuple[str, tuple[str, ...] | None]:
+    """Returns a key as operation and axes, None for any axes."""
     op, axes = (key, None) if isinstance(key, str) else key
     if op not in OPS:
         raise CmxError(
@@ -65,10 +66,10 @@ def _key(key: Key) -> tuple[str, tuple[str, ...] | None]:
     return op, (axes,) if isinstance(axes, str) else axes
 
 
-def _executions(found: Trace, keys: set[Any]) -> dict[Any, int | None]:
-    """Of each key: the sum, or None if data decide about any of them."""
+def _executions(result: Trace, keys: set[Any]) -> dict[Any, int | None]:
+    """Sums the executions of each key; None if data decide about any of them."""
     total: dict[Any, int | None] = {}
-    for r in found.collectives:
+    for r in result.collectives:
         exact = r["op"], tuple(r["axes"])
         key = exact if exact in keys else (r["op"], None)
         before = total.get(key, 0)

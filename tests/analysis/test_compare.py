@@ -1,8 +1,9 @@
-"""Layouts side by side: one document, and tables, plots and a page that say what it says."""
+"""Layouts side by side: one document, and tables, plots and a page with its numbers."""
 
-import copy
 import importlib.util
+import json
 import re
+from dataclasses import asdict, replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,62 +14,79 @@ import pytest
 from reference.dense import greedy
 from support import BASE
 
-from cmx_jax.analysis import writing as write
+from cmx_jax.analysis.compare.comparison import Comparison, Measurement
 from cmx_jax.analysis.compare.html import page
 from cmx_jax.analysis.compare.layouts import compare
 from cmx_jax.analysis.compare.measure import Measure
 from cmx_jax.analysis.compare.plots import plots
 from cmx_jax.analysis.compare.report import render
 from cmx_jax.analysis.writing import Destination
+from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
-from cmx_jax.mesh.named_layouts import Ready
+from cmx_jax.mesh.named_layouts import NamedLayout
 
 
 @pytest.fixture(scope="module")
-def r1() -> dict[str, Any]:
+def r1() -> Comparison:
     return compare("deepseek-r1", ["ep320", "ep160"])
 
 
-def test_all_layouts_get_the_first_one_s_step(r1: dict[str, Any]) -> None:
-    assert (r1["step"], r1["batch"], r1["context"]) == ("decode", 96, 4096)
-    dies, npus = r1["layouts"]
-    assert [(x["ranks"], x["sequences"]) for x in (dies, npus)] == [(320, 96 * 160), (160, 96 * 160)]
-    assert npus["memory"]["attention"] == dies["memory"]["attention"]  # data-parallel: on every rank
-    assert npus["memory"]["cache"] == 2 * dies["memory"]["cache"]
-    for x in (dies, npus):
-        sent = np.array(x["node_traffic"])
+def test_layouts_share_the_step_of_the_first(r1: Comparison) -> None:
+    assert (r1.step, r1.batch, r1.context) == ("decode", 96, 4096)
+    dies, npus = r1.layouts
+    assert [(row.ranks, row.sequences) for row in (dies, npus)] == [(320, 96 * 160), (160, 96 * 160)]
+    assert npus.memory["attention"] == dies.memory["attention"]  # data-parallel: on every rank
+    assert npus.memory["cache"] == 2 * dies.memory["cache"]
+    for row in (dies, npus):
+        sent = np.array(row.node_traffic)
         assert sent.shape == (20, 20)
-        assert sent.sum() == pytest.approx(x["ranks"] * sum(m["wire_bytes"] for m in x["moved"]), rel=1e-12)
-        assert x["measured"] is None
+        assert sent.sum() == pytest.approx(row.ranks * sum(m.wire_bytes for m in row.moved), rel=1e-12)
+        assert row.measured is None
 
 
-def own(**fields: Any) -> Ready:
-    return Ready(partial(expert_parallel, 4, **fields), "decode", 1, 1, "four ranks")
+def test_json_has_the_documented_keys_in_order(r1: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "deepseek-r1", "--layouts", "ep320,ep160", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    for row, other in zip(document["layouts"], r1.layouts, strict=True):
+        row["seconds"] = other.seconds  # these alone differ from run to run
+    assert document == json.loads(json.dumps(r1.as_dict()))
+    assert list(document) == [
+        *("model", "step", "batch", "context", "num_speculative_tokens", "source", "target", "layouts")
+    ]
+    row = document["layouts"][0]
+    assert list(row) == [
+        *("name", "about", "machine", "ranks", "ranks_per_npu", "sequences", "moved", "flops", "memory"),
+        *("program", "seconds", "node_traffic", "measured", "predicted_ms", "notes"),
+    ]
+    assert row["machine"] == {"name": "CloudMatrix384", "nodes": 48, "hbm_gb_per_npu": 128}
+    assert {tuple(moved) for moved in row["moved"]} == {("axes", "plane", "payload_bytes", "wire_bytes")}
+    assert list(asdict(Measurement("lanes", 0.5, 8, 8))) == ["runner", "step_s", "tokens", "tokens_equal"]
 
 
-def test_a_decode_step_s_tokens_are_held_against_others() -> None:
+def test_tokens_of_a_decode_step_are_compared_with_a_single_rank() -> None:
     run = Measure(BASE, "decode", context=12, drafts=0, runner="lanes")
-    run.alone = [list(greedy(BASE, prompt, 8)) for prompt in run.prompts(3)]
-    run.alone[1][5] += 1
-    seen = run(expert_parallel(2, 16, exchange="allgather"), sequences=3)
-    assert (seen["tokens"], seen["tokens_equal"]) == (3 * 8, 3 * 8 - 1)
-    assert seen["step_s"] > 0
+    run.expected = [list(greedy(BASE, prompt, 8)) for prompt in run.prompts(3)]
+    run.expected[1][5] += 1
+    result = run(expert_parallel(2, 16, exchange="allgather"), sequences=3)
+    assert (result.tokens, result.tokens_equal) == (3 * 8, 3 * 8 - 1)
+    assert result.step_s > 0
 
 
-def test_ranks_that_share_sequences_run_a_prefill_step() -> None:
-    shared = Ready(partial(expert_parallel, 3, share_sequences=True), "prefill", 1, 1, "three ranks")
-    found = compare(str(BASE), {"shared": shared}, context=30)
-    [x] = found["layouts"]
-    assert (x["measured"]["tokens"], x["measured"]["tokens_equal"]) == (3, 3)
-    assert {m["axes"] for m in x["moved"]} == {"ep"}
-    assert "3 of 3" in render(found)
+def test_prefill_runs_on_ranks_that_share_sequences() -> None:
+    shared = NamedLayout(partial(expert_parallel, 3, share_sequences=True), "prefill", 1, 1, "three ranks")
+    comparison = compare(str(BASE), {"shared": shared}, context=30)
+    [row] = comparison.layouts
+    assert row.measured is not None
+    assert (row.measured.tokens, row.measured.tokens_equal) == (3, 3)
+    assert {m.axes for m in row.moved} == {"ep"}
+    assert "3 of 3" in render(comparison)
 
 
-def test_what_is_too_much_for_here_is_not_run() -> None:
-    [x] = compare(str(BASE), ["ep4"], batch=2**12, context=64)["layouts"]
-    assert x["measured"] is None
-    assert "give a smaller --batch or --context" in x["notes"][-1]
+def test_a_step_too_large_for_this_machine_is_not_run() -> None:
+    [row] = compare(str(BASE), ["ep4"], batch=2**12, context=64).layouts
+    assert row.measured is None
+    assert "give a smaller --batch or --context" in row.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -89,22 +107,21 @@ def test_mistakes(layouts: list[str], fields: dict[str, Any], message: str) -> N
         compare("deepseek-r1", layouts, **fields)
 
 
-def test_the_tables_have_every_layout_and_fit_the_terminal(r1: dict[str, Any]) -> None:
-    others = [r1["layouts"][1] | {"name": f"other{i}"} for i in range(7)]
-    text = render(r1 | {"layouts": r1["layouts"] + others})
+def test_tables_have_every_layout_and_fit_the_terminal(r1: Comparison) -> None:
+    copies = [replace(r1.layouts[1], name=f"other{i}") for i in range(7)]
+    text = render(replace(r1, layouts=r1.layouts + copies))
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("  experts ") > 1  # columns go on below
-    assert {x["name"] for x in others} <= set(text.split())
+    assert {row.name for row in copies} <= set(text.split())
     assert re.search(r"ep across nodes +19\.10 +4\.760", text)
 
 
 @pytest.fixture
-def named(r1: dict[str, Any]) -> dict[str, Any]:
-    """With names that no file, page or formula should take as they are."""
-    found = copy.deepcopy(r1)
-    found["layouts"][1]["name"] = "<b>&$x^2$/.."
-    found["layouts"][1]["moved"][0]["axes"] = "a<b"
-    return found
+def renamed(r1: Comparison) -> Comparison:
+    """Has names that no file, page or formula should take as they are."""
+    dies, npus = r1.layouts
+    moved = [replace(npus.moved[0], axes="a<b"), *npus.moved[1:]]
+    return replace(r1, layouts=[dies, replace(npus, name="<b>&$x^2$/..", moved=moved)])
 
 
 class Page(HTMLParser):
@@ -117,8 +134,8 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_the_page_is_one_file_whose_parts_find_each_other(named: dict[str, Any]) -> None:
-    text = page(named)
+def test_the_page_is_one_file_with_valid_links(renamed: Comparison) -> None:
+    text = page(renamed)
     tags = Page(text).tags
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -127,30 +144,31 @@ def test_the_page_is_one_file_whose_parts_find_each_other(named: dict[str, Any])
     used = {link[1:] for link in links if link[0] == "#"} | set(re.findall(r"url\(#([^)]*)\)", text))
     assert used <= set(ids)
     assert not {"script", "link", "b/"} & {tag for tag, _ in tags}
-    assert sum(tag == "svg" for tag, _ in tags) == 3 + len(named["layouts"])
+    assert sum(tag == "svg" for tag, _ in tags) == 3 + len(renamed.layouts)
     assert "&lt;b&gt;&amp;$x^2$/.." in text
     assert "#010203" not in text  # all ink is the page's
     assert "http" not in text
+    assert "&lt;svg" not in text  # figures are not escaped
 
 
-def test_plots_draw_the_document(r1: dict[str, Any]) -> None:
+def test_plots_draw_the_numbers_of_the_comparison(r1: Comparison) -> None:
     drawn = plots(r1)
     for name, part in (("sent", "wire_bytes"), ("useful", "payload_bytes")):
         [axes] = drawn[name].axes
-        expected = [sum(m[part] for m in x["moved"]) / 1e9 for x in r1["layouts"]]
+        expected = [sum(getattr(m, part) for m in row.moved) / 1e9 for row in r1.layouts]
         assert [bar.get_width() for bar in axes.patches] == pytest.approx(expected)
-    held = [x["memory"] for x in r1["layouts"]]
+    memory = [row.memory for row in r1.layouts]
     widths = sum(bar.get_width() for bar in drawn["memory"].axes[0].patches)
-    assert widths == pytest.approx(sum(sum(parts.values()) for parts in held) / 1e9)
+    assert widths == pytest.approx(sum(sum(parts.values()) for parts in memory) / 1e9)
     shown = drawn["traffic-ep320"].axes[0].images[0].get_array()
     assert shown.shape == (48, 48)
-    sent = np.array(r1["layouts"][0]["node_traffic"]) / 1e9
+    sent = np.array(r1.layouts[0].node_traffic) / 1e9
     assert shown[:20, :20].tolist() == pytest.approx(sent)
     assert shown[20:].mask.all()
 
 
 def test_files_are_written_whole_or_not_at_all(
-    named: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    renamed: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = tmp_path / "report.html"
     report.write_text("before")
@@ -164,10 +182,10 @@ def test_files_are_written_whole_or_not_at_all(
 
         broken.setattr(Path, "write_bytes", full)
         with pytest.raises(CmxError, match="cannot be written: No space left on device"):
-            to.write(named)
+            to.write(renamed)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert report.read_text() == "before"
-    to.write(named)
+    to.write(renamed)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"report.html", "sent.png", "sent.svg", "memory.png", "traffic-ep320.svg"} <= names
     assert "traffic-_b___x_2__...png" in names
@@ -176,21 +194,19 @@ def test_files_are_written_whole_or_not_at_all(
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("paths", "message"),
     [
-        ({"html": "/nowhere/x.html"}, "/nowhere is no directory"),
+        ({"html": "/nowhere/x.html"}, "/nowhere is not a directory"),
         ({"html": "/"}, "/ is a directory, expected a file"),
-        ({"folder": "/nowhere/plots"}, "/nowhere is no directory"),
+        ({"folder": "/nowhere/plots"}, "/nowhere is not a directory"),
     ],
 )
-def test_places_that_cannot_be_written_are_refused_at_once(given: dict[str, str], message: str) -> None:
+def test_paths_that_cannot_be_written_are_refused_at_once(paths: dict[str, str], message: str) -> None:
     with pytest.raises(CmxError, match=message):
-        Destination(**given)
+        Destination(**paths)
 
 
-def test_without_matplotlib_it_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_matplotlib_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(CmxError, match=re.escape("pip install 'cmx_jax[plots]'")):
-        write.Destination(folder=str(tmp_path))
+        Destination(folder=str(tmp_path))

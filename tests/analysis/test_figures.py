@@ -48,7 +48,7 @@ def test_folders_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file = tmp_path / "file"
     file.write_text("here")
     for path in (file, tmp_path / "not" / "there"):
-        with pytest.raises(CmxError, match="is no directory: make it first"):
+        with pytest.raises(CmxError, match="is not a directory: make it first"):
             Folder(str(path))
     to = Folder(str(tmp_path))
     (tmp_path / "paper.png").mkdir()

@@ -40,9 +40,9 @@ def test_the_decode_step_lowers_at_any_width(config: ModelConfig, ranks: int) ->
 def test_an_int8_cache_is_read_and_written_as_it_is(config: ModelConfig) -> None:
     """Rows of 576 bytes and two scales; without the option nothing is INT8."""
     layout = expert_parallel(160, config.n_routed_experts, wire="bfloat16", mailbox_rows=0)
-    given = {"sequences": 96, "context": 33 * 128, "drafts": 1}
-    plain = str(trace_step(config, layout, "decode", **given).jaxpr)
-    narrow = str(trace_step(config, layout, "decode", kv_cache_dtype="int8", **given).jaxpr)
+    sizes = {"sequences": 96, "context": 33 * 128, "drafts": 1}
+    plain = str(trace_step(config, layout, "decode", **sizes).jaxpr)
+    narrow = str(trace_step(config, layout, "decode", kv_cache_dtype="int8", **sizes).jaxpr)
     pages = f"{96 * 33},62,128"
     assert f"bf16[{pages},576]" in plain
     assert "i8[" not in plain
@@ -66,7 +66,7 @@ LOOPS_AND_CACHE = ("scan", "while", "scatter")  # the donated cache is written o
 
 @pytest.mark.parametrize("name", sorted(presets()))
 @pytest.mark.parametrize(("step", "ranks", "length"), [("decode", 160, 0), ("prefill", 32, 1024)])
-def test_both_steps_of_every_preset_lower_and_copy_no_weights(name, step, ranks, length) -> None:
+def test_steps_of_every_preset_lower_without_copies_of_weights(name, step, ranks, length) -> None:
     """Nothing outside the layers' loops makes an array of the size of a stack of weights."""
     c = preset(name)
     layout = expert_parallel(ranks, c.n_routed_experts, wire="bfloat16")

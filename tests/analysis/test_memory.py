@@ -1,4 +1,4 @@
-"""What the exchange fills is what its collectives carry; weights and pages: `scripts/test_full_size.py`."""
+"""Memory of the exchange's buffers; that of weights and pages is in `tests/scripts/test_full_size.py`."""
 
 import math
 

@@ -110,7 +110,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--slo-tpot-ms", "1"], "nothing meets 1 ms a token: the fastest takes"),
         (["--prompt", "0"], "prompt is 0, expected more than 0"),
         (["--mtp-acceptance", "7"], "mtp_acceptance is 7.0, expected 0 to 1"),
-        (["--plots", "/nowhere/at/all"], "/nowhere/at is no directory: make it first"),
+        (["--plots", "/nowhere/at/all"], "/nowhere/at is not a directory: make it first"),
     ],
 )
 def test_nonsense_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,12 +12,12 @@ from cmx_jax.analysis.predict.predict import predict, render, sensitivity
 from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.named_layouts import ready
+from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.model.families import preset
 from cmx_jax.model.weights import int8_fields
 
 R1 = preset("deepseek-r1")
-DECODE, PREFILL = ready("ep320").make(256), ready("ep32").make(256)
+DECODE, PREFILL = named_layout("ep320").make(256), named_layout("ep32").make(256)
 PIPELINE = replace(DECODE, microbatches=2)
 
 

@@ -16,7 +16,7 @@ from cmx_jax.analysis.simulate.virtual import Job
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.named_layouts import ready
+from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.model.families import preset
 from cmx_jax.serving.scheduling.packing import Piece
 
@@ -24,7 +24,7 @@ R1 = preset("deepseek-r1")
 
 
 def layout(name: str) -> Layout:
-    return replace(ready(name).make(R1.n_routed_experts), microbatches=2)
+    return replace(named_layout(name).make(R1.n_routed_experts), microbatches=2)
 
 
 PREFILL, DECODE = layout("ep32"), layout("ep320")
@@ -128,8 +128,8 @@ def test_the_command_predicts_what_a_lone_request_takes(times: Predicted, capsys
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--decode-ms", "3"], "--decode-ms is given, but --predict says what it is"),
-        (["--decode-npus", "3"], "--decode-npus is given, but --predict says what it is"),
+        (["--decode-ms", "3"], "--decode-ms is given, but --predict determines it"),
+        (["--decode-npus", "3"], "--decode-npus is given, but --predict determines it"),
         (["--hardware", "abacus"], "hardware 'abacus', expected one of"),
         (["--hardware", "h800"], "layout ep32 has 2 rank(s) an NPU, expected 1 on h800, as of h800-ep144"),
         (["--decode-layout", "ep77"], "layout ep77 has 1 rank(s) an NPU, expected 2 on cloudmatrix384"),

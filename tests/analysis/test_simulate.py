@@ -36,8 +36,8 @@ from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.packing import Piece
-from cmx_jax.serving.scheduling.ranks import Capacity
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, State
 
 HUGE = 1 << 20  # tokens
@@ -108,9 +108,12 @@ def test_queues_have_the_times_of_the_closed_forms(traffic, machine, servers, lo
 
 
 def held(node: Any) -> int:
-    instances = {*node.prefill, *node.decoders}
-    left = sum(i.load + len(i.places) + len(i.prefilling) + i.running + len(i.ready) for i in instances)
-    return left + len(node.waiting) + len(node.transfers) + node.outstanding
+    instances = set(node.scheduler.instances)
+    left = sum(
+        i.allocator.load + len(i.allocator.places) + len(i.allocator.prefilling) + i.running + len(i.ready)
+        for i in instances
+    )
+    return left + len(node.scheduler.waiting) + len(node.scheduler.transfers) + node.outstanding
 
 
 @settings(deadline=None, max_examples=60)
@@ -232,13 +235,17 @@ def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: Any, pat
         clock.now += took[kind][-1]
 
     def run_prefill() -> list[Request]:
-        began, seconds = time.perf_counter(), times and times.prefill(one.next_pieces())
+        began, seconds = time.perf_counter(), times and times.prefill(one.allocator.next_pieces())
         result = prefill()
         passed("prefill", began, seconds)
         return result
 
     def start_decode() -> None:
-        running = [(one.places[r].rank, r) for r in one.rows if r is not None and r.state is State.DECODE]
+        running = [
+            (one.allocator.places[r].rank, r)
+            for r in one.allocator.rows
+            if r is not None and r.state is State.DECODE
+        ]
         busiest = np.bincount([rank for rank, _ in running]).max().item()
         context = np.mean([len(r.prompt) + len(r.tokens) for _, r in running]).item()
         one.began = time.perf_counter(), times and times.decode(busiest, context)
@@ -255,7 +262,7 @@ def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: Any, pat
 
 
 def engine_serves(engine: Engine, clock: Clock, arrivals: list[Arrival]) -> list[Request]:
-    engine.clock = lambda: clock.now
+    engine.scheduler.clock = lambda: clock.now
     pending, requests = deque(arrivals), []
     while pending or engine.busy:
         if not engine.busy:
@@ -309,8 +316,10 @@ def test_the_engine_on_lanes_takes_what_the_simulator_says(started, measured, in
 
     if measured:
         monkeypatch.setattr(events, "JUMP", 1)
-    pool = InstancePool(instances=len(prefill), ranks=prefill[0].ranks, capacity=prefill[0].capacity)
-    decoders = None if both else InstancePool(ranks=decode.ranks, capacity=decode.capacity)
+    pool = InstancePool(
+        instances=len(prefill), ranks=prefill[0].allocator.ranks, capacity=prefill[0].capacity
+    )
+    decoders = None if both else InstancePool(ranks=decode.allocator.ranks, capacity=decode.capacity)
     deployment = SimulatedDeployment(prefill=pool, decode=decoders, one_host=True)
     result = summary(simulate(drawn, deployment, Replayed(took) if measured else linear)).as_dict()
     tpots = [r.tpot_s for r in requests if len(r.tokens) > 1]

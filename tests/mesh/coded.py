@@ -1,6 +1,6 @@
-"""Tokens that carry their rank and index, experts that stamp their slot: a misrouted token shows exactly.
+"""Tokens that carry their rank and index, and experts that stamp their slot: misrouted tokens are visible.
 
-Experts answer NaN to every empty row and inactive tokens hold NaN, so that none of it may reach a result.
+Experts return NaN for every empty row and inactive tokens hold NaN; neither may reach a result.
 """
 
 import functools
@@ -12,12 +12,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import make_runner
-from cmx_jax.mesh.exchange.message import Wire
-from cmx_jax.mesh.exchange.methods import Axis, exchange, worst_case_rows
+from cmx_jax.mesh.exchange import Axis, ExchangeArgs, Wire, exchange, worst_case_rows
 from cmx_jax.testing import rank_coded
 
-TOKENS, TOP_K = 3, 2  # of each rank
-WORST = 0  # rows: as many as a peer can ever need
+TOKENS, TOP_K = 3, 2  # tokens per rank, experts per token
+WORST = 0  # rows: the worst case
 
 Routing = Callable[[int, int, np.random.Generator], np.ndarray]
 
@@ -26,18 +25,21 @@ Routing = Callable[[int, int, np.random.Generator], np.ndarray]
 def program(
     kind: str,
     axes: tuple[tuple[str, int], ...],
-    over: Axis,
+    axis: Axis,
     slots_per_rank: int,
     rows: int,
     method: str = "flat",
     wire: str = "float32",
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """Tokens, slots and weights of all ranks -> results, and each rank's rounds and messages sent."""
-    names = (over,) if isinstance(over, str) else over
+    """Compiles an exchange of all ranks.
+
+    The program maps tokens, slots and weights to results and each rank's number of rounds and sent messages.
+    """
+    names = (axis,) if isinstance(axis, str) else axis
     spec = P((*(name for name, _ in axes if name not in names), *names))
 
     def rank(x: jax.Array, slots: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-        first = jax.lax.axis_index(over) * slots_per_rank
+        first = jax.lax.axis_index(axis) * slots_per_rank
         worst = worst_case_rows(*slots.shape, slots_per_rank)
 
         def experts(received: jax.Array, local: jax.Array, read: Wire) -> jax.Array:
@@ -45,15 +47,15 @@ def program(
             stamped = tokens * (first + local + 1).astype(tokens.dtype)[:, None]
             return jnp.where(local[:, None] < 0, jnp.nan, stamped)
 
-        send = functools.partial(exchange(method), axis=over, slots_per_rank=slots_per_rank, wire=wire)
-        y, stats = send(x, slots, weights, experts, rows=worst if rows == WORST else rows)
+        args = ExchangeArgs(axis, slots_per_rank, worst if rows == WORST else rows, wire)
+        y, stats = exchange(method)(x, slots, weights, experts, args)
         return y, stats.rounds[None], stats.sent[None]
 
     return make_runner(kind, axes).jit(rank, (spec,) * 3, (spec,) * 3)
 
 
 def by_hand(x: np.ndarray, slots: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """What `program` computes."""
+    """Computes the results of `program` in NumPy."""
     y = np.zeros_like(x)
     for t, k in np.argwhere(slots >= 0):
         y[t] += weights[t, k] * (x[t] * (slots[t, k] + 1))
@@ -61,7 +63,7 @@ def by_hand(x: np.ndarray, slots: np.ndarray, weights: np.ndarray) -> np.ndarray
 
 
 def longest_queue(slots: np.ndarray, ranks: int, slots_per_rank: int) -> int:
-    """The most messages that any rank has for any rank."""
+    """Returns the largest number of messages from any rank to any rank."""
     counts = np.zeros((ranks, ranks), int)
     for t, k in np.argwhere(slots >= 0):
         counts[t // (len(slots) // ranks), slots[t, k] // slots_per_rank] += 1
@@ -69,7 +71,7 @@ def longest_queue(slots: np.ndarray, ranks: int, slots_per_rank: int) -> int:
 
 
 def coded(slots: np.ndarray, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rank-coded tokens of width 3 (NaN where inactive) and small whole weights."""
+    """Makes rank-coded tokens of width 3 (NaN where inactive) and small integer weights."""
     t = np.arange(len(slots))
     x = rank_coded(ranks, (len(slots) // ranks, 3))
     x[(slots < 0).all(1)] = np.nan
@@ -77,7 +79,7 @@ def coded(slots: np.ndarray, ranks: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def likely(ranks: int, slots_per_rank: int, rng: np.random.Generator, skew: float) -> np.ndarray:
-    """Distinct slots for each token, slot `s` as likely as `(s + 1) ** -skew`."""
+    """Draws distinct slots for each token, slot `s` with a probability that falls as `(s + 1) ** -skew`."""
     total = ranks * slots_per_rank
     chance = rng.gumbel(size=(ranks * TOKENS, total)) - skew * np.log(np.arange(total) + 1)
     return np.argsort(-chance, axis=1)[:, :TOP_K].astype(np.int32)
@@ -107,5 +109,5 @@ def one_rank(ranks: int, slots_per_rank: int, rng: np.random.Generator) -> np.nd
     return np.tile(np.array(choices, np.int32), (ranks * TOKENS, 1))
 
 
-def nobody(ranks: int, slots_per_rank: int, rng: np.random.Generator) -> np.ndarray:
+def no_messages(ranks: int, slots_per_rank: int, rng: np.random.Generator) -> np.ndarray:
     return np.full((ranks * TOKENS, TOP_K), -1, np.int32)

@@ -50,8 +50,10 @@ def mixed(x: jax.Array) -> jax.Array:
 
 
 def nested(x: jax.Array, n: jax.Array) -> jax.Array:
-    """On x [64, 128]: 5 times (3 times either of two equal sums over a, then perhaps a gather over b); then
-    sums over b while data want it.
+    """Runs nested loops and branches on x [64, 128].
+
+    Five times: three times either of two equal sums over a, then perhaps a gather over b. Then sums over b
+    until data end it.
     """
 
     def inner(i: jax.Array, x: jax.Array) -> jax.Array:
@@ -92,17 +94,17 @@ def layers(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
 def products(q: jax.Array, k: jax.Array, codes: jax.Array, image: jax.Array, kernel: jax.Array) -> tuple:
     """16 batched products, one of INT8, and a 3 x 3 convolution with padding."""
     scores = jnp.einsum("thd,shd->hts", q, k)
-    whole = jax.lax.dot_general(codes, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return scores, whole, jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME")
+    exact = jax.lax.dot_general(codes, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return scores, exact, jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME")
 
 
 def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """The compiler inserts the sum over b."""
+    """Multiplies matrices for which the compiler inserts a sum over b."""
     return jax.nn.relu(x @ up) @ down
 
 
 def projection(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [512, 512] of each rank meets w [512, 2048]; sums over b, of which a rank keeps its columns."""
+    """Multiplies x [512, 512] by w [512, 2048] on each rank; of the sums over b a rank keeps its columns."""
     with jax.named_scope("Project"):
         return x @ w
 
@@ -155,16 +157,16 @@ WHOLE: dict[str, tuple[Program, tuple[Arg, ...], P]] = {  # of whole arrays
 
 
 def traced(name: str, mesh: Mesh) -> jax.stages.Traced:
-    """A program on devices, as it is written."""
+    """Traces a program for a mesh of devices, before any compiler."""
     program, args, result = (RANKS | WHOLE)[name]
-    given = [jax.ShapeDtypeStruct(s, t, sharding=NamedSharding(mesh, spec)) for s, t, spec in args]
+    arguments = [jax.ShapeDtypeStruct(s, t, sharding=NamedSharding(mesh, spec)) for s, t, spec in args]
     if name in WHOLE:
-        return jax.jit(program, out_shardings=NamedSharding(mesh, result)).trace(*given)
+        return jax.jit(program, out_shardings=NamedSharding(mesh, result)).trace(*arguments)
     specs = tuple(spec for _, _, spec in args)
     spread = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=result, check_vma=False)
-    return jax.jit(spread(program)).trace(*given)
+    return jax.jit(spread(program)).trace(*arguments)
 
 
 def compiled(name: str, mesh: Mesh, **options: Any) -> str:
-    """Its optimised HLO."""
+    """Compiles a program and returns its optimised HLO."""
     return traced(name, mesh).lower().compile(compiler_options=options or None).as_text()

@@ -1,4 +1,4 @@
-"""Expert placement against DeepSeek's own outputs (goldens by scripts/make_eplb.py), and what it promises."""
+"""Expert placement against DeepSeek's own outputs (goldens by scripts/make_eplb.py), and its properties."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ CASES = sorted(name.removesuffix("_weight") for name in GOLDEN.files if name.end
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_placements_are_deepseeks(case: str) -> None:
-    given = rebalance_experts(GOLDEN[f"{case}_weight"], *map(int, GOLDEN[f"{case}_sizes"]))
-    for what in ("phy2log", "log2phy", "logcnt"):
-        np.testing.assert_array_equal(getattr(given, what), GOLDEN[f"{case}_{what}"], err_msg=what)
+def test_placements_equal_deepseeks(case: str) -> None:
+    placed = rebalance_experts(GOLDEN[f"{case}_weight"], *map(int, GOLDEN[f"{case}_sizes"]))
+    for name in ("phy2log", "log2phy", "logcnt"):
+        np.testing.assert_array_equal(getattr(placed, name), GOLDEN[f"{case}_{name}"], err_msg=name)
 
 
 sizes = st.sampled_from(
@@ -27,35 +27,36 @@ sizes = st.sampled_from(
 
 @given(sizes, st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=60)
-def test_every_expert_has_its_slots_and_every_slot_an_expert(size: tuple[int, ...], seed: int) -> None:
+def test_placement_lists_are_consistent(size: tuple[int, ...], seed: int) -> None:
+    """Every expert has its slots and every slot an expert."""
     experts, slots, groups, nodes, ranks = size
     load = np.random.default_rng(seed).pareto(1.0, (3, experts))
-    given = rebalance_experts(load, slots, groups, nodes, ranks)
-    assert given.phy2log.shape == (3, slots)
+    placed = rebalance_experts(load, slots, groups, nodes, ranks)
+    assert placed.phy2log.shape == (3, slots)
     for layer in range(3):
         for expert in range(experts):
-            found = np.flatnonzero(given.phy2log[layer] == expert)
-            listed = given.log2phy[layer, expert]
-            np.testing.assert_array_equal(np.sort(listed[listed >= 0]), found)
-            assert len(found) == given.logcnt[layer, expert] >= 1
+            expected = np.flatnonzero(placed.phy2log[layer] == expert)
+            listed = placed.log2phy[layer, expert]
+            np.testing.assert_array_equal(np.sort(listed[listed >= 0]), expected)
+            assert len(expected) == placed.logcnt[layer, expert] >= 1
     if groups % nodes == 0:  # the experts of a group lie on one node
         node = np.arange(slots) // (slots // nodes)
         for layer in range(3):
-            group = given.phy2log[layer] // (experts // groups)
+            group = placed.phy2log[layer] // (experts // groups)
             assert all(len(set(node[group == g])) == 1 for g in range(groups))
 
 
 @given(st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=30)
-def test_balancedness_is_what_a_loop_counts_and_gets_better(seed: int) -> None:
+def test_balancedness_equals_a_loop_and_improves(seed: int) -> None:
     rng = np.random.default_rng(seed)
     load = rng.pareto(1.0, (2, 32))
-    given = rebalance_experts(load, 48, 1, 1, 16)
-    after = balancedness(load, given.phy2log, given.logcnt, 16)
+    placed = rebalance_experts(load, 48, 1, 1, 16)
+    after = balancedness(load, placed.phy2log, placed.logcnt, 16)
     for layer in range(2):
         by_rank = np.zeros(16)
-        for slot, expert in enumerate(given.phy2log[layer]):
-            by_rank[slot // 3] += load[layer, expert] / given.logcnt[layer, expert]
+        for slot, expert in enumerate(placed.phy2log[layer]):
+            by_rank[slot // 3] += load[layer, expert] / placed.logcnt[layer, expert]
         assert after[layer] == pytest.approx(by_rank.mean() / by_rank.max())
     plain = np.tile(np.where(np.arange(48) % 3 < 2, np.arange(48) // 3 * 2 + np.arange(48) % 3, -1), (2, 1))
     before = balancedness(load, plain, np.ones((2, 32), int), 16)
@@ -75,6 +76,6 @@ def test_balancedness_is_what_a_loop_counts_and_gets_better(seed: int) -> None:
         (np.ones((1, 8)), (8, 1, 1, 0), "num_gpus is 0"),
     ],
 )
-def test_what_cannot_be_placed_is_refused(weight: np.ndarray, sizes: tuple[int, ...], words: str) -> None:
+def test_wrong_arguments_are_refused(weight: np.ndarray, sizes: tuple[int, ...], words: str) -> None:
     with pytest.raises(CmxError, match=words.replace("[", r"\[")):
         rebalance_experts(weight, *sizes)

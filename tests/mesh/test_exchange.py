@@ -1,4 +1,4 @@
-"""Every message reaches its expert and returns, by every method and routing, in as few rounds as can be."""
+"""Every message reaches its expert and returns, by every method and routing, in the fewest rounds."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.exchange.methods import EXCHANGES, exchange, worst_case_rows
+from cmx_jax.mesh.exchange import EXCHANGES, exchange, worst_case_rows
 from mesh.coded import (
     TOKENS,
     TOP_K,
@@ -17,7 +17,7 @@ from mesh.coded import (
     coded,
     holes,
     longest_queue,
-    nobody,
+    no_messages,
     one_expert,
     one_rank,
     program,
@@ -26,7 +26,7 @@ from mesh.coded import (
 )
 
 
-@pytest.mark.parametrize("routing", [uniform, zipf, holes, one_expert, one_rank, nobody])
+@pytest.mark.parametrize("routing", [uniform, zipf, holes, one_expert, one_rank, no_messages])
 @pytest.mark.parametrize("rows", [1, 2, WORST])
 @pytest.mark.parametrize(
     ("kind", "ranks", "slots_per_rank"),
@@ -35,9 +35,10 @@ from mesh.coded import (
         *(("devices", 8, 4), ("devices", 16, 1), ("devices", 160, 2)),
     ],
 )
-def test_tokens_return_from_their_experts_in_the_rounds_of_the_longest_queue(
+def test_mailbox_results_are_exact(
     kind: str, ranks: int, slots_per_rank: int, rows: int, routing: Routing
 ) -> None:
+    """Tokens return from their experts in as many rounds as the longest queue needs."""
     slots = routing(ranks, slots_per_rank, np.random.default_rng(0))
     x, weights = coded(slots, ranks)
     y, rounds, sent = program(kind, (("ep", ranks),), "ep", slots_per_rank, rows)(x, slots, weights)
@@ -47,7 +48,7 @@ def test_tokens_return_from_their_experts_in_the_rounds_of_the_longest_queue(
     assert set(np.asarray(rounds).tolist()) == {needed}
 
 
-def test_runners_and_rounds_change_no_bit_of_a_sum() -> None:
+def test_sums_do_not_depend_on_runner_or_rounds() -> None:
     rng = np.random.default_rng(0)
     slots = np.argsort(rng.random((8 * TOKENS, 8 * 2)), axis=1)[:, :8].astype(np.int32)
     x, weights = (rng.normal(size=(len(slots), n)).astype(np.float32) for n in (64, 8))
@@ -63,23 +64,22 @@ def test_runners_and_rounds_change_no_bit_of_a_sum() -> None:
 
 @pytest.mark.parametrize("kind", ["lanes", "devices"])
 @pytest.mark.parametrize("method", sorted(EXCHANGES.keys() - {"ragged"}))
-@pytest.mark.parametrize("over", [("node", "npu"), ("npu", "node")])
-def test_two_axes_in_either_order_are_one_line_of_ranks(
-    kind: str, method: str, over: tuple[str, str]
-) -> None:
+@pytest.mark.parametrize("axis", [("node", "npu"), ("npu", "node")])
+def test_two_axes_in_either_order(kind: str, method: str, axis: tuple[str, str]) -> None:
+    """The ranks of two mesh axes are numbered as one line."""
     slots = holes(8, 4, np.random.default_rng(1))
     x, weights = coded(slots, 8)
-    y, rounds, _ = program(kind, (("node", 4), ("npu", 2)), over, 4, 1, method)(x, slots, weights)
+    y, rounds, _ = program(kind, (("node", 4), ("npu", 2)), axis, 4, 1, method)(x, slots, weights)
     np.testing.assert_array_equal(y, by_hand(x, slots, weights))
     assert set(np.asarray(rounds).tolist()) == {1 if method == "allgather" else longest_queue(slots, 8, 4)}
 
 
-@pytest.mark.parametrize("routing", [uniform, zipf, holes, one_expert, one_rank, nobody])
+@pytest.mark.parametrize("routing", [uniform, zipf, holes, one_expert, one_rank, no_messages])
 @pytest.mark.parametrize(
     ("kind", "ranks", "slots_per_rank"),
     [("lanes", 8, 4), ("lanes", 384, 2), ("devices", 8, 1), ("devices", 160, 2)],
 )
-def test_gathered_tokens_give_the_same_in_one_round(
+def test_allgather_results_are_exact_in_one_round(
     kind: str, ranks: int, slots_per_rank: int, routing: Routing
 ) -> None:
     slots = routing(ranks, slots_per_rank, np.random.default_rng(0))
@@ -93,7 +93,7 @@ def test_gathered_tokens_give_the_same_in_one_round(
 
 @pytest.mark.parametrize("routing", [zipf, holes, one_expert, one_rank])
 @pytest.mark.parametrize(("kind", "nodes"), [("lanes", 48), ("devices", 20)])
-def test_the_hierarchical_exchange_of_an_instance_is_exact(kind: str, nodes: int, routing: Routing) -> None:
+def test_hierarchical_results_are_exact(kind: str, nodes: int, routing: Routing) -> None:
     """The whole supernode as lanes, the decode instance as devices: 8 NPUs a node."""
     slots = routing(8 * nodes, 2, np.random.default_rng(0))
     x, weights = coded(slots, 8 * nodes)
@@ -105,8 +105,8 @@ def test_the_hierarchical_exchange_of_an_instance_is_exact(kind: str, nodes: int
 
 
 @pytest.mark.parametrize("kind", ["lanes", "devices"])
-def test_groups_beside_each_other_drain_for_themselves(kind: str) -> None:
-    busy, idle = one_rank(4, 2, np.random.default_rng(0)), nobody(4, 2, np.random.default_rng(0))
+def test_groups_of_ranks_have_rounds_of_their_own(kind: str) -> None:
+    busy, idle = one_rank(4, 2, np.random.default_rng(0)), no_messages(4, 2, np.random.default_rng(0))
     slots = np.concatenate([idle, busy])
     x, weights = coded(slots, 8)
     y, rounds, _ = program(kind, (("dp", 2), ("ep", 4)), "ep", 2, 1)(x, slots, weights)
@@ -115,7 +115,7 @@ def test_groups_beside_each_other_drain_for_themselves(kind: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, WORST])
-def test_the_weight_of_a_slot_that_is_not_used_does_not_matter(rows: int) -> None:
+def test_weights_of_unused_slots_are_ignored(rows: int) -> None:
     slots = holes(8, 4, np.random.default_rng(0))
     x, weights = coded(slots, 8)
     unused = np.where(slots < 0, np.float32(np.nan), weights)
@@ -143,6 +143,6 @@ def test_any_routing_is_exact(shape: tuple[int, int, int, int, int], data: st.Da
     assert set(np.asarray(rounds).tolist()) == {1 if rows == WORST else -(-longest // rows)}
 
 
-def test_an_unknown_method_is_refused() -> None:
+def test_unknown_method_is_refused() -> None:
     with pytest.raises(CmxError, match="exchange 'post' is unknown, expected one of"):
         exchange("post")

@@ -1,4 +1,4 @@
-"""What travels in one round: which rows arrive where, on which type, in how many bytes."""
+"""Messages of one round: rows that arrive, their type and their bytes."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -11,8 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import Abstract, Lanes, Runner, make_runner
-from cmx_jax.mesh.exchange.message import Wire
-from cmx_jax.mesh.exchange.methods import WIRES, exchange, message_bytes, worst_case_rows
+from cmx_jax.mesh.exchange import WIRES, ExchangeArgs, Wire, exchange, message_bytes, worst_case_rows
 
 RANKS, TOKENS, TOP_K, WIDTH = 8, 3, 2, 16
 RESULT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}
@@ -20,7 +19,10 @@ RESULT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}
 
 @functools.cache
 def one_round(wire: str, slots_per_rank: int, runner: Runner) -> Callable[..., tuple[jax.Array, ...]]:
-    """Tokens and slots -> results of experts that return what they get, and what each rank received."""
+    """Compiles one round with experts that return their input.
+
+    The program maps tokens and slots to results and the rows and slots that each rank received.
+    """
 
     def rank(x: jax.Array, slots: jax.Array) -> tuple[jax.Array, ...]:
         arrived: list[jax.Array] = []
@@ -31,8 +33,7 @@ def one_round(wire: str, slots_per_rank: int, runner: Runner) -> Callable[..., t
             return tokens
 
         weights, rows = jnp.ones(slots.shape), worst_case_rows(*slots.shape, slots_per_rank)
-        send = functools.partial(exchange("flat"), axis="ep", slots_per_rank=slots_per_rank, wire=wire)
-        y, _ = send(x, slots, weights, experts, rows=rows)
+        y, _ = exchange("flat")(x, slots, weights, experts, ExchangeArgs("ep", slots_per_rank, rows, wire))
         return y, *arrived
 
     return runner.jit(rank, (P("ep"),) * 2, (P("ep"),) * 3)
@@ -41,7 +42,7 @@ def one_round(wire: str, slots_per_rank: int, runner: Runner) -> Callable[..., t
 def deliver(
     x: np.ndarray, slots: np.ndarray, wire: str, slots_per_rank: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Results `[T, D]`, and from `[receiver, sender]` the rows `[rows, D]` and their local slots."""
+    """Returns results `[T, D]`, and for `[receiver, sender]` the rows `[rows, D]` and their local slots."""
     ranks = len(slots) // TOKENS
     y, received, local = one_round(wire, slots_per_rank, Lanes((("ep", ranks),)))(x, slots)
     boxes = (ranks, ranks, -1)
@@ -49,7 +50,10 @@ def deliver(
 
 
 def distinct_slots() -> np.ndarray:
-    """Two slots on each rank. No two messages of a rank share a slot; the last token chooses only one."""
+    """Routes to two slots on each rank.
+
+    No two messages of a rank share a slot; the last token of a rank chooses only one slot.
+    """
     first = np.arange(RANKS * TOKENS) * TOP_K
     slots = (np.stack([first, first + 1], 1) * 3 % (2 * RANKS)).astype(np.int32)
     slots[TOKENS - 1 :: TOKENS, 1] = -1
@@ -62,7 +66,7 @@ def tokens() -> np.ndarray:
 
 
 def arrivals(x: np.ndarray, slots: np.ndarray, wire: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each message as it was sent and as it arrived, found by its sender, receiver and slot."""
+    """Yields each message as it was sent and as it arrived."""
     _, received, local = deliver(x, slots, wire, 2)
     for t, k in np.argwhere(slots >= 0):
         receiver, sender = slots[t, k] // 2, t // TOKENS
@@ -71,7 +75,7 @@ def arrivals(x: np.ndarray, slots: np.ndarray, wire: str) -> Iterator[tuple[np.n
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_a_mailbox_holds_its_messages_and_otherwise_empty_rows(wire: str) -> None:
+def test_mailbox_holds_its_messages_and_empty_rows(wire: str) -> None:
     slots = distinct_slots()
     _, _, local = deliver(tokens(), slots, wire, 2)
     assert local.shape == (RANKS, RANKS, TOKENS * TOP_K)
@@ -83,12 +87,12 @@ def test_a_mailbox_holds_its_messages_and_otherwise_empty_rows(wire: str) -> Non
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
-def test_floats_arrive_rounded_to_the_wire(wire: str) -> None:
+def test_float_tokens_arrive_rounded_to_the_wire(wire: str) -> None:
     for sent, arrived in arrivals(tokens(), distinct_slots(), wire):
         np.testing.assert_array_equal(arrived, sent.astype(jnp.dtype(wire)).astype(np.float32))
 
 
-def test_int8_arrives_within_half_a_scale() -> None:
+def test_int8_tokens_arrive_within_half_a_scale() -> None:
     for sent, arrived in arrivals(tokens(), distinct_slots(), "int8"):
         scale = np.abs(sent).max() / 127
         assert (np.abs(sent - arrived) <= scale * 0.5001).all()
@@ -105,7 +109,7 @@ def test_results_return_in_bfloat16_and_are_summed_in_float32(wire: str) -> None
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_devices_send_and_return_what_lanes_do(wire: str) -> None:
+def test_devices_and_lanes_are_equal(wire: str) -> None:
     lanes, devices = (make_runner(kind, (("ep", RANKS),)) for kind in ("lanes", "devices"))
     for a, b in zip(
         *(one_round(wire, 2, r)(tokens(), distinct_slots()) for r in (lanes, devices)), strict=True
@@ -122,7 +126,7 @@ def test_bfloat16_tokens_cross_a_float_wire_unchanged(wire: str) -> None:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_stale_rows_and_zero_tokens_leave_no_trace(wire: str) -> None:
+def test_inactive_and_zero_tokens_do_not_change_others(wire: str) -> None:
     x, slots = tokens(), distinct_slots()
     clean, *_ = deliver(x, slots, wire, 2)
     inactive, zero = np.arange(len(x)) % 4 == 1, np.arange(len(x)) % 4 == 2
@@ -132,7 +136,7 @@ def test_stale_rows_and_zero_tokens_leave_no_trace(wire: str) -> None:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_hundreds_of_slots_on_a_rank_keep_their_numbers(wire: str) -> None:
+def test_slot_numbers_with_hundreds_of_slots_per_rank(wire: str) -> None:
     slots = np.array([[0, 126], [127, 128], [254, 255], [256, 257], [299, 300], [427, 599]], np.int32)
     _, _, local = deliver(np.ones((6, 4), np.float32), slots, wire, 300)
     for receiver, sender in np.ndindex(2, 2):
@@ -144,12 +148,13 @@ def test_hundreds_of_slots_on_a_rank_keep_their_numbers(wire: str) -> None:
 @pytest.mark.parametrize(
     ("wire", "expected"), [("float32", 4 * (7168 + 2)), ("bfloat16", 2 * (7168 + 2)), ("int8", 7168 + 4 + 2)]
 )
-def test_a_message_is_its_token_its_scale_and_two_digits(wire: str, expected: int) -> None:
+def test_message_bytes(wire: str, expected: int) -> None:
+    """A message is its token, its scale and two digits."""
     assert message_bytes(7168, wire) == expected
 
 
 def all_to_alls(jaxpr: Any) -> Iterator[Any]:
-    """The operands of a program's all-to-alls, in their order."""
+    """Yields the operands of a program's all-to-alls, in their order."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "all_to_all":
             yield eqn.invars[0].aval
@@ -159,7 +164,8 @@ def all_to_alls(jaxpr: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_the_whole_mailbox_crosses_the_wire_as_messages_and_back_as_results(wire: str) -> None:
+def test_bytes_of_the_all_to_alls(wire: str) -> None:
+    """The whole mailbox crosses the wire as messages, and back as results."""
     runner = Abstract((("ep", 384),))
     shapes = (
         jax.ShapeDtypeStruct((384 * TOKENS, 7168), jnp.float32),

@@ -1,7 +1,7 @@
-"""Collectives and FLOPs of HLO text: what the reader counts is what the program, by its own definition, does.
+"""Collectives and FLOPs of HLO text, compared with what each program does by its definition.
 
-Texts are the CPU compiler's of today, the TPU compiler's as `scripts/make_hlo.py` kept them, and, for what
-neither writes, by hand.
+Texts are from the installed CPU compiler, from the TPU compiler as `scripts/make_hlo.py` stored them, and
+written by hand for forms that neither writes.
 """
 
 import contextlib
@@ -48,32 +48,32 @@ def facts(collective: Collective) -> tuple:
     return c.op, "".join(c.axes), c.group_size, c.operand_bytes, c.count, c.scope, c.share
 
 
-def found(program: Program) -> list[tuple]:
+def all_facts(program: Program) -> list[tuple]:
     return sorted(map(facts, program.collectives), key=repr)
 
 
-both = pytest.mark.parametrize("target", ["cpu", "tpu"])
+on_both_targets = pytest.mark.parametrize("target", ["cpu", "tpu"])
 
 
 # programs
 
 
-@both
+@on_both_targets
 def test_an_exchange_in_a_loop(target: str) -> None:
     program = program_of("exchange", target)
     # a TPU rounds the rows before its product, and its compiler rounds them before they travel
     dtype, width = {"cpu": ("float32", 4), "tpu": ("bfloat16", 2)}[target]
-    assert found(program) == [("all_to_all", "b", 4, 8 * 64 * 256 * width, 7, "Moe/Dispatch", 1.0)]
+    assert all_facts(program) == [("all_to_all", "b", 4, 8 * 64 * 256 * width, 7, "Moe/Dispatch", 1.0)]
     assert program.flops == {dtype: 7 * 2 * (8 * 64) * 256 * 256}
     assert program.devices == 8
     assert not program.notes
 
 
-@both
+@on_both_targets
 def test_one_of_each(target: str) -> None:
     n = 64 * 128 * 4
     program = program_of("mixed", target)
-    assert found(program) == sorted(
+    assert all_facts(program) == sorted(
         [
             ("all_gather", "b", 4, n, 1, "Gather", 1.0),
             ("all_reduce", "a", 2, n, 1, "Reduce", 1.0),
@@ -89,11 +89,11 @@ def test_one_of_each(target: str) -> None:
     assert line.groups == ((0, 1, 2, 3), (4, 5, 6, 7))
 
 
-@both
+@on_both_targets
 def test_loops_in_loops_and_branches(target: str) -> None:
     n = 64 * 128 * 4
     program = program_of("nested", target)
-    assert found(program) == [
+    assert all_facts(program) == [
         ("all_gather", "b", 4, n, None, "", 1.0),  # in one branch only
         ("all_reduce", "a", 2, n, 5 * 3, "", 1.0),  # in both branches
         ("all_reduce", "b", 4, n, None, "", 1.0),  # while data want it
@@ -106,13 +106,13 @@ def test_loops_in_loops_and_branches(target: str) -> None:
     assert [note.split(" ")[0] for note in program.notes] == ["branches", "loop"]
 
 
-def test_gathers_under_way_during_products_are_counted_once() -> None:
+def test_asynchronous_gathers_are_counted_once() -> None:
     text = text_of("layers", "tpu")
     assert text.count(" all-gather(") > 3
     assert "all-to-all-start(" in text
     program = read_hlo(text, AXES)
     x = 1024 * 2048 * 2
-    assert found(program) == sorted(
+    assert all_facts(program) == sorted(
         [
             ("all_gather", "b", 4, 512 * 8192 * 2, 6, "Up", 1.0),
             ("all_gather", "b", 4, 2048 * 2048 * 2, 6, "Down", 1.0),
@@ -125,32 +125,32 @@ def test_gathers_under_way_during_products_are_counted_once() -> None:
     assert program.flops == {"bfloat16": 6 * 2 * (2 * 1024 * 2048 * 8192)}
     assert not program.notes
     (swap,) = (c for c in program.collectives if c.op == "all_to_all")
-    assert (swap.done or 0) > swap.at
+    assert (swap.awaited_at or 0) > swap.position
 
 
 @pytest.mark.parametrize("name", ["layers", "nested"])
-def test_what_nobody_combines_is_as_it_was_written(name: str) -> None:
+def test_programs_without_combined_collectives_equal_their_jaxpr(name: str) -> None:
     hlo, jaxpr = program_of(name, "tpu"), read_jaxpr(traced(name, mesh()).jaxpr)
     seen = [sorted((*facts(c), c.known) for c in source.collectives if c.count) for source in (hlo, jaxpr)]
     assert seen[0] == seen[1]
     assert hlo.flops == ({"bfloat16": sum(p.flops * p.known for p in jaxpr.products)} if hlo.flops else {})
 
 
-@both
+@on_both_targets
 def test_a_sum_that_the_compiler_inserts(target: str) -> None:
     program = program_of("mlp", target)
-    assert found(program) == [("all_reduce", "b", 4, 128 * 512 * 4, 1, "", 1.0)]
+    assert all_facts(program) == [("all_reduce", "b", 4, 128 * 512 * 4, 1, "", 1.0)]
     assert program.flops == {"float32": 2 * 2 * 128 * 512 * 256}
 
 
-def test_a_sum_of_which_each_keeps_its_part() -> None:
+def test_a_sum_whose_parts_are_kept_is_a_reduce_scatter() -> None:
     text = text_of("projection", "tpu")
     assert " all-reduce(" in text
     assert " reduce-scatter(" not in text
-    assert found(read_hlo(text, AXES)) == [("reduce_scatter", "b", 4, 512 * 2048 * 2, 1, "Project", 1.0)]
+    assert all_facts(read_hlo(text, AXES)) == [("reduce_scatter", "b", 4, 512 * 2048 * 2, 1, "Project", 1.0)]
 
 
-@both
+@on_both_targets
 def test_products(target: str) -> None:
     scores, codes = 2 * 16 * 128 * 256 * 64, 2 * 128 * 128 * 512
     # beyond the edge there is nothing to multiply: 3 rows of the kernel see 16, 15 and 15 rows of the image
@@ -238,9 +238,9 @@ def test_asynchronous_computations() -> None:
         "%u = ((f32[16,8]{1,0}), f32[16,8]{1,0}, u32[]) async-update(%s), calls=%wrapped\n"
         "ROOT %d = f32[16,8]{1,0} async-done(%u), calls=%wrapped"
     )
-    found = only(module(body, before))
-    assert facts(found) == ("all_to_all", "b", 4, 512, 1, "Dispatch", 1.0)
-    assert (found.at, found.done) == (0, 1)
+    collective = only(module(body, before))
+    assert facts(collective) == ("all_to_all", "b", 4, 512, 1, "Dispatch", 1.0)
+    assert (collective.position, collective.awaited_at) == (0, 1)
 
 
 def test_arrays_of_several_types_and_shapes() -> None:
@@ -252,7 +252,7 @@ def test_arrays_of_several_types_and_shapes() -> None:
     assert shapes == [("bfloat16", (131,)), ("float32", (5, 2))]
 
 
-def test_what_is_called_from_several_places_is_counted_for_each() -> None:
+def test_a_computation_with_several_callers_is_counted_for_each() -> None:
     before = (
         f"%f {{\n{PARAMETER}ROOT %r = f32[16,8] all-reduce(%p), {GROUPS}, use_global_device_ids=true\n}}\n"
     )
@@ -264,15 +264,15 @@ def test_what_is_called_from_several_places_is_counted_for_each() -> None:
     assert only(module(body, before)).count == 3
 
 
-def test_products_that_data_decide_on() -> None:
+def test_data_dependent_products() -> None:
     product = "%r = f32[16,16] dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
     before = f"%f {{\n{PARAMETER}{product}\n}}\n%g {{\n{PARAMETER}ROOT %n = f32[16,16] rng()\n}}\n"
     body = (
         f"{PARAMETER}%c = s32[] parameter(1)\n"
         "ROOT %d = f32[16,16] conditional(%c, %p, %p, %p), branch_computations={%f, %SECOND, %f}"
     )
-    alike = read_hlo(module(body.replace("SECOND", "f"), before))
-    assert (alike.flops, alike.flops_once, alike.notes) == ({"float32": 2 * 16 * 8 * 16}, {}, [])
+    same = read_hlo(module(body.replace("SECOND", "f"), before))
+    assert (same.flops, same.flops_once, same.notes) == ({"float32": 2 * 16 * 8 * 16}, {}, [])
     differ = read_hlo(module(body.replace("SECOND", "g"), before))
     assert (differ.flops, differ.flops_once) == ({}, {"float32": 2 * (2 * 16 * 8 * 16)})
     assert differ.notes == ["branches of d: data decide which products run"]
@@ -334,13 +334,13 @@ def loop(start: int, step: int, end: str, direction: str, compared: str = "i, n"
         (loop(0, 1, "constant(5)", "LT", "n, n"), None),
     ],
 )
-def test_trip_counts_that_nobody_wrote_down(text: str, count: int | None) -> None:
+def test_trip_counts_by_counter_and_limit(text: str, count: int | None) -> None:
     program = read_hlo(text)
     assert [c.count for c in program.collectives] == [count]
     assert bool(program.notes) == (count is None)
 
 
-def test_a_trip_count_that_is_written_down_is_believed() -> None:
+def test_trip_count_in_the_backend_config() -> None:
     text = loop(0, 1, "parameter(1)", "LT")
     for config in ('{"known_trip_count":{"n":"58"}}', '"{\\"known_trip_count\\":{\\"n\\":\\"58\\"}}"'):
         assert only(text.replace("body=body", f"body=body, backend_config={config}")).count == 58
@@ -386,7 +386,7 @@ def test_groups_of_any_axes_of_any_mesh(case: tuple, form: str, random: object) 
     places = list(itertools.product(*map(range, sizes)))
     by_rest: dict[tuple, list[int]] = {}
     for number, place in enumerate(places):
-        rest = tuple(at for axis, at in enumerate(place) if axis not in chosen)
+        rest = tuple(index for axis, index in enumerate(place) if axis not in chosen)
         by_rest.setdefault(rest, []).append(number)
     groups = list(by_rest.values())
     if form == "listed":
@@ -437,7 +437,7 @@ def test_forms_of_groups(groups: str, axes: tuple, size: int) -> None:
         ("control-predecessors={}", "{}", ("a",)),
     ],
 )
-def test_what_ids_are_of(attributes: str, groups: str, axes: tuple) -> None:
+def test_kinds_of_ids_in_groups(attributes: str, groups: str, axes: tuple) -> None:
     header = ", replica_count=2, num_partitions=4"
     assert only(reduced(f"replica_groups={groups}", header, attributes)).axes == axes
     line = "ROOT %t = f32[16,8] all-to-all(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
@@ -450,7 +450,7 @@ def test_a_mesh_of_another_size() -> None:
     assert program.notes == ["for 8 devices, but the mesh has 4: axes are unknown"]
 
 
-def test_without_a_mesh_and_without_a_number_of_devices() -> None:
+def test_groups_without_a_mesh_or_number_of_devices() -> None:
     ring = "ROOT %c = f32[16,8] collective-permute(%p), channel_id=1, source_target_pairs={{0,1},{1,0},{2,2}}"
     collective = only(module(PARAMETER + ring, header=""), ())
     assert (collective.axes, collective.group_size, collective.share) == ((), 2, 2 / 3)
@@ -512,15 +512,15 @@ def test_every_op_has_a_name() -> None:
         ("HloModule m\n", "none of 0 computations is ENTRY"),
         (module(PARAMETER)[:-3], "computation main has no end"),
         (module("ROOT %d = f32[16,8] dot(%p, %p), lhs_contracting_dims={1}"), "p of d is not in main"),
-        (module(f"{PARAMETER}ROOT %d = f32[16,8] call(%p), to_apply=%gone"), "gone is called but not there"),
+        (module(f"{PARAMETER}ROOT %d = f32[16,8] call(%p), to_apply=%gone"), "gone is called but missing"),
         (
             module(f"{PARAMETER}ROOT %d = f32[16] dot(%p, %p), lhs_contracting_dims={{2}}"),
-            "no sense in 'd = f32",
+            "'d = f32",
         ),
         (module("%p = q7[2] parameter(0)\nROOT %r = q7[2] all-reduce(%p)"), "unknown type q7"),
     ],
 )
-def test_what_is_no_hlo_is_said_in_one_line(text: str, expected: str) -> None:
+def test_wrong_texts_are_refused_in_one_line(text: str, expected: str) -> None:
     with pytest.raises(CmxError, match=expected) as error:
         read_hlo(text)
     assert "\n" not in str(error.value)
@@ -528,7 +528,7 @@ def test_what_is_no_hlo_is_said_in_one_line(text: str, expected: str) -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_whatever_is_lost_nothing_worse_comes_of_it(data: st.DataObject) -> None:
+def test_a_damaged_text_raises_only_cmx_errors(data: st.DataObject) -> None:
     text = text_of(data.draw(st.sampled_from(["nested", "products", "layers"])), "tpu")
     start = data.draw(st.integers(0, len(text) - 1))
     lost, instead = data.draw(st.integers(0, 30)), data.draw(st.sampled_from(["", "(", "}", "%", "0", ","]))

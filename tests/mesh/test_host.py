@@ -1,4 +1,4 @@
-"""What is said to JAX before it starts, each in a process of its own."""
+"""Settings that JAX has before it starts, each in a process of its own."""
 
 import json
 import os
@@ -28,20 +28,20 @@ def child(*lines: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def answer(*lines: str, **env: str) -> object:
-    """What the statements print, as JSON."""
+    """Returns the JSON that the statements print."""
     done = child(*lines, **env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_devices_can_be_requested_after_importing_the_package() -> None:
-    """Which also shows that no import starts a backend: a started one keeps its one device."""
-    imports = "import cmx_jax, cmx_jax.mesh, cmx_jax.mesh.exchange.methods, cmx_jax.quant"
+def test_request_devices_after_imports() -> None:
+    """Also shows that no import starts a backend: a started one keeps its one device."""
+    imports = "import cmx_jax, cmx_jax.mesh, cmx_jax.mesh.exchange, cmx_jax.quant"
     request = "cmx_jax.mesh.request_devices(5); cmx_jax.mesh.request_devices(3)"
     assert answer(imports, request, DEVICES) == 5
 
 
-def test_a_request_after_jax_has_started_with_fewer_is_refused_in_one_line() -> None:
+def test_request_devices_after_jax_has_started_is_refused() -> None:
     done = child(
         "import jax; jax.devices()",
         "from cmx_jax.mesh import request_devices; request_devices(1); request_devices(4)",
@@ -58,7 +58,8 @@ def test_a_request_after_jax_has_started_with_fewer_is_refused_in_one_line() -> 
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_xla_flags_decide_and_fewer_than_needed_are_refused(count: int) -> None:
+def test_request_devices_with_xla_flags(count: int) -> None:
+    """`XLA_FLAGS` decide; fewer devices than needed are refused."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     done = child(f"from cmx_jax.mesh import request_devices; request_devices({count})", DEVICES, **flags)
     if count == 3:
@@ -67,7 +68,7 @@ def test_xla_flags_decide_and_fewer_than_needed_are_refused(count: int) -> None:
         assert "CmxError: XLA_FLAGS asks for 3 host devices, 4 are needed" in done.stderr.splitlines()[-1]
 
 
-def test_exactly_so_many_are_had_whatever_was_asked_for_before_and_refused_once_jax_has_started() -> None:
+def test_request_exactly_overrides_flags_until_jax_has_started() -> None:
     lines = "from cmx_jax.mesh.host import request_exactly; request_exactly(2); request_exactly(2)", DEVICES
     done = child(*lines, "request_exactly(1)", XLA_FLAGS="--xla_force_host_platform_device_count=3")
     assert done.stdout == "2\n"
@@ -84,7 +85,7 @@ def test_exactly_so_many_are_had_whatever_was_asked_for_before_and_refused_once_
     ],
     ids=["ours", "the user's", "switched off", "cannot be made"],
 )
-def test_compiled_programs_are_kept_where_the_user_says(env, expected, tmp_path: Path) -> None:
+def test_compilation_cache_follows_user_settings(env, expected, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     env = {name: value.format(tmp_path) for name, value in env.items()}
     enable = "import jax; from cmx_jax.mesh import enable_compilation_cache; enable_compilation_cache()"
@@ -92,7 +93,7 @@ def test_compiled_programs_are_kept_where_the_user_says(env, expected, tmp_path:
     assert kept == (expected and expected.format(tmp_path))
 
 
-def test_the_cache_lies_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_directory_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CMX_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "cmx_jax"

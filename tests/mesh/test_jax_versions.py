@@ -1,4 +1,4 @@
-"""What differs between JAX versions: one test for each adapter, with the forms of all versions."""
+"""The adapters to JAX versions: one test for each, with the forms of all versions."""
 
 from typing import Any
 
@@ -97,8 +97,8 @@ COLUMNS = ((0, 4), (1, 5), (2, 6), (3, 7))
     ],
 )  # fmt: skip
 def test_replica_groups(groups: str, size: int, expected: Any, axes: Any) -> None:
-    found, named = read(module(groups, size))
-    assert set(found) == set(expected)
+    result, named = read(module(groups, size))
+    assert set(result) == set(expected)
     assert named == axes
 
 

@@ -34,7 +34,7 @@ def test_sizes_follow_from_the_axes() -> None:
         ({"exchange": "post"}, "exchange 'post' is unknown, expected one of ['allgather'"),
     ],
 )
-def test_a_wrong_field_is_refused_in_one_line(change: dict[str, object], message: str) -> None:
+def test_wrong_field_is_refused_in_one_line(change: dict[str, object], message: str) -> None:
     with pytest.raises(CmxError) as error:
         dataclasses.replace(GOOD, **change)
     assert message in str(error.value)
@@ -47,7 +47,8 @@ def test_more_experts_than_slots_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "slots"), [(1, 256), (16, 256), (160, 320), (320, 320), (384, 384)])
-def test_256_experts_get_the_fewest_slots_that_are_equal_on_each_rank(ranks: int, slots: int) -> None:
+def test_slots_of_256_experts(ranks: int, slots: int) -> None:
+    """Experts get the smallest number of slots that is equal on each rank."""
     layout = expert_parallel(ranks, 256)
     assert (layout.slots, layout.slots_per_rank * ranks) == (slots, slots)
     assert (layout.data_ranks, layout.expert_ranks) == (ranks, ranks)

@@ -1,4 +1,4 @@
-"""Placements of the paper's shapes; replicas are chosen evenly, always the same; EPLB keeps its promise."""
+"""Placements of the paper's sizes, and the even and repeatable choice of replicas."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh import make_runner
 from cmx_jax.mesh.eplb import balancedness, rebalance_experts
 from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.placement import choose, even, moved, place, replicas, slot_table
+from cmx_jax.mesh.placement import choose_slots, count_moved, place, replicas, slot_table, spread_evenly
 
 EXPERTS, TOP_K = 256, 8
 LAYERS = 2
@@ -38,7 +38,7 @@ def test_the_decode_instance_has_256_routed_32_redundant_and_32_shared_slots(ran
 
 
 @pytest.mark.parametrize("ranks", [3, 9, 12, 30])
-def test_ranks_that_are_no_whole_nodes_are_balanced_as_one(ranks: int) -> None:
+def test_ranks_without_whole_nodes_are_balanced_globally(ranks: int) -> None:
     layout = expert_parallel(ranks, EXPERTS, redundant_slots=-EXPERTS % ranks)
     table = place(zipf(), layout, top_k=TOP_K, groups=8)
     assert (replicas(table, EXPERTS) >= 1).all()
@@ -53,13 +53,13 @@ def test_the_prefill_instance_has_ten_experts_a_die() -> None:
 
 
 @pytest.mark.parametrize(("shared_slots", "shared_experts"), [(0, 0), (32, 1), (32, 2)])
-def test_a_measured_load_is_spread_better_than_an_unknown_one(shared_slots: int, shared_experts: int) -> None:
+def test_measured_load_is_balanced_better_than_unknown_load(shared_slots: int, shared_experts: int) -> None:
     layout = expert_parallel(160, EXPERTS, redundant_slots=64 - shared_slots, shared_slots=shared_slots)
     load, known = zipf(), {"top_k": TOP_K, "shared_experts": shared_experts}
     every = np.repeat(load.sum(axis=1, keepdims=True) / TOP_K, shared_experts, axis=1)
-    whole = np.concatenate([load, every], axis=1)
+    total = np.concatenate([load, every], axis=1)
     before, after = (
-        balancedness(whole, table, replicas(table, EXPERTS + shared_experts), 160)
+        balancedness(total, table, replicas(table, EXPERTS + shared_experts), 160)
         for table in (place(np.ones_like(load), layout, **known), place(load, layout, **known))
     )
     assert (after > 1.5 * before).all()
@@ -67,19 +67,19 @@ def test_a_measured_load_is_spread_better_than_an_unknown_one(shared_slots: int,
 
 @given(st.data())
 @settings(deadline=None, max_examples=60)
-def test_a_slot_table_lists_each_expert_s_slots(data: st.DataObject) -> None:
+def test_slot_table_lists_the_slots_of_each_expert(data: st.DataObject) -> None:
     experts, slots = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20))
     choices = st.lists(st.integers(-1, experts - 1), min_size=slots, max_size=slots)
     table = np.array(data.draw(st.lists(choices, min_size=1, max_size=3)), np.int32)
-    given_slots, first = slot_table(table, experts)
+    slots_by_expert, first = slot_table(table, experts)
     for layer, row in enumerate(table):
         for expert in range(experts):
-            found = given_slots[layer, first[layer, expert] : first[layer, expert + 1]]
-            assert found.tolist() == np.flatnonzero(row == expert).tolist()
+            listed = slots_by_expert[layer, first[layer, expert] : first[layer, expert + 1]]
+            assert listed.tolist() == np.flatnonzero(row == expert).tolist()
 
 
 @pytest.mark.parametrize("kind", ["lanes", "devices"])
-def test_a_rank_deals_its_tokens_out_evenly(kind: str) -> None:
+def test_choose_slots_deals_tokens_evenly(kind: str) -> None:
     """Every token gets a slot of its expert; on each rank an expert's slots differ by one token at most, and
     over all ranks too where each has one token."""
     ranks, experts, tokens = 8, 5, 33
@@ -89,23 +89,23 @@ def test_a_rank_deals_its_tokens_out_evenly(kind: str) -> None:
     rng = np.random.default_rng(3)
     chosen = rng.integers(-1, experts, (ranks * tokens, 2)).astype(np.int32)
     runner = make_runner(kind, layout.axes)
-    program = runner.jit(lambda e, s, f: choose(e, s, f, "ep", True), (P("ep"), P(), P()), P("ep"))
-    found = np.asarray(program(chosen, slots, first))
-    np.testing.assert_array_equal(found < 0, chosen < 0)
-    np.testing.assert_array_equal(table[found][chosen >= 0], chosen[chosen >= 0])
-    counts = np.stack([np.bincount(f[f >= 0], minlength=16) for f in found.reshape(ranks, -1)])
+    program = runner.jit(lambda e, s, f: choose_slots(e, s, f, "ep", True), (P("ep"), P(), P()), P("ep"))
+    assigned = np.asarray(program(chosen, slots, first))
+    np.testing.assert_array_equal(assigned < 0, chosen < 0)
+    np.testing.assert_array_equal(table[assigned][chosen >= 0], chosen[chosen >= 0])
+    counts = np.stack([np.bincount(f[f >= 0], minlength=16) for f in assigned.reshape(ranks, -1)])
     for expert in range(experts):
-        of = counts[:, table == expert]
-        assert (of.max(axis=1) - of.min(axis=1) <= 1).all()
+        tokens_of_slot = counts[:, table == expert]
+        assert (tokens_of_slot.max(axis=1) - tokens_of_slot.min(axis=1) <= 1).all()
     lone = np.zeros((ranks, 1), np.int32)
     slot = np.asarray(program(lone, slots, first)).ravel()
     dealt = np.bincount(slot, minlength=16)[table == 0]
     assert dealt.max() - dealt.min() <= 1
-    np.testing.assert_array_equal(np.asarray(program(chosen, slots, first)), found)
+    np.testing.assert_array_equal(np.asarray(program(chosen, slots, first)), assigned)
 
 
-def test_what_was_promised_is_what_arrives() -> None:
-    """Tokens drawn by a load, dealt out over replicas: the ranks get what `balancedness` says."""
+def test_choose_slots_reaches_the_computed_balancedness() -> None:
+    """Tokens are drawn by a load and dealt to replicas: the ranks get loads as `balancedness` says."""
     layout, rng = expert_parallel(16, 64, redundant_slots=16), np.random.default_rng(0)
     load = np.stack([rng.permutation(1e4 / np.arange(1, 65))])
     chance = load[0] / load.sum()
@@ -115,7 +115,7 @@ def test_what_was_promised_is_what_arrives() -> None:
     for table in (place(np.ones_like(load), layout, top_k=1), place(measured, layout, top_k=1)):
         slots, first = (a[0] for a in slot_table(table, 64))
         program = make_runner("lanes", layout.axes).jit(
-            lambda e, s, f: choose(e, s, f, "ep", True), (P("ep"), P(), P()), P("ep")
+            lambda e, s, f: choose_slots(e, s, f, "ep", True), (P("ep"), P(), P()), P("ep")
         )
         arrived = np.bincount(np.asarray(program(chosen, slots, first)).ravel() // 5, minlength=16)
         promised = balancedness(measured, table, replicas(table, 64), 16)[0]
@@ -125,15 +125,16 @@ def test_what_was_promised_is_what_arrives() -> None:
     assert ratios[1] > 0.95
 
 
-def test_moved_counts_slots_whose_expert_comes_from_another_rank() -> None:
+def test_count_moved() -> None:
+    """Counts slots whose expert comes from another rank."""
     before = np.array([[0, 1, 2, 3]])
-    assert moved(before, before, 2) == 0
-    assert moved(before, np.array([[1, 0, 3, 2]]), 2) == 0
-    assert moved(before, np.array([[0, 2, 2, -1]]), 2) == 1
+    assert count_moved(before, before, 2) == 0
+    assert count_moved(before, np.array([[1, 0, 3, 2]]), 2) == 0
+    assert count_moved(before, np.array([[0, 2, 2, -1]]), 2) == 1
 
 
-def test_experts_without_replicas_lie_as_before() -> None:
-    table = even(2, 3, expert_parallel(4, 3))
+def test_spread_evenly_without_replicas() -> None:
+    table = spread_evenly(2, 3, expert_parallel(4, 3))
     assert table.tolist() == [[0, 1, 2, -1]] * 2
 
 
@@ -146,14 +147,14 @@ def test_experts_without_replicas_lie_as_before() -> None:
         (4, 16, {"redundant_slots": 2, "shared_slots": 2}, 0, "expected a multiple of 0 shared experts"),
     ],
 )
-def test_slots_that_do_not_fit_are_refused(ranks, experts, fields, shared_experts, message) -> None:
+def test_place_with_wrong_number_of_slots_is_refused(ranks, experts, fields, shared_experts, message) -> None:
     layout = expert_parallel(ranks, experts, **fields)
     with pytest.raises(CmxError, match=message):
         place(np.ones((1, experts)), layout, top_k=2, shared_experts=shared_experts)
 
 
-def test_the_program_that_chooses_has_no_collective() -> None:
-    traced = jax.make_jaxpr(lambda e, s, f: choose(e, s, f, "ep", True), axis_env=[("ep", 8)])(
+def test_choose_slots_has_no_collective() -> None:
+    traced = jax.make_jaxpr(lambda e, s, f: choose_slots(e, s, f, "ep", True), axis_env=[("ep", 8)])(
         np.zeros((3, 2), np.int32), np.zeros(16, np.int32), np.zeros(6, np.int32)
     )
     assert not {"all_to_all", "psum", "all_gather"} & {e.primitive.name for e in traced.jaxpr.eqns}

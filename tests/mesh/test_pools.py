@@ -30,7 +30,7 @@ def test_fourteen_prefill_instances_fill_the_supernode() -> None:
 
 @given(st.integers(0, 3), st.integers(0, 20), WHOLE_NODES, WHOLE_NODES)
 @settings(deadline=None)
-def test_slices_cover_every_npu_once_or_the_request_is_refused(
+def test_slices_cover_every_npu_once_or_are_refused(
     decode: int, prefill: int, decode_npus: int, prefill_npus: int
 ) -> None:
     request = {"decode": decode, "prefill": prefill, "decode_npus": decode_npus, "prefill_npus": prefill_npus}
@@ -57,7 +57,7 @@ def test_slices_cover_every_npu_once_or_the_request_is_refused(
         ({"decode": -1}, "-1 decode and 6 prefill instances, expected zero or more"),
     ],
 )
-def test_what_cannot_be_carved_is_refused_in_one_line(request_: dict[str, int], message: str) -> None:
+def test_carve_with_wrong_sizes_is_refused_in_one_line(request_: dict[str, int], message: str) -> None:
     with pytest.raises(CmxError) as error:
         carve(**request_)
     assert message in str(error.value)

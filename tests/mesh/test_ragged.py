@@ -1,10 +1,9 @@
-"""Only real messages travel: what the ragged exchange gives is, bit for bit, what mailboxes give.
+"""The ragged exchange, on which only real messages travel, equals the mailbox exchange bit for bit.
 
-XLA has no ragged all-to-all for CPU. Here an emulation stands in for it, which turns everything into rubbish
-where its documentation leaves the result undefined; buffers that nobody cleared hold rubbish, too.
+XLA has no ragged all-to-all for CPU. Here an emulation replaces it, which returns garbage where the
+documentation leaves the result undefined. Buffers that are not cleared hold garbage, too.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Abstract, Runner, make_runner
-from cmx_jax.mesh.exchange.methods import WIRES, Axis, exchange, message_bytes
+from cmx_jax.mesh.exchange import WIRES, Axis, ExchangeArgs, exchange, message_bytes
 from cmx_jax.mesh.runners import check_ragged
 from mesh.coded import (
     TOKENS,
@@ -27,7 +26,7 @@ from mesh.coded import (
     holes,
     likely,
     longest_queue,
-    nobody,
+    no_messages,
     one_expert,
     one_rank,
     program,
@@ -36,7 +35,7 @@ from mesh.coded import (
 )
 
 
-def rubbish(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def garbage(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.full(shape, jnp.nan if jnp.issubdtype(dtype, jnp.floating) else 77, dtype)
 
 
@@ -50,38 +49,38 @@ def emulated(
     *,
     axis_name: Axis,
 ) -> jax.Array:
-    """`jax.lax.ragged_all_to_all`: every rank sees all that is sent and takes what is for it."""
+    """Emulates `jax.lax.ragged_all_to_all`: every rank gathers all messages and takes those for it."""
     ranks, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
 
-    def everyone(x: jax.Array) -> jax.Array:
-        whole = x
+    def gathered(x: jax.Array) -> jax.Array:
+        parts = x
         for name in reversed((axis_name,) if isinstance(axis_name, str) else axis_name):
-            whole = jax.lax.all_gather(whole, name)
-        return whole.reshape(ranks, *x.shape)
+            parts = jax.lax.all_gather(parts, name)
+        return parts.reshape(ranks, *x.shape)
 
-    first, size, to = (everyone(x)[:, me, None] for x in (input_offsets, send_sizes, output_offsets))
-    data, step = everyone(operand), jnp.arange(len(operand))[None]
-    at = jnp.where(step < size, to + step, len(output)).reshape(-1)
+    first, size, to = (gathered(x)[:, me, None] for x in (input_offsets, send_sizes, output_offsets))
+    data, step = gathered(operand), jnp.arange(len(operand))[None]
+    target = jnp.where(step < size, to + step, len(output)).reshape(-1)
     rows = jnp.take_along_axis(data, ((first + step) % len(operand))[:, :, None], axis=1)
-    result = output.at[at].set(rows.reshape(-1, operand.shape[1]), mode="drop")
-    writes = jnp.zeros(len(output) + 1, jnp.int32).at[at].add(1)[:-1]
+    result = output.at[target].set(rows.reshape(-1, operand.shape[1]), mode="drop")
+    writes = jnp.zeros(len(output) + 1, jnp.int32).at[target].add(1)[:-1]
     defined = (
         jnp.array_equal(recv_sizes, size[:, 0])
         & jnp.all((first >= 0) & (first + size <= len(operand)) & (to >= 0) & (to + size <= len(output)))
         & jnp.all(writes <= 1)
     )
-    return jnp.where(defined, result, rubbish(result.shape, result.dtype))
+    return jnp.where(defined, result, garbage(result.shape, result.dtype))
 
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
-    monkeypatch.setattr(jax.lax, "empty", rubbish)
+    monkeypatch.setattr(jax.lax, "empty", garbage)
 
 
 @pytest.mark.parametrize("kind", ["lanes", "devices"])
-def test_the_emulation_does_what_the_documentation_of_jax_says(kind: str) -> None:
-    """Its own example, on an axis of size 2."""
+def test_emulation_follows_the_documentation_of_jax(kind: str) -> None:
+    """The documentation's own example, on an axis of size 2."""
 
     def rank(*args: jax.Array) -> jax.Array:
         return emulated(*args, axis_name="ep")
@@ -96,12 +95,13 @@ def test_the_emulation_does_what_the_documentation_of_jax_says(kind: str) -> Non
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("routing", [uniform, zipf, holes, one_expert, one_rank, nobody])
+@pytest.mark.parametrize("routing", [uniform, zipf, holes, one_expert, one_rank, no_messages])
 @pytest.mark.parametrize("rows", [1, 2, WORST])
 @pytest.mark.parametrize(("kind", "ranks", "slots_per_rank"), [("lanes", 8, 4), ("devices", 6, 1)])
-def test_messages_reach_their_experts_and_return_in_the_rounds_of_the_longest_queue(
+def test_ragged_results_are_exact(
     kind: str, ranks: int, slots_per_rank: int, rows: int, routing: Routing
 ) -> None:
+    """Messages reach their experts and return in as many rounds as the longest queue needs."""
     slots = routing(ranks, slots_per_rank, np.random.default_rng(0))
     x, weights = coded(slots, ranks)
     run = program(kind, (("ep", ranks),), "ep", slots_per_rank, rows, "ragged")
@@ -114,7 +114,7 @@ def test_messages_reach_their_experts_and_return_in_the_rounds_of_the_longest_qu
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(("wire", "rows"), list(zip(WIRES, [2, WORST, 1], strict=True)))
-def test_no_bit_differs_from_mailboxes_on_any_wire(wire: str, rows: int) -> None:
+def test_ragged_equals_mailboxes_on_any_wire(wire: str, rows: int) -> None:
     rng = np.random.default_rng(2)
     slots = likely(8, 4, rng, 0.5)
     slots[rng.random(slots.shape) < 0.2] = -1
@@ -128,18 +128,19 @@ def test_no_bit_differs_from_mailboxes_on_any_wire(wire: str, rows: int) -> None
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize(("kind", "over"), [("devices", ("node", "npu")), ("lanes", ("npu", "node"))])
-def test_two_axes_in_either_order_are_one_line_of_ranks(kind: str, over: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("kind", "axis"), [("devices", ("node", "npu")), ("lanes", ("npu", "node"))])
+def test_two_axes_in_either_order(kind: str, axis: tuple[str, str]) -> None:
+    """The ranks of two mesh axes are numbered as one line."""
     slots = holes(8, 4, np.random.default_rng(1))
     x, weights = coded(slots, 8)
-    y, rounds, _ = program(kind, (("node", 4), ("npu", 2)), over, 4, 1, "ragged")(x, slots, weights)
+    y, rounds, _ = program(kind, (("node", 4), ("npu", 2)), axis, 4, 1, "ragged")(x, slots, weights)
     np.testing.assert_array_equal(y, by_hand(x, slots, weights))
     assert set(np.asarray(rounds).tolist()) == {longest_queue(slots, 8, 4)}
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_groups_beside_each_other_drain_for_themselves() -> None:
-    busy, idle = one_rank(4, 2, np.random.default_rng(0)), nobody(4, 2, np.random.default_rng(0))
+def test_groups_of_ranks_have_rounds_of_their_own() -> None:
+    busy, idle = one_rank(4, 2, np.random.default_rng(0)), no_messages(4, 2, np.random.default_rng(0))
     slots = np.concatenate([idle, busy])
     x, weights = coded(slots, 8)
     y, rounds, _ = program("lanes", (("dp", 2), ("ep", 4)), "ep", 2, 1, "ragged")(x, slots, weights)
@@ -147,13 +148,13 @@ def test_groups_beside_each_other_drain_for_themselves() -> None:
     assert np.asarray(rounds).tolist() == [0] * 4 + [TOKENS * TOP_K] * 4
 
 
-def lowered(axes: tuple[tuple[str, int], ...], over: tuple[str, ...], wire: str) -> str:
-    """The exchange of 96 tokens of width 7,168 a rank, top-8 of 2 experts a rank, for TPU."""
-    runner, spec = Abstract(axes), P(over)
+def lowered(axes: tuple[tuple[str, int], ...], axis: tuple[str, ...], wire: str) -> str:
+    """Lowers an exchange for TPU: 96 tokens of width 7,168 per rank, top-8, 2 experts per rank."""
+    runner, spec = Abstract(axes), P(axis)
 
     def rank(x: jax.Array, slots: jax.Array, weights: jax.Array) -> jax.Array:
-        send = functools.partial(exchange("ragged"), axis=over, slots_per_rank=2, rows=12, wire=wire)
-        return send(x, slots, weights, lambda received, local, wire: wire.tokens(received))[0]
+        args = ExchangeArgs(axis, slots_per_rank=2, rows=12, wire=wire)
+        return exchange("ragged")(x, slots, weights, lambda received, _, read: read.tokens(received), args)[0]
 
     tokens = 96 * runner.mesh.size
     shapes = (((tokens, 7168), jnp.bfloat16), ((tokens, 8), jnp.int32), ((tokens, 8), jnp.float32))
@@ -162,8 +163,8 @@ def lowered(axes: tuple[tuple[str, int], ...], over: tuple[str, ...], wire: str)
 
 
 @pytest.mark.parametrize(("wire", "element"), [("bfloat16", "bf16"), ("int8", "i8")])
-def test_it_lowers_for_tpu_and_sends_messages_instead_of_mailboxes(wire: str, element: str) -> None:
-    """A rank sends up to 96 x 8 messages and receives up to 160 x 12; there and back it is one operation."""
+def test_ragged_lowers_for_tpu_to_messages(wire: str, element: str) -> None:
+    """A rank sends up to 96 x 8 messages and receives up to 160 x 12, by one operation in each direction."""
     text = lowered((("ep", 160),), ("ep",), wire)
     calls = [line for line in text.splitlines() if "@ragged_all_to_all" in line]
     width = message_bytes(7168, wire) // jnp.dtype(wire).itemsize
@@ -173,20 +174,20 @@ def test_it_lowers_for_tpu_and_sends_messages_instead_of_mailboxes(wire: str, el
 
 
 @pytest.mark.parametrize(
-    ("over", "first"), [(("node", "npu"), "[[0, 1, 2, 3, 4, 5]]"), (("npu", "node"), "[[0, 2, 4, 1, 3, 5]]")]
+    ("axis", "first"), [(("node", "npu"), "[[0, 1, 2, 3, 4, 5]]"), (("npu", "node"), "[[0, 2, 4, 1, 3, 5]]")]
 )
-def test_two_axes_are_one_group_in_their_order(over: tuple[str, str], first: str) -> None:
-    text = lowered((("node", 3), ("npu", 2)), over, "bfloat16")
+def test_replica_groups_of_two_axes(axis: tuple[str, str], first: str) -> None:
+    text = lowered((("node", 3), ("npu", 2)), axis, "bfloat16")
     calls = [line for line in text.splitlines() if "@ragged_all_to_all" in line]
     assert len(calls) == 2
     assert all(f"replica_groups = dense<{first}>" in line for line in calls)
 
 
 @pytest.mark.parametrize("kind", ["lanes", "devices"])
-def test_where_it_cannot_run_it_is_refused_in_one_line(kind: str) -> None:
+def test_ragged_is_refused_on_cpu_and_lanes(kind: str) -> None:
     runner: Runner = make_runner(kind, (("ep", 2),))
-    where = {"lanes": "between lanes", "devices": "on CPU"}[kind]
-    with pytest.raises(CmxError, match=rf"^exchange 'ragged' does not run {where}: .*\Z"):
+    place = {"lanes": "between lanes", "devices": "on CPU"}[kind]
+    with pytest.raises(CmxError, match=rf"^exchange 'ragged' does not run {place}: .*\Z"):
         check_ragged("ragged", runner)
     check_ragged("flat", runner)
     check_ragged("ragged", Abstract((("ep", 2),)))

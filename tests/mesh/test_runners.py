@@ -1,4 +1,4 @@
-"""One per-rank function, the same values under every runner, held against shards cut by NumPy."""
+"""A per-rank function has the same values under every runner, compared with shards cut by NumPy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,57 +19,57 @@ RANKS = [{"a": a, "b": b} for a in range(2) for b in range(3)]
 SPECS = [P("a"), P(None, "a"), P(("a", "b")), P(("b", "a")), P("b", None, "a"), P("a", "b"), P()]
 WHOLE = np.arange(6 * 6 * 4, dtype=np.int32).reshape(6, 6, 4)
 
-both = pytest.mark.parametrize("kind", ["devices", "lanes"])
+each_kind = pytest.mark.parametrize("kind", ["devices", "lanes"])
 
 
-def shard(whole: np.ndarray, spec: P, rank: dict[str, int]) -> np.ndarray:
-    """The part of an array that a rank holds."""
+def shard(array: np.ndarray, spec: P, rank: dict[str, int]) -> np.ndarray:
+    """Returns the part of an array that a rank holds."""
     for dim, entry in enumerate(spec):
         names = (entry,) if isinstance(entry, str) else entry or ()
         index, parts = 0, 1
         for name in names:
             index, parts = index * SIZES[name] + rank[name], parts * SIZES[name]
-        whole = np.split(whole, parts, axis=dim)[index]
-    return whole
+        array = np.split(array, parts, axis=dim)[index]
+    return array
 
 
 def talk(x: jax.Array) -> jax.Array:
-    """Uses each kind of collective: every rank's result tells who it is and whom it heard."""
+    """Uses each kind of collective: a rank's result shows its number and the ranks it received from."""
     b = jax.lax.axis_index("b")
     me = jax.lax.axis_index("a") * 3 + b
     total = jax.lax.psum(jnp.sum(x), ("a", "b"))
-    heard = jax.lax.all_to_all(me * 10 + jnp.arange(3), "b", 0, 0)
-    return ((me + 1) * x + total + jnp.sum(heard * jnp.array([1, 100, 10_000])))[None]
+    received = jax.lax.all_to_all(me * 10 + jnp.arange(3), "b", 0, 0)
+    return ((me + 1) * x + total + jnp.sum(received * jnp.array([1, 100, 10_000])))[None]
 
 
-@both
+@each_kind
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_ranks_hold_their_shards_and_hear_each_other(kind: str, spec: P) -> None:
+def test_ranks_hold_their_shards_and_communicate(kind: str, spec: P) -> None:
     results = make_runner(kind, AXES).jit(talk, (spec,), P(("a", "b")))(WHOLE)
     total = sum(shard(WHOLE, spec, rank).sum() for rank in RANKS)
     for me, (rank, result) in enumerate(zip(RANKS, np.asarray(results), strict=True)):
-        heard = [(rank["a"] * 3 + b) * 10 + rank["b"] for b in range(3)]
-        said = (me + 1) * shard(WHOLE, spec, rank) + total + np.dot(heard, [1, 100, 10_000])
-        np.testing.assert_array_equal(result, said)
+        received = [(rank["a"] * 3 + b) * 10 + rank["b"] for b in range(3)]
+        expected = (me + 1) * shard(WHOLE, spec, rank) + total + np.dot(received, [1, 100, 10_000])
+        np.testing.assert_array_equal(result, expected)
 
 
-@both
+@each_kind
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_results_are_put_together_as_they_were_cut(kind: str, spec: P) -> None:
+def test_results_are_assembled_by_their_spec(kind: str, spec: P) -> None:
     runner = make_runner(kind, AXES)
     double = runner.jit(lambda x: 2 * x, (spec,), spec)
     np.testing.assert_array_equal(double(WHOLE), 2 * WHOLE)
     np.testing.assert_array_equal(double(runner.put(WHOLE, spec)), 2 * WHOLE)
 
 
-@both
-def test_an_array_may_leave_by_another_spec_than_it_came(kind: str) -> None:
+@each_kind
+def test_result_with_another_spec_than_the_argument(kind: str) -> None:
     transpose = make_runner(kind, AXES).jit(lambda x: x.T, (P("a", ("b",)),), P("b", "a"))
     np.testing.assert_array_equal(transpose(WHOLE[..., 0]), WHOLE[..., 0].T)
 
 
-@both
-def test_a_replicated_result_is_returned_once(kind: str) -> None:
+@each_kind
+def test_replicated_result_is_returned_once(kind: str) -> None:
     total = make_runner(kind, AXES).jit(lambda x: jax.lax.psum(x, ("a", "b")), (P(("a", "b")),), P())
     np.testing.assert_array_equal(total(WHOLE), WHOLE.sum(0, keepdims=True))
 
@@ -80,16 +80,14 @@ class Pair:
     right: Any
 
 
-@both
+@each_kind
 @pytest.mark.parametrize(
     "specs",
     [P("b"), Pair(left=P("b"), right=P("b")), Pair(left=P("a", "b"), right=P(None, "a"))],
     ids=["prefix", "full", "mixed"],
 )
 @pytest.mark.parametrize("missing", ["neither", "left", "right"])
-def test_pytrees_take_specs_leaf_by_leaf_or_by_prefix_and_may_hold_none(
-    kind: str, specs: Any, missing: str
-) -> None:
+def test_pytrees_with_specs_per_leaf_or_prefix(kind: str, specs: Any, missing: str) -> None:
     tree: Any = Pair(left=WHOLE, right=(WHOLE + 1, {"deep": WHOLE + 2}))
     if missing != "neither":
         tree = tree.replace(**{missing: None})
@@ -100,8 +98,8 @@ def test_pytrees_take_specs_leaf_by_leaf_or_by_prefix_and_may_hold_none(
     jax.tree.map(lambda got, x: np.testing.assert_array_equal(got, x + 1), result, tree)
 
 
-@both
-def test_a_donated_argument_gives_up_its_memory(kind: str) -> None:
+@each_kind
+def test_donated_argument_is_deleted(kind: str) -> None:
     runner = make_runner(kind, AXES)
     step = runner.jit(lambda x, y: (x + y, y), (P("a"), P("a")), (P("a"), P("a")), donate_argnums=(0,))
     x, y = runner.put((WHOLE, WHOLE), (P("a"), P("a")))
@@ -112,12 +110,12 @@ def test_a_donated_argument_gives_up_its_memory(kind: str) -> None:
 def test_devices_hold_only_their_shards() -> None:
     placed = make_runner("devices", AXES, first_device=6).put(WHOLE, P("b", None, "a"))
     for rank, device in zip(RANKS, jax.devices()[6:12], strict=True):
-        [held] = [s.data for s in placed.addressable_shards if s.device == device]
-        np.testing.assert_array_equal(held, shard(WHOLE, P("b", None, "a"), rank))
+        [part] = [s.data for s in placed.addressable_shards if s.device == device]
+        np.testing.assert_array_equal(part, shard(WHOLE, P("b", None, "a"), rank))
 
 
 @pytest.mark.parametrize("ranks", [384, 768])
-def test_abstract_traces_and_lowers_what_no_machine_here_can_run(ranks: int) -> None:
+def test_abstract_traces_and_lowers_wide_programs(ranks: int) -> None:
     runner = Abstract((("a", ranks // 3), ("b", 3)))
     x = runner.put(jax.ShapeDtypeStruct((ranks * 2, 7), jnp.int32), P(("a", "b")))
     traced = runner.jit(talk, (P(("a", "b")),), P(("a", "b"))).trace(x)
@@ -156,6 +154,6 @@ def test_too_few_devices_an_unknown_runner_and_uneven_shards_are_refused() -> No
 
 
 @pytest.mark.parametrize("runner", [make_runner("devices", AXES), Lanes(AXES), Abstract(AXES)], ids=repr)
-def test_every_runner_keeps_the_protocol(runner: Runner) -> None:
+def test_runners_follow_the_protocol(runner: Runner) -> None:
     assert isinstance(runner, Runner)
     assert runner.axes == AXES

@@ -32,7 +32,7 @@ def test_totals_are_the_papers(total: float, expected: float, within: float) -> 
     assert abs(total - expected) <= within
 
 
-def test_leaving_the_node_costs_what_table_1_says() -> None:
+def test_paths_within_and_across_nodes_are_those_of_table_1() -> None:
     near, far = MACHINE.within_node, MACHINE.across_nodes
     ratios = [
         far.read_gb_s / near.read_gb_s,

@@ -1,4 +1,4 @@
-"""What a jaxpr's collectives move, against closed forms, on programs of the kinds that people write."""
+"""Traces of typical programs, compared with closed forms of what their collectives move."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def devices() -> Mesh:
 
 
 def mapped(fn: Any, ins: Any, outs: Any, source: str = "jaxpr") -> Any:
-    """On devices only where a compiler needs them."""
+    """Maps a function over the mesh, which has devices only where a compiler needs them."""
     mesh = devices() if source == "hlo" else MESH
     return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False))
 
@@ -41,11 +41,11 @@ def rows(t: Trace) -> list[tuple[Any, ...]]:
 
 def wire(t: Trace) -> dict[Any, float]:
     """Bytes by operation, axes and type: compilers put collectives together."""
-    found: dict[Any, float] = {}
+    result: dict[Any, float] = {}
     for r in t.collectives:
         key = r["op"], tuple(r["axes"]), r["dtype"]
-        found[key] = found.get(key, 0) + r["wire_bytes"]
-    return found
+        result[key] = result.get(key, 0) + r["wire_bytes"]
+    return result
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -64,12 +64,12 @@ def test_a_data_parallel_training_step_reduces_each_gradient_once(source: str) -
     state = jax.eval_shape(opt.init, params)
     data = P(("node", "npu"))
     program = mapped(step, (P(), P(), data, data), P(), source)
-    found = trace(program, params, state, shape(320, 64), shape(320, 16), source=source)
-    both, factor = ("node", "npu"), 2 * 31 / 32
-    assert wire(found) == {("all_reduce", both, "float32"): (64 + 1) * 16 * 4 * factor}
-    assert {(r["plane"], r["count"]) for r in found.collectives} == {("nodes", 1)}
+    result = trace(program, params, state, shape(320, 64), shape(320, 16), source=source)
+    axes, factor = ("node", "npu"), 2 * 31 / 32
+    assert wire(result) == {("all_reduce", axes, "float32"): (64 + 1) * 16 * 4 * factor}
+    assert {(r["plane"], r["count"]) for r in result.collectives} == {("nodes", 1)}
     forward = 2 * 10 * 64 * 16  # of one rank's ten rows; the gradient of w costs as much again
-    assert found.flops == {"float32": 2 * forward}
+    assert result.flops == {"float32": 2 * forward}
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -88,18 +88,18 @@ def test_ring_attention_sends_keys_and_values_round_the_ring(source: str) -> Non
 
     x = shape(4 * 8 * 16, 32)
     spec = P(("node", "npu"))
-    found = trace(mapped(attend, (spec,) * 3, spec, source), x, x, x, source=source)
-    assert wire(found) == {("permute", ("npu",), "float32"): 2 * 8 * 16 * 32 * 4}
-    assert {(r["plane"], r["count"], r["scope"]) for r in found.collectives} == {("node", 8, "Ring")}
-    assert found.flops == {"float32": 8 * 2 * (2 * 16 * 16 * 32)}
-    assert [note for note in found.notes if "only in" in note] == []
+    result = trace(mapped(attend, (spec,) * 3, spec, source), x, x, x, source=source)
+    assert wire(result) == {("permute", ("npu",), "float32"): 2 * 8 * 16 * 32 * 4}
+    assert {(r["plane"], r["count"], r["scope"]) for r in result.collectives} == {("node", 8, "Ring")}
+    assert result.flops == {"float32": 8 * 2 * (2 * 16 * 16 * 32)}
+    assert [note for note in result.notes if "only in" in note] == []
 
 
-def test_cpu_s_wider_types_are_said() -> None:
+def test_wider_types_of_the_cpu_are_noted() -> None:
     program = mapped(lambda x: lax.all_to_all(x, "npu", 0, 0), (P(),), P(), "hlo")
-    found = trace(program, shape(8, 64, dtype="bfloat16"), source="hlo")
-    assert wire(found) == {("all_to_all", ("npu",), "float32"): 8 * 64 * 4 * 7 / 8}
-    assert "bfloat16 as float32" in found.notes[-1]
+    result = trace(program, shape(8, 64, dtype="bfloat16"), source="hlo")
+    assert wire(result) == {("all_to_all", ("npu",), "float32"): 8 * 64 * 4 * 7 / 8}
+    assert "bfloat16 as float32" in result.notes[-1]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -113,8 +113,8 @@ def test_a_pipeline_s_last_stage_sends_nothing(source: str) -> None:
         return lax.scan(tick, x, None, length=7)[0]
 
     program = mapped(stages, (P("npu"), P("node")), P("npu"), source)
-    found = trace(program, shape(64, 32), shape(4, 32, 32), source=source)
-    assert rows(found) == [("permute", ("node",), "nodes", 7, 7 * 8 * 32 * 4 * 3 / 4)]
+    result = trace(program, shape(64, 32), shape(4, 32, 32), source=source)
+    assert rows(result) == [("permute", ("node",), "nodes", 7, 7 * 8 * 32 * 4 * 3 / 4)]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -124,20 +124,20 @@ def test_a_matmul_whose_sum_the_compiler_inserts(source: str) -> None:
         jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, spec))
         for sizes, spec in (((64, 512), P("node", "npu")), ((512, 128), P("npu")))
     )
-    found = trace(jnp.matmul, left, right, source=source)
+    result = trace(jnp.matmul, left, right, source=source)
     if source == "hlo":
-        assert wire(found) == {("all_reduce", ("npu",), "float32"): 16 * 128 * 4 * 2 * 7 / 8}
-        assert found.flops == {"float32": 2 * 16 * 64 * 128}
-        assert found.memory["arguments"] == (16 * 64 + 64 * 128) * 4
-        assert any("only in hlo" in note for note in found.notes)
+        assert wire(result) == {("all_reduce", ("npu",), "float32"): 16 * 128 * 4 * 2 * 7 / 8}
+        assert result.flops == {"float32": 2 * 16 * 64 * 128}
+        assert result.memory["arguments"] == (16 * 64 + 64 * 128) * 4
+        assert any("only in hlo" in note for note in result.notes)
     else:
-        assert not found.collectives
-        assert found.flops == {"float32": 2 * 64 * 512 * 128}
-        assert source != "jaxpr" or "source hlo" in found.notes[0]
+        assert not result.collectives
+        assert result.flops == {"float32": 2 * 64 * 512 * 128}
+        assert source != "jaxpr" or "source hlo" in result.notes[0]
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_nested_loops_multiply_and_data_decide_on_branches_and_whiles(source: str) -> None:
+def test_counts_of_nested_loops_branches_and_whiles(source: str) -> None:
     def program(x: Any, n: Any) -> Any:
         def inner(x: Any, _: Any) -> Any:
             return lax.all_to_all(x, "npu", 0, 0, tiled=True), None
@@ -150,25 +150,25 @@ def test_nested_loops_multiply_and_data_decide_on_branches_and_whiles(source: st
         return lax.fori_loop(0, n[0], lambda _, x: lax.pmax(x, "node"), x)
 
     spec = P(("node", "npu"))
-    given = shape(32 * 8, 4), shape(1, dtype="int32")
-    found = trace(mapped(program, (spec, P()), spec, source), *given, source=source)
+    arguments = shape(32 * 8, 4), shape(1, dtype="int32")
+    result = trace(mapped(program, (spec, P()), spec, source), *arguments, source=source)
     size = 8 * 4 * 4
-    assert rows(found) == [
+    assert rows(result) == [
         ("all_to_all", ("npu",), "node", 15, 15 * size * 7 / 8),
         ("all_reduce", ("npu",), "node", None, 5 * size * 2 * 7 / 8),
         ("all_reduce", ("node",), "nodes", None, size * 2 * 3 / 4),
     ]
-    assert found.notes
+    assert result.notes
 
 
-def test_both_branches_alike_are_sure() -> None:
+def test_equal_branches_have_a_count() -> None:
     def program(x: Any) -> Any:
         up, down = (lambda x, s=s: lax.all_gather(x * s, "npu", tiled=True) for s in (1.0, 2.0))
         return lax.cond(jnp.sum(x) > 0, up, down, x)
 
-    found = trace(mapped(program, (P(("node", "npu")),), P("node")), shape(32 * 2, 4))
-    assert rows(found) == [("all_gather", ("npu",), "node", 1, 2 * 4 * 4 * 7)]
-    assert not found.notes
+    result = trace(mapped(program, (P(("node", "npu")),), P("node")), shape(32 * 2, 4))
+    assert rows(result) == [("all_gather", ("npu",), "node", 1, 2 * 4 * 4 * 7)]
+    assert not result.notes
 
 
 def test_gathers_scatters_and_groups() -> None:
@@ -177,8 +177,10 @@ def test_gathers_scatters_and_groups() -> None:
         y = lax.psum_scatter(x, ("node", "npu"), tiled=True)
         return lax.all_gather(y, "npu", axis_index_groups=pairs, tiled=True)
 
-    found = trace(mapped(program, (P(),), P("node")), shape(320, 4, dtype="int8"), view=View(ranks_per_npu=2))
-    scatter, gather = found.collectives
+    result = trace(
+        mapped(program, (P(),), P("node")), shape(320, 4, dtype="int8"), view=View(ranks_per_npu=2)
+    )
+    scatter, gather = result.collectives
     assert (scatter["op"], scatter["wire_bytes"], scatter["plane"]) == (
         "reduce_scatter",
         320 * 4 * 31 / 32,
@@ -188,13 +190,13 @@ def test_gathers_scatters_and_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("axes", "per_npu", "where"),
+    ("axes", "per_npu", "expected"),
     [(("npu",), 1, "node"), (("npu",), 2, "node"), (("node",), 1, "nodes"), (("node", "npu"), 1, "nodes")],
 )
-def test_planes_of_a_mesh_of_nodes(axes: tuple[str, ...], per_npu: int, where: str) -> None:
+def test_planes_of_a_mesh_of_nodes(axes: tuple[str, ...], per_npu: int, expected: str) -> None:
     groups = groups_of(axes, {"node": 4, "npu": 8})
     assert sorted(rank for group in groups for rank in group) == list(range(32))
-    assert plane(groups, CLOUDMATRIX384, per_npu) == where
+    assert plane(groups, CLOUDMATRIX384, per_npu) == expected
 
 
 def test_planes_of_a_die_pair_and_beyond_the_supernode() -> None:
@@ -208,5 +210,5 @@ def test_planes_of_gpus_beyond_their_node() -> None:
 
 
 def test_the_table_has_a_line_for_each_collective() -> None:
-    found = trace(mapped(lambda x: lax.psum(x, "npu"), (P(),), P()), shape(4))
-    assert len(render(found).splitlines()) == 4
+    result = trace(mapped(lambda x: lax.psum(x, "npu"), (P(),), P()), shape(4))
+    assert len(render(result).splitlines()) == 4

@@ -53,23 +53,23 @@ def layer_arguments(mesh: Any) -> tuple[Any, ...]:
 
 
 def test_tensor_parallel_layer_has_one_rank_s_flops_and_a_note(mesh: Mesh) -> None:
-    found = traced(mesh, feed_forward, *layer_arguments(mesh), source="jaxpr")
-    assert found.flops == {"float32": 2 * (2 * 4 * 16 * 8)}
-    assert found.memory["arguments"] == 4 * (4 * 16 + 16 * 8 + 8 * 16)
-    assert [note for note in found.notes if "1 x dot_general over y" in note]
+    result = traced(mesh, feed_forward, *layer_arguments(mesh), source="jaxpr")
+    assert result.flops == {"float32": 2 * (2 * 4 * 16 * 8)}
+    assert result.memory["arguments"] == 4 * (4 * 16 + 16 * 8 + 8 * 16)
+    assert [note for note in result.notes if "1 x dot_general over y" in note]
 
 
 def test_tensor_parallel_layer_in_hlo_is_the_same_and_has_the_sum(mesh: Mesh) -> None:
-    found = traced(mesh, feed_forward, *layer_arguments(mesh), source="hlo")
-    assert found.flops == {"float32": 2 * (2 * 4 * 16 * 8)}
-    assert rows(found) == [("all_reduce", ("y",), (4, 16), 1)]
+    result = traced(mesh, feed_forward, *layer_arguments(mesh), source="hlo")
+    assert result.flops == {"float32": 2 * (2 * 4 * 16 * 8)}
+    assert rows(result) == [("all_reduce", ("y",), (4, 16), 1)]
 
 
-def test_tensor_parallel_layer_in_stablehlo_says_that_sizes_are_whole(mesh: Mesh) -> None:
-    found = traced(mesh, feed_forward, *layer_arguments(mesh), source="stablehlo")
-    assert found.flops == {"float32": 2 * (2 * 8 * 16 * 32)}
-    assert any("2 x dot_general" in note and "all ranks together" in note for note in found.notes)
-    assert any("dot_general over y" in note for note in found.notes)
+def test_tensor_parallel_layer_in_stablehlo_has_whole_sizes_and_a_note(mesh: Mesh) -> None:
+    result = traced(mesh, feed_forward, *layer_arguments(mesh), source="stablehlo")
+    assert result.flops == {"float32": 2 * (2 * 8 * 16 * 32)}
+    assert any("2 x dot_general" in note and "all ranks together" in note for note in result.notes)
+    assert any("dot_general over y" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -81,15 +81,15 @@ def test_layer_on_an_abstract_mesh(source: str) -> None:
             with pytest.raises(CmxError, match=r"cannot be compiled for cpu: .*AbstractMesh"):
                 trace(feed_forward, *layer_arguments(abstract), source=source)
             return
-        found = trace(feed_forward, *layer_arguments(abstract), source=source)
-    assert found.memory["arguments"] == 4 * (4 * 16 + 16 * 8 + 8 * 16)
+        result = trace(feed_forward, *layer_arguments(abstract), source=source)
+    assert result.memory["arguments"] == 4 * (4 * 16 + 16 * 8 + 8 * 16)
 
 
 @pytest.mark.parametrize("source", WRITTEN)
 def test_reshard_is_named(mesh: Mesh, source: str) -> None:
     x = on(mesh, 8, 16, split=P("x", None))
-    found = traced(mesh, lambda x: reshard(x, P(None, "x")), x, source=source)
-    assert any("1 x reshard" in note and "source hlo" in note for note in found.notes)
+    result = traced(mesh, lambda x: reshard(x, P(None, "x")), x, source=source)
+    assert any("1 x reshard" in note and "source hlo" in note for note in result.notes)
 
 
 def test_reshard_in_hlo(mesh: Mesh) -> None:
@@ -98,19 +98,19 @@ def test_reshard_in_hlo(mesh: Mesh) -> None:
     assert (moved["op"], moved["axes"], moved["wire_bytes"]) == ("all_to_all", ["x"], 4 * 16 * 4 / 2)
 
 
-def test_reshard_to_a_part_of_what_a_rank_holds_moves_nothing(mesh: Mesh) -> None:
+def test_reshard_to_a_part_of_a_rank_s_part_moves_nothing(mesh: Mesh) -> None:
     x = on(mesh, 8, 16, split=P(None, None))
-    found = traced(mesh, lambda x: reshard(x, P("x", "y")), x, source="jaxpr")
-    assert not any("reshard" in note for note in found.notes)
+    result = traced(mesh, lambda x: reshard(x, P("x", "y")), x, source="jaxpr")
+    assert not any("reshard" in note for note in result.notes)
     assert rows(traced(mesh, lambda x: reshard(x, P("x", "y")), x, source="hlo")) == []
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("specs", [{"in_specs": P("x", "y")}, {}])
-def test_shard_map_with_given_and_with_inferred_specs(mesh: Mesh, source: str, specs: Any) -> None:
+def test_shard_map_with_arguments_and_with_inferred_specs(mesh: Mesh, source: str, specs: Any) -> None:
     fn = jax.shard_map(lambda a: lax.psum(a, "y"), out_specs=P("x", None), **specs)
-    found = traced(mesh, fn, on(mesh, 8, 16, split=P("x", "y")), source=source)
-    assert rows(found) == [("all_reduce", ("y",), (4, 4), 1)]
+    result = traced(mesh, fn, on(mesh, 8, 16, split=P("x", "y")), source=source)
+    assert rows(result) == [("all_reduce", ("y",), (4, 4), 1)]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -119,22 +119,22 @@ def test_product_before_a_shard_map_is_one_rank_s(mesh: Mesh, source: str) -> No
         total = jax.shard_map(lambda a: lax.psum(a, "y"), in_specs=P("x", "y"), out_specs=P("x", None))
         return total(x @ w)
 
-    given = on(mesh, 8, 16, split=P("x", None)), on(mesh, 16, 32, split=P(None, "y"))
-    found = traced(mesh, step, *given, source=source)
-    assert rows(found) == [("all_reduce", ("y",), (4, 8), 1)]
+    arguments = on(mesh, 8, 16, split=P("x", None)), on(mesh, 16, 32, split=P(None, "y"))
+    result = traced(mesh, step, *arguments, source=source)
+    assert rows(result) == [("all_reduce", ("y",), (4, 8), 1)]
     if source == "stablehlo":
-        assert any("1 x dot_general" in note and "all ranks together" in note for note in found.notes)
+        assert any("1 x dot_general" in note and "all ranks together" in note for note in result.notes)
     else:
-        assert found.flops == {"float32": 2 * 4 * 16 * 8}
+        assert result.flops == {"float32": 2 * 4 * 16 * 8}
 
 
 @pytest.mark.parametrize("source", WRITTEN)
-def test_shard_map_over_one_axis_moves_what_lies_on_a_rank(mesh: Mesh, source: str) -> None:
+def test_shard_map_over_one_axis_moves_one_rank_s_part(mesh: Mesh, source: str) -> None:
     fn = jax.shard_map(
         lambda a: lax.psum(a * 2, "y"), in_specs=P(None, "y"), out_specs=P(None, None), axis_names={"y"}
     )
-    found = traced(mesh, fn, on(mesh, 8, 16, split=P("x", "y")), source=source)
-    assert rows(found) == [("all_reduce", ("y",), (4, 4), 1)]
+    result = traced(mesh, fn, on(mesh, 8, 16, split=P("x", "y")), source=source)
+    assert rows(result) == [("all_reduce", ("y",), (4, 4), 1)]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -145,24 +145,24 @@ def test_scan_counts_its_products(mesh: Mesh, source: str) -> None:
 
         return lax.scan(layer, x, ws)[0]
 
-    given = on(mesh, 8, 16, split=P("x", None)), on(mesh, 3, 16, 16, split=P(None, "y", None))
-    found = traced(mesh, step, *given, source=source)
+    arguments = on(mesh, 8, 16, split=P("x", None)), on(mesh, 3, 16, 16, split=P(None, "y", None))
+    result = traced(mesh, step, *arguments, source=source)
     parts = 1 if source == "stablehlo" else 2 * 4
-    assert found.flops == {"float32": 3 * 2 * 8 * 16 * 16 // parts}
-    assert not any("count None" in note for note in found.notes)
+    assert result.flops == {"float32": 3 * 2 * 8 * 16 * 16 // parts}
+    assert not any("count None" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("source", WRITTEN)
 def test_product_that_the_compiler_splits_is_named(mesh: Mesh, source: str) -> None:
     fn = jax.sharding.auto_axes(lambda a: a @ a.T, out_sharding=P("x", None))
-    found = traced(mesh, fn, on(mesh, 8, 16, split=P("x", "y")), source=source)
-    assert any("splits 1 x dot_general" in note for note in found.notes)
+    result = traced(mesh, fn, on(mesh, 8, 16, split=P("x", "y")), source=source)
+    assert any("splits 1 x dot_general" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("of", ["devices", "abstract"])
-def test_argument_that_is_not_placed_is_one_line(mesh: Mesh, of: str) -> None:
-    given = mesh if of == "devices" else typed_mesh(AXES, "xy")
-    fn = jax.shard_map(lambda a: lax.psum(a, "y"), mesh=given, in_specs=P("x", "y"), out_specs=P("x", None))
+@pytest.mark.parametrize("kind", ["devices", "abstract"])
+def test_argument_that_is_not_placed_is_one_line(mesh: Mesh, kind: str) -> None:
+    typed = mesh if kind == "devices" else typed_mesh(AXES, "xy")
+    fn = jax.shard_map(lambda a: lax.psum(a, "y"), mesh=typed, in_specs=P("x", "y"), out_specs=P("x", None))
     with pytest.raises(
         CmxError, match=r"P\('x', 'y'\).*float32\[8,16\].*NamedSharding\(mesh, spec\)"
     ) as error:

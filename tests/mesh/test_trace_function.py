@@ -44,34 +44,34 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("args", [["bfloat16[8,16]@x"], ["shapes"]])
 def test_a_module_of_the_current_folder(mine: str, args: list[str]) -> None:
-    given = [f"{mine}:{arg}" if arg == "shapes" else arg for arg in args]
-    found = trace_function(f"{mine}:ring", given, "x=4")
-    assert [(r["op"], r["axes"], r["count"], r["wire_bytes"]) for r in found.collectives] == [
+    texts = [f"{mine}:{arg}" if arg == "shapes" else arg for arg in args]
+    result = trace_function(f"{mine}:ring", texts, "x=4")
+    assert [(r["op"], r["axes"], r["count"], r["wire_bytes"]) for r in result.collectives] == [
         ("permute", ["x"], 4, 4 * 2 * 16 * 2)
     ]
 
 
 @pytest.mark.parametrize("source", ["jaxpr", "stablehlo", "hlo"])
 def test_a_function_with_a_mesh_of_its_own(mine: str, source: str) -> None:
-    found = trace_function(f"{mine}:brings_its_mesh", ["float32[8,16]"], source=source)
-    (only,) = found.collectives
+    result = trace_function(f"{mine}:brings_its_mesh", ["float32[8,16]"], source=source)
+    (only,) = result.collectives
     assert (only["op"], only["axes"], only["wire_bytes"]) == ("all_reduce", ["y"], 2 * 2 * 16 * 4 * 3 / 4)
 
 
-def test_what_the_compiler_inserts_into_a_library_s_function(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_library_s_function_has_the_compiler_s_collectives(capsys: pytest.CaptureFixture[str]) -> None:
     """A loss whose classes lie on eight ranks: a maximum and two sums over them, and the label's logit."""
     name = "optax.losses:softmax_cross_entropy_with_integer_labels"
-    given = ["--mesh", "x=8", "--args", "float32[64,4096]@-,x", "int32[64]"]
-    assert main(["trace", "--function", name, *given, "--source", "hlo", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {(r["op"], tuple(r["axes"]), tuple(r["shape"])) for r in found["collectives"]} >= {
+    options = ["--mesh", "x=8", "--args", "float32[64,4096]@-,x", "int32[64]"]
+    assert main(["trace", "--function", name, *options, "--source", "hlo", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {(r["op"], tuple(r["axes"]), tuple(r["shape"])) for r in result["collectives"]} >= {
         ("all_reduce", ("x",), (64,))
     }
-    assert found["mesh"] == "x=8"
+    assert result["mesh"] == "x=8"
 
 
 @pytest.mark.parametrize(
-    ("name", "args", "mesh", "said"),
+    ("name", "args", "mesh", "message"),
     [
         ("nothing", [], None, "function 'nothing', expected package.module:function"),
         ("no_such_module:f", [], None, "no_such_module:f: ModuleNotFoundError"),
@@ -86,21 +86,21 @@ def test_what_the_compiler_inserts_into_a_library_s_function(capsys: pytest.Capt
         ("jax.numpy:matmul", ["float32[4,3]", "float32[4,3]"], None, "TypeError: dot_general requires"),
     ],
 )
-def test_a_mistake_is_one_line(name: str, args: list[str], mesh: str | None, said: str) -> None:
-    with pytest.raises(CmxError, match=said) as caught:
+def test_a_mistake_is_one_line(name: str, args: list[str], mesh: str | None, message: str) -> None:
+    with pytest.raises(CmxError, match=message) as caught:
         trace_function(name, args, mesh)
     assert "\n" not in str(caught.value)
 
 
-def test_a_function_that_fails_says_where(mine: str) -> None:
+def test_the_line_where_a_function_fails_is_named(mine: str) -> None:
     with pytest.raises(CmxError, match=rf"{mine}:broken: TypeError: of no use \({mine}.py:20\)"):
         trace_function(f"{mine}:broken", ["float32[1]"])
 
 
 def test_an_argument_over_two_axes() -> None:
     mesh = auto_mesh((("a", 2), ("b", 4)))
-    (found,) = read_args(["int8[16,3]@a+b"], mesh)
-    assert found.sharding.shard_shape(found.shape) == (2, 3)
+    (result,) = read_args(["int8[16,3]@a+b"], mesh)
+    assert result.sharding.shard_shape(result.shape) == (2, 3)
 
 
 EXPLICIT = """
@@ -127,15 +127,15 @@ def explicit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("source", ["jaxpr", "stablehlo", "hlo"])
 def test_arguments_on_a_mesh_of_the_module(explicit: str, source: str) -> None:
-    found = trace_function(f"{explicit}:total", ["float32[8,16]@x,y"], f"{explicit}:mesh", source=source)
-    (only,) = found.collectives
+    result = trace_function(f"{explicit}:total", ["float32[8,16]@x,y"], f"{explicit}:mesh", source=source)
+    (only,) = result.collectives
     assert (only["op"], only["axes"], only["shape"]) == ("all_reduce", ["y"], [4, 4])
 
 
 @pytest.mark.parametrize("mesh", ["x=2:explicit,y=4:explicit", "x=2:explicit,y=4"])
 def test_explicit_axes_of_a_mesh_by_sizes(explicit: str, mesh: str) -> None:
-    found = trace_function(f"{explicit}:gathered", ["float32[8,16]@x"], mesh)
-    assert any("1 x reshard" in note for note in found.notes)
+    result = trace_function(f"{explicit}:gathered", ["float32[8,16]@x"], mesh)
+    assert any("1 x reshard" in note for note in result.notes)
 
 
 def test_argument_that_is_not_placed_says_how_to_place_it(explicit: str) -> None:
@@ -145,14 +145,14 @@ def test_argument_that_is_not_placed_says_how_to_place_it(explicit: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("mesh", "said"),
+    ("mesh", "message"),
     [
         ("jax.numpy:pi", "mesh jax.numpy:pi is a float, expected a jax.sharding.Mesh"),
         ("jax.numpy:no_such", "AttributeError"),
         ("x=2:manual", "expected different axes and sizes such as node=4,npu=8"),
     ],
 )
-def test_mesh_that_is_none_is_one_line(mesh: str, said: str) -> None:
-    with pytest.raises(CmxError, match=said) as error:
+def test_a_mistake_in_the_mesh_is_one_line(mesh: str, message: str) -> None:
+    with pytest.raises(CmxError, match=message) as error:
         trace_function("jax.numpy:sin", ["float32[4]"], mesh)
     assert "\n" not in str(error.value)

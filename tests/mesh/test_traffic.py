@@ -1,4 +1,4 @@
-"""Who sends to whom: sums are the wire bytes of the trace, patterns those of the operations."""
+"""Traffic between ranks: sums are the wire bytes of the trace, patterns those of the operations."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ BOTH = P(("node", "npu"))
 
 
 def traced(fn: Any) -> Trace:
-    """Of a rank's `[32, 32] float32`: 4,096 bytes."""
+    """Traces a function of an array with 4,096 bytes, `[32, 32] float32`, on each rank."""
     mesh = auto_mesh(tuple(AXES.items()))
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=BOTH, out_specs=BOTH, check_vma=False)
     return trace(mapped, jax.ShapeDtypeStruct((32 * 32, 32), jnp.dtype("float32")))
@@ -44,15 +44,15 @@ def everything(x: Any) -> Any:
 
 
 def test_every_row_sums_to_the_wire_bytes() -> None:
-    found = traced(everything)
-    sent = traffic(found.found.collectives, AXES)
-    assert {c["op"] for c in found.collectives} == {
+    result = traced(everything)
+    sent = traffic(result.contents.collectives, AXES)
+    assert {c["op"] for c in result.collectives} == {
         "all_to_all",
         "all_gather",
         "reduce_scatter",
         "all_reduce",
     }
-    assert sent.sum(axis=1).tolist() == [sum(c["wire_bytes"] for c in found.collectives)] * 32
+    assert sent.sum(axis=1).tolist() == [sum(c["wire_bytes"] for c in result.collectives)] * 32
     assert not np.diag(sent).any()
     nodes = by_node(sent, CLOUDMATRIX384)
     assert nodes.shape == (4, 4)
@@ -61,14 +61,14 @@ def test_every_row_sums_to_the_wire_bytes() -> None:
 
 
 def test_a_gather_stays_in_its_group() -> None:
-    sent = traffic(traced(lambda x: lax.psum_scatter(x, "npu", tiled=True)).found.collectives, AXES)
+    sent = traffic(traced(lambda x: lax.psum_scatter(x, "npu", tiled=True)).contents.collectives, AXES)
     inside = np.kron(np.eye(4), np.ones((8, 8)) - np.eye(8))
     assert (sent == inside * 4096 / 8).all()
 
 
 def test_a_permute_s_bytes_go_along_its_pairs() -> None:
     chain = [(i, i + 1) for i in range(3)]
-    sent = traffic(traced(lambda x: lax.ppermute(x, "node", chain)).found.collectives, AXES)
+    sent = traffic(traced(lambda x: lax.ppermute(x, "node", chain)).contents.collectives, AXES)
     expected = np.zeros((32, 32))
     for rank in range(24):
         expected[rank, rank + 8] = 4096
@@ -76,8 +76,8 @@ def test_a_permute_s_bytes_go_along_its_pairs() -> None:
 
 
 def test_two_dies_of_an_npu_are_in_one_node() -> None:
-    found = traced(lambda x: lax.all_to_all(x, ("node", "npu"), 0, 0, tiled=True))
-    nodes = by_node(traffic(found.found.collectives, AXES), CLOUDMATRIX384, ranks_per_npu=2, first_npu=4)
+    result = traced(lambda x: lax.all_to_all(x, ("node", "npu"), 0, 0, tiled=True))
+    nodes = by_node(traffic(result.contents.collectives, AXES), CLOUDMATRIX384, ranks_per_npu=2, first_npu=4)
     part = 4096 / 32
     assert nodes.tolist() == [  # 8 dies of node 0, 16 of node 1, 8 of node 2
         [8 * 7 * part, 8 * 16 * part, 8 * 8 * part],
@@ -93,7 +93,7 @@ def test_a_broadcast_is_passed_on() -> None:
 
 
 @pytest.mark.parametrize("source", ["jaxpr", "stablehlo", "hlo"])
-def test_every_source_says_who_sends_to_whom(source: str) -> None:
+def test_sources_agree_on_the_traffic(source: str) -> None:
     mesh = Mesh(np.array(jax.devices("cpu")[:8]).reshape(2, 4), ("node", "npu"))
 
     def program(x: Any) -> Any:
@@ -101,13 +101,13 @@ def test_every_source_says_who_sends_to_whom(source: str) -> None:
         return lax.all_to_all(x, "node", 0, 0, tiled=True)
 
     mapped = jax.shard_map(program, mesh=mesh, in_specs=BOTH, out_specs=BOTH, check_vma=False)
-    found = trace(mapped, jax.ShapeDtypeStruct((8 * 4, 32), jnp.dtype("float32")), source=source)
+    result = trace(mapped, jax.ShapeDtypeStruct((8 * 4, 32), jnp.dtype("float32")), source=source)
     ring, across = np.roll(np.eye(4), 1, axis=1), np.array([[0, 1], [1, 0]])
     expected = 512 * np.kron(np.eye(2), ring) + 256 * np.kron(across, np.eye(4))
-    assert (traffic(found.found.collectives, found.found.axes) == expected).all()
+    assert (traffic(result.contents.collectives, result.contents.axes) == expected).all()
 
 
 @pytest.mark.parametrize("op", ["permute", "all_gather"])
-def test_what_says_not_between_whom_is_refused(op: str) -> None:
-    with pytest.raises(CmxError, match="does not say between which ranks it is"):
+def test_a_collective_without_ranks_is_refused(op: str) -> None:
+    with pytest.raises(CmxError, match="has no ranks, expected groups, pairs or mesh axes"):
         traffic([Collective(op, (), 4, "int8", (4,), 1)], AXES)

@@ -1,4 +1,4 @@
-"""What the tests of the model wing share: configs of the goldens, random weights, damaged files, refusals."""
+"""Helpers of the tests of the model wing: configs of the goldens, random weights, damaged files, refusals."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from support import BASE, GOLDENS
 from cmx_jax.errors import CmxError
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import parse_config
-from cmx_jax.model.weights import Leaf, Weights, leaf_dtype, weight_tree
+from cmx_jax.model.leaf import Leaf, leaf_dtype
+from cmx_jax.model.weights import Weights, weight_tree
 
 TENSORS = load_file(BASE / "model.safetensors")
 GATE = "model.layers.2.mlp.gate.weight"
@@ -27,7 +28,7 @@ def raw_config(case: str = "base", **changes: Any) -> dict[str, Any]:
 
 
 def without(field: str) -> dict[str, Any]:
-    """The `config.json` of `base` that lacks a field."""
+    """The `config.json` of `base` without one field."""
     return {name: value for name, value in raw_config().items() if name != field}
 
 
@@ -36,7 +37,7 @@ def config(case: str = "base", **changes: Any) -> ModelConfig:
 
 
 def random_weights(c: ModelConfig, mtp: bool = True, dtype: type = np.float32, seed: int = 0) -> Weights:
-    """Normal numbers in every tensor, all of which `dtype` can hold; expert `e` in slot `e`."""
+    """Normally distributed values in every tensor, rounded to `dtype`; expert `e` in slot `e`."""
     rng = np.random.default_rng(seed)
 
     def make(leaf: Leaf) -> np.ndarray:
@@ -64,7 +65,7 @@ def shard(directory: Path) -> Path:
 
 @contextmanager
 def refused(*words: str) -> Iterator[None]:
-    """What happens inside is refused by a `CmxError` of one line that has all the words."""
+    """Checks that the block raises a `CmxError` whose message is one line and contains all the words."""
     with pytest.raises(CmxError) as caught:
         yield
     message = str(caught.value)

@@ -49,40 +49,40 @@ def put_at(pages: np.ndarray, table: np.ndarray, addresses: np.ndarray, rows: np
 
 @given(tables, st.integers(1, LAYERS), st.lists(st.permutations(range(-3, SPAN + 2)), min_size=2, max_size=2))
 @settings(deadline=None, max_examples=50)
-def test_write_puts_each_row_at_its_address_and_touches_nothing_else(table, count, order) -> None:
+def test_write_changes_only_the_addressed_rows(table, count, order) -> None:
     addresses = np.maximum(np.array(order, np.int32), -1)  # in any order, some nowhere, some past the table
     rows = coded(count, *addresses.shape, DIM)
     expected = stale()
     put_at(expected, table, addresses, rows)
-    given = write_(PagedCache(stale()), table, addresses, rows)
-    np.testing.assert_array_equal(given.pages, expected)
+    cache = write_(PagedCache(stale()), table, addresses, rows)
+    np.testing.assert_array_equal(cache.pages, expected)
 
 
 @given(tables, st.lists(st.integers(0, SPAN), min_size=2, max_size=2))
 @settings(deadline=None, max_examples=50)
-def test_what_was_written_is_read_as_one_contiguous_array(table, lengths) -> None:
+def test_read_gives_written_rows_in_order_of_address(table, lengths) -> None:
     addresses = np.broadcast_to(np.arange(SPAN, dtype=np.int32), (SEQUENCES, SPAN))
     rows, used = coded(LAYERS, SEQUENCES, SPAN, DIM), addresses < np.array(lengths)[:, None]
     cache = write_(PagedCache(stale()), table, np.where(used, addresses, -1), rows)
     for layer in range(LAYERS):
-        given = np.asarray(read_(cache, layer, table))
-        np.testing.assert_array_equal(given, np.where(used[..., None], rows[layer], np.nan))
+        result = np.asarray(read_(cache, layer, table))
+        np.testing.assert_array_equal(result, np.where(used[..., None], rows[layer], np.nan))
 
 
 @given(st.lists(st.permutations(range(-3, SPAN + 2)), min_size=2, max_size=2), st.integers(1, SPAN + 5))
 @settings(deadline=None, max_examples=30)
-def test_rows_are_inserted_where_write_and_read_would_show_them(order, count) -> None:
+def test_insert_equals_write_then_read(order, count) -> None:
     addresses = np.maximum(np.array(order, np.int32)[:, :count], -1)
-    held, rows = coded(SEQUENCES, SPAN, DIM), -coded(*addresses.shape, DIM) - 1
-    expected = held.copy()
+    cached, rows = coded(SEQUENCES, SPAN, DIM), -coded(*addresses.shape, DIM) - 1
+    expected = cached.copy()
     for b, t in np.argwhere((addresses >= 0) & (addresses < SPAN)):
         expected[b, addresses[b, t]] = rows[b, t]
-    np.testing.assert_array_equal(insert_(held, addresses, rows), expected)
+    np.testing.assert_array_equal(insert_(cached, addresses, rows), expected)
 
 
 @given(tables, st.integers(0, SPAN - 1))
 @settings(deadline=None, max_examples=20)
-def test_tokens_written_one_by_one_are_read_as_those_written_at_once(table, length) -> None:
+def test_write_one_by_one_equals_write_at_once(table, length) -> None:
     rows = coded(LAYERS, SEQUENCES, length, DIM)
     cache = PagedCache(stale())
     for s in range(length):
@@ -92,32 +92,32 @@ def test_tokens_written_one_by_one_are_read_as_those_written_at_once(table, leng
 
 @given(tables, st.lists(st.booleans(), min_size=SEQUENCES * HELD, max_size=SEQUENCES * HELD))
 @settings(deadline=None, max_examples=30)
-def test_no_page_is_never_written_and_reads_as_zeros(table, absent) -> None:
+def test_no_page_drops_writes_and_reads_zeros(table, absent) -> None:
     table = np.where(np.array(absent).reshape(table.shape), NO_PAGE, table).astype(np.int32)
     positions = np.broadcast_to(np.arange(SPAN, dtype=np.int32), (SEQUENCES, SPAN))
     rows, expected = coded(LAYERS, SEQUENCES, SPAN, DIM) + 1, stale()
     put_at(expected, table, positions, rows)
     cache = write_(PagedCache(stale()), table, positions, rows)
     np.testing.assert_array_equal(cache.pages, expected)
-    there = np.repeat(table != NO_PAGE, WIDTH, axis=1)[..., None]
-    np.testing.assert_array_equal(read_(cache, 0, table), np.where(there, rows[0], 0))
+    present = np.repeat(table != NO_PAGE, WIDTH, axis=1)[..., None]
+    np.testing.assert_array_equal(read_(cache, 0, table), np.where(present, rows[0], 0))
 
 
 @given(st.permutations(range(PAGES)), st.permutations(range(PAGES)), st.integers(0, 4))
 @settings(deadline=None, max_examples=30)
-def test_pages_move_to_other_ids_of_another_cache(here, there, count) -> None:
+def test_take_and_put_pages_with_other_ids(old, new, count) -> None:
     source = coded(PAGES, LAYERS, WIDTH, DIM)
     absent = np.full(5 - count, NO_PAGE, np.int32)
-    ids, places = (np.append(np.array(order[:count], np.int32), absent) for order in (here, there))
+    ids, places = (np.append(np.array(order[:count], np.int32), absent) for order in (old, new))
     taken = take_(PagedCache(source), ids)
-    np.testing.assert_array_equal(taken[:count], source[here[:count]])
+    np.testing.assert_array_equal(taken[:count], source[old[:count]])
     np.testing.assert_array_equal(taken[count:], 0)
     expected = stale()
-    expected[there[:count]] = source[here[:count]]
+    expected[new[:count]] = source[old[:count]]
     np.testing.assert_array_equal(put_(PagedCache(stale()), places, taken).pages, expected)
 
 
-def test_a_narrow_cache_holds_rounded_latents() -> None:
+def test_narrow_cache_rounds_rows() -> None:
     table, positions = np.array([[2]], np.int32), np.array([[0, 1]], np.int32)
     latents = np.array([[[1.001, -3.3, 1e-5], [0.1, 200.7, 7.0]]], np.float32)
     rows = np.stack([latents * 0, latents])
@@ -129,7 +129,7 @@ def test_a_narrow_cache_holds_rounded_latents() -> None:
     np.testing.assert_array_equal(moved.pages[0], np.ones((LAYERS, WIDTH, DIM), ml_dtypes.bfloat16))
 
 
-def test_a_page_holds_the_latents_of_all_layers() -> None:
+def test_page_has_rows_of_all_layers() -> None:
     cache = abstract_cache(config(), pages=5, width=16, dtype="bfloat16")
     assert cache.pages.shape == (5, 3, 16, 18 + 8)
     assert abstract_cache(config(), 5, 16, "bfloat16", mtp=True).pages.shape == (5, 4, 16, 18 + 8)

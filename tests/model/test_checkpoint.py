@@ -79,7 +79,7 @@ def test_the_router_stays_float32_in_a_bfloat16_model() -> None:
 def test_tensors_lie_where_the_einsums_expect_them() -> None:
     w = read_weights(BASE, C, np.float32)
     np.testing.assert_array_equal(w.moe.ffn.experts.gate_up[7, 0, :, 1], TENSORS[EXPERT].T)
-    kv_b = TENSORS["model.layers.2.self_attn.kv_b_proj.weight"]  # [H (N + V), C], head by head
+    kv_b = TENSORS["model.layers.2.self_attn.kv_b_proj.weight"]  # [H (N + V), A], head by head
     np.testing.assert_array_equal(w.moe.attn.k_b[1, 2], kv_b[2 * 22 : 2 * 22 + 12])
     np.testing.assert_array_equal(w.moe.attn.v_b[1, 2], kv_b[2 * 22 + 12 : 3 * 22])
     o = TENSORS["model.layers.0.self_attn.o_proj.weight"]  # [D, H V]

@@ -35,33 +35,33 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 
 
 def with_heads(raw: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
-    """The field changed; the number of heads stands in two fields that must agree."""
+    """The config with a field changed; the number of heads is in two fields that must agree."""
     raw = raw | {field: value}
     return raw | {"num_key_value_heads": value} if field == "num_attention_heads" else raw
 
 
-@pytest.mark.parametrize("given", ["1", 1.0, True, [1, "2"], [1, None], {"a": 1}])
-def test_other_end_tokens_are_refused(given: Any) -> None:
+@pytest.mark.parametrize("value", ["1", 1.0, True, [1, "2"], [1, None], {"a": 1}])
+def test_absurd_end_token_is_refused(value: Any) -> None:
     with refused("eos_token_id"):
-        config(eos_token_id=given)
+        config(eos_token_id=value)
 
 
 @pytest.mark.parametrize("value", [-1, 0, "8", 8.0, True, [8], {}])
 @pytest.mark.parametrize("field", COUNTS)
-def test_an_absurd_count_is_refused_by_name(field: str, value: Any) -> None:
+def test_absurd_count_is_refused_by_name(field: str, value: Any) -> None:
     with refused(field):
         parse_config(with_heads(raw_config(), field, value))
 
 
 @pytest.mark.parametrize("value", [-1, "1", 1.0, True, [1]])
 @pytest.mark.parametrize("field", MAY_BE_ZERO)
-def test_an_absurd_count_that_may_be_zero_is_refused_by_name(field: str, value: Any) -> None:
+def test_absurd_count_that_may_be_zero_is_refused_by_name(field: str, value: Any) -> None:
     with refused(field):
         config(**{field: value})
 
 
 @pytest.mark.parametrize("field", REQUIRED)
-def test_a_required_field_that_is_null_or_absent_is_refused_by_name(field: str) -> None:
+def test_required_field_null_or_absent_is_refused_by_name(field: str) -> None:
     for raw in (with_heads(raw_config(), field, None), without(field)):
         with refused(field):
             parse_config(raw)
@@ -69,7 +69,7 @@ def test_a_required_field_that_is_null_or_absent_is_refused_by_name(field: str) 
 
 @pytest.mark.parametrize("value", [1, 0, "true", 1.0, []])
 @pytest.mark.parametrize("field", FLAGS)
-def test_an_absurd_flag_is_refused_by_name(field: str, value: Any) -> None:
+def test_absurd_flag_is_refused_by_name(field: str, value: Any) -> None:
     with refused(field):
         config(**{field: value})
 
@@ -80,13 +80,13 @@ def test_an_absurd_flag_is_refused_by_name(field: str, value: Any) -> None:
     ids=["text", "bool", "list", "nan", "inf", "huge"],
 )
 @pytest.mark.parametrize("field", NUMBERS)
-def test_an_absurd_number_is_refused_by_name(field: str, value: Any) -> None:
+def test_absurd_number_is_refused_by_name(field: str, value: Any) -> None:
     with refused(field):
         config(**{field: value})
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1e-6])
-def test_a_norm_epsilon_that_is_not_positive_is_refused(value: float) -> None:
+def test_norm_epsilon_not_positive_is_refused(value: float) -> None:
     with refused("rms_norm_eps"):
         config(rms_norm_eps=value)
 
@@ -114,7 +114,7 @@ def test_a_norm_epsilon_that_is_not_positive_is_refused(value: float) -> None:
         ("truncate", 1),
     ],
 )
-def test_an_absurd_rope_number_is_refused_by_name(field: str, value: Any) -> None:
+def test_absurd_rope_number_is_refused_by_name(field: str, value: Any) -> None:
     with refused(field.removeprefix("rope_")):
         config(rope_parameters=YARN | {field: value})
 
@@ -139,13 +139,13 @@ def test_an_absurd_rope_number_is_refused_by_name(field: str, value: Any) -> Non
     ],
     ids=str,
 )
-def test_what_would_be_computed_wrongly_is_refused_by_name(changes: dict[str, Any]) -> None:
+def test_unimplemented_field_is_refused_by_name(changes: dict[str, Any]) -> None:
     with refused(next(iter(changes))):
         config(**changes)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "", None, 1])
-def test_an_unknown_rope_type_is_refused(kind: Any) -> None:
+def test_unknown_rope_type_is_refused(kind: Any) -> None:
     with refused("rope type", repr(kind)):
         config(rope_parameters={"rope_type": kind})
 
@@ -162,13 +162,13 @@ def test_broken_json_is_refused_by_file(tmp_path: Path, text: bytes) -> None:
 
 
 @pytest.mark.parametrize("document", [[], [{}], "config", 1, None])
-def test_json_that_is_no_object_is_refused_by_file(tmp_path: Path, document: Any) -> None:
+def test_json_other_than_an_object_is_refused_by_file(tmp_path: Path, document: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(document))
     with refused("config.json", "object"):
         read_config(tmp_path)
 
 
-def test_a_directory_without_config_is_refused_by_name(tmp_path: Path) -> None:
+def test_directory_without_config_is_refused_by_name(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "absent"):
         with refused(str(directory), "config.json"):
             read_config(directory)

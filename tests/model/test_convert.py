@@ -20,8 +20,9 @@ from support import GOLDENS
 
 import cmx_jax
 from cmx_jax.cli import main
+from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.runners import Lanes, make_runner
+from cmx_jax.mesh.runners import make_runner
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint, read_weights
 from cmx_jax.model.checkpoint.convert import convert
 from cmx_jax.model.families import read_config
@@ -104,7 +105,7 @@ def test_an_orbax_checkpoint_of_one_layout_gives_the_same_logits_under_another(
     for ranks, runner in ((4, "lanes"), (4, "devices"), (5, "lanes")):
         llm = cmx_jax.from_pretrained(tmp_path / "out", ranks=ranks, runner=runner, max_num_seqs=4)
         for here, there in zip(
-            *map(jax.tree.leaves, (llm.instance.weights, plain.instance.weights)), strict=True
+            *map(jax.tree.leaves, (one.instance.programs.weights for one in (llm, plain))), strict=True
         ):
             if ranks == 4:
                 np.testing.assert_array_equal(np.asarray(here), np.asarray(there))

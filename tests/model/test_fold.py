@@ -10,7 +10,7 @@ import pytest
 from reference import pangu
 from support import GOLDENS, MTP_GOLDENS
 
-from cmx_jax.model.attention import local
+from cmx_jax.model.attention import data_parallel_attention
 from cmx_jax.model.checkpoint import open_checkpoint
 from cmx_jax.model.checkpoint.writer import PieceReader, write_weights
 from cmx_jax.model.families import parse_config, presets
@@ -67,7 +67,8 @@ def test_a_layer_transformed_computes_what_it_did(case: str, tmp_path: Path, mon
         close(behind(walk, number, FOLDED), exact)
         if case == "no_q_lora":
             with monkeypatch.context() as latent:
-                latent.setattr(observe, "local", partial(local, absorbed=True))
+                absorbed = partial(data_parallel_attention, absorbed=True)
+                latent.setattr(observe, "data_parallel_attention", absorbed)
                 observe._run.clear_cache()
                 close(behind(walk, number, FOLDED), exact)
             observe._run.clear_cache()

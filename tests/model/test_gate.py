@@ -71,7 +71,7 @@ def test_routing_equals_the_loop(seed, shape, norm, shift) -> None:
         np.testing.assert_allclose(weights[t], weighed, rtol=1e-5)
 
 
-def test_experts_outside_the_kept_groups_are_never_chosen_though_all_choices_are_negative() -> None:
+def test_experts_of_masked_groups_are_never_chosen() -> None:
     """Masked with zero instead of -inf, they would win."""
     logits = np.full((TOKENS, EXPERTS), -4.0, np.float32)
     logits[:, 8:12] = np.arange(4)
@@ -79,7 +79,7 @@ def test_experts_outside_the_kept_groups_are_never_chosen_though_all_choices_are
     np.testing.assert_array_equal(experts, np.broadcast_to([11, 10, 9, 8], (TOKENS, 4)))
 
 
-def test_a_group_is_worth_its_two_best_experts() -> None:
+def test_group_is_worth_its_two_best_experts() -> None:
     logits = np.full((TOKENS, EXPERTS), -4.0, np.float32)
     logits[:, 0] = 6.0  # the single best expert, but in a poor group
     logits[:, 4:6] = 2.0
@@ -88,7 +88,7 @@ def test_a_group_is_worth_its_two_best_experts() -> None:
     assert all(set(row) == {4, 5, 6, 7} for row in experts.tolist())
 
 
-def test_the_bias_chooses() -> None:
+def test_bias_selects() -> None:
     bias = np.zeros(EXPERTS)
     bias[[3, 7, 11, 15]] = 2.0
     experts, _ = run(np.zeros((TOKENS, EXPERTS)), bias, small(1, 1, 4))
@@ -97,13 +97,13 @@ def test_the_bias_chooses() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([-4.0, -0.5, 0.5, 4.0]))
 @settings(deadline=None, max_examples=30)
-def test_the_bias_never_weighs(seed: int, bias: float) -> None:
+def test_bias_does_not_weigh(seed: int, bias: float) -> None:
     logits = np.random.default_rng(seed).normal(0, 2, (TOKENS, EXPERTS)).astype(np.float32)
     c = small(1, 1, EXPERTS)  # all are chosen, so that only their weights can change
     weights = []
     for b in (np.zeros(EXPERTS), bias * np.arange(EXPERTS)):
-        experts, given = run(logits, b, c)
-        weights.append(np.take_along_axis(given, experts.argsort(axis=1), axis=1))
+        experts, unsorted = run(logits, b, c)
+        weights.append(np.take_along_axis(unsorted, experts.argsort(axis=1), axis=1))
     np.testing.assert_allclose(weights[0], weights[1], rtol=1e-6)
 
 
@@ -115,7 +115,7 @@ def test_normalised_weights_sum_to_the_scaling_factor(top_k: int) -> None:
     np.testing.assert_allclose(weights.sum(axis=1), 2.5, rtol=1e-6)
 
 
-def test_scores_too_small_to_sum_weigh_nothing_instead_of_nan() -> None:
+def test_weights_of_vanishing_scores_are_zero() -> None:
     _, weights = run(np.full((TOKENS, EXPERTS), -200.0), np.zeros(EXPERTS), small())
     np.testing.assert_array_equal(weights, 0)
 
@@ -125,7 +125,7 @@ def test_tokens_in_bfloat16_are_scored_in_float32() -> None:
     x, router = rng.normal(size=(TOKENS, 64)), rng.normal(size=(EXPERTS, 64)).astype(np.float32)
     narrow = jnp.asarray(x, jnp.bfloat16)
     c, bias = small(), np.zeros(EXPERTS, np.float32)
-    given, expected = routed(narrow, router, bias, c), routed(narrow.astype(jnp.float32), router, bias, c)
-    np.testing.assert_array_equal(given.experts, expected.experts)
-    np.testing.assert_array_equal(given.weights, expected.weights)
-    assert given.weights.dtype == jnp.float32
+    result, expected = routed(narrow, router, bias, c), routed(narrow.astype(jnp.float32), router, bias, c)
+    np.testing.assert_array_equal(result.experts, expected.experts)
+    np.testing.assert_array_equal(result.weights, expected.weights)
+    assert result.weights.dtype == jnp.float32

@@ -9,7 +9,7 @@ from support import logits_of
 import cmx_jax
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-# What these change, decoding computes by the same lines as scoring: their logits are enough.
+# In these cases decoding uses the same code as scoring for the part that differs: logits are enough.
 SCORED = {"attention_bias", "norm_eps", "style4", "tied", "negative_bias", "no_norm_topk", "one_group"} | {
     f"{family}_{case}"
     for family in ("qwen3", "llama4")
@@ -24,8 +24,8 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str) -> None:
     llm = cmx_jax.from_pretrained(GOLDENS / case, ranks=4, max_num_seqs=4)
     names = [name for name in golden.files if name.startswith("tokens_")]
     rows = [golden[name] for name in names]
-    found = [llm.logits(tokens) for tokens in rows] if case.endswith("base") else logits_of(llm, rows)
-    for name, part in zip(names, found, strict=True):
+    results = [llm.logits(tokens) for tokens in rows] if case.endswith("base") else logits_of(llm, rows)
+    for name, part in zip(names, results, strict=True):
         expected = golden[name.replace("tokens", "logits")]
         np.testing.assert_allclose(part, expected, atol=1e-4, rtol=0)
     if case in SCORED:

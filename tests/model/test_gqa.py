@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmx_jax.model import gqa
-from cmx_jax.model.attention import Where, local
+from cmx_jax.model.attention import TokenPositions, data_parallel_attention
 from cmx_jax.model.config import LayerKind, RopeConfig
 from cmx_jax.model.decoder import Stream, layer
 from cmx_jax.model.families import parse_config
@@ -44,7 +44,7 @@ def sees(query: int, key: int, chunk: int | None, window: int | None) -> bool:
     st.none() | st.integers(1, 9),
 )
 @settings(deadline=None, max_examples=100)
-def test_what_is_visible(positions: list[int], chunk: int | None, window: int | None) -> None:
+def test_visible_addresses(positions: list[int], chunk: int | None, window: int | None) -> None:
     span = 30
     mask = visible(jnp.array([positions], jnp.int32), span, chunk, window)
     expected = [[sees(q, k, chunk, window) for k in range(span)] for q in positions]
@@ -73,7 +73,7 @@ def oracle(q: np.ndarray, rows: np.ndarray, mask: np.ndarray, groups: int) -> np
 
 @given(st.integers(0, 2**32 - 1), st.none() | st.integers(2, 7))
 @settings(deadline=None, max_examples=20)
-def test_attention_equals_a_loop_and_ignores_what_nobody_sees(seed: int, chunk: int | None) -> None:
+def test_attention_equals_a_loop_and_ignores_unseen_rows(seed: int, chunk: int | None) -> None:
     rng = np.random.default_rng(seed)
     q, rows = normal(rng, B, T, H, N), normal(rng, B, S, 2 * Y * N)
     positions = rng.integers(0, S, (B, T)).astype(np.int32)
@@ -84,7 +84,7 @@ def test_attention_equals_a_loop_and_ignores_what_nobody_sees(seed: int, chunk: 
     np.testing.assert_allclose(np.asarray(attend(q, rows, mask, w)), expected, atol=2e-6, rtol=1e-5)
 
 
-def test_layer_norm_is_numpys() -> None:
+def test_layer_norm_equals_numpy() -> None:
     rng = np.random.default_rng(0)
     x, weight = normal(rng, 5, D) + 3, normal(rng, D)
     wide = x.astype(np.float64)
@@ -95,7 +95,7 @@ def test_layer_norm_is_numpys() -> None:
     )
 
 
-def test_a_parallel_block_gives_attention_and_ffn_the_same_input() -> None:
+def test_parallel_block_has_one_input_for_attention_and_ffn() -> None:
     """PaLM's `x + attention(norm(x)) + mlp(norm(x))` (arXiv 2204.02311, section 2), at position 0."""
     rng = np.random.default_rng(1)
     attn = GQA(
@@ -108,7 +108,7 @@ def test_a_parallel_block_gives_attention_and_ffn_the_same_input() -> None:
 
     placed, zeros, kind = jax.tree.map(jnp.asarray, w), jnp.zeros((B, 1), jnp.int32), LayerKind(moe=False)
     none, index = Experts(None, None), jnp.int32(0)
-    stream = Stream(zeros, zeros == 0, local(Where(zeros), 1, C))
+    stream = Stream(zeros, zeros == 0, data_parallel_attention(TokenPositions(zeros), 1, C))
     [(y, _, stats)] = layer([jnp.asarray(x)], [stream], placed, kind, none, index, index, C, lambda *_: None)
     h = np.asarray(layer_norm(jnp.asarray(x), placed.attn_norm, C.rms_norm_eps), np.float64)
     value = np.repeat(np.einsum("btd,dyn->btyn", h, attn.v), H // Y, axis=2)
@@ -126,9 +126,9 @@ def test_llama3_frequencies_by_wavelength(low: float, high: float) -> None:
         kind="llama3", theta=100.0, factor=8.0, original_max_position_embeddings=64,
         low_freq_factor=low, high_freq_factor=high,
     )  # fmt: skip
-    given, scale = frequencies(rope, 16)
+    result, scale = frequencies(rope, 16)
     kinds = set()
-    for i, frequency in enumerate(given):
+    for i, frequency in enumerate(result):
         plain = 100.0 ** (-2 * i / 16)
         wave = 2 * math.pi / plain
         if wave < 64 / high:

@@ -22,7 +22,7 @@ _grouped = jax.jit(grouped_swiglu)
 
 
 def experts(*shape: int) -> Experts:
-    """Of three layers."""
+    """Random experts of three layers."""
     rng = np.random.default_rng(0)
     gate_up = rng.normal(size=(*shape, 3, WIDTH, 2, HIDDEN))
     down = rng.normal(size=(*shape, 3, HIDDEN, WIDTH))
@@ -53,7 +53,7 @@ def check(group: np.ndarray, w: Experts, layer: int = 1) -> None:
 
 @given(hnp.arrays(np.int32, 24, elements=st.integers(-1, 2)), st.integers(0, 2))
 @settings(deadline=None, max_examples=60)
-def test_any_rows_of_any_layer_equal_a_loop_over_rows(group: np.ndarray, layer: int) -> None:
+def test_grouped_swiglu_equals_a_loop_over_rows(group: np.ndarray, layer: int) -> None:
     check(group, experts(3), layer)
 
 
@@ -63,7 +63,7 @@ def test_any_rows_of_any_layer_equal_a_loop_over_rows(group: np.ndarray, layer: 
     ids=["one", "few", "full tiles", "many groups"],
 )
 @pytest.mark.parametrize("present", [0.0, 0.2, 1.0])
-def test_few_and_many_rows_equal_a_loop_over_rows(rows: int, groups: int, present: float) -> None:
+def test_grouped_swiglu_of_few_and_many_rows(rows: int, groups: int, present: float) -> None:
     rng = np.random.default_rng(rows + groups)
     group = np.where(rng.random(rows) < present, rng.integers(0, groups, rows), -1)
     check(group.astype(np.int32), experts(groups))
@@ -73,19 +73,19 @@ def nest(lanes: jax.Array) -> jax.Array:
     return lanes.reshape(2, 3, *lanes.shape[1:])
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own experts", "common experts"])
+@pytest.mark.parametrize("own_experts", [True, False], ids=["own experts", "common experts"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_lanes_compute_what_each_computes_alone(own: bool, nested: bool) -> None:
+def test_lanes_equal_each_lane_alone(own_experts: bool, nested: bool) -> None:
     group = np.random.default_rng(2).integers(-1, 4, size=(6, 20)).astype(np.int32)
-    w, axes = (experts(6, 4), 0) if own else (experts(4), None)
+    w, axes = (experts(6, 4), 0) if own_experts else (experts(4), None)
     inputs: Any = (mail(group), jnp.asarray(group), w)
     lanes = jax.vmap(grouped_swiglu, (0, 0, axes, None))
     if nested:
         lanes = jax.vmap(lanes, (0, 0, axes, None))
-        inputs = (*map(nest, inputs[:2]), jax.tree.map(nest, w) if own else w)
+        inputs = (*map(nest, inputs[:2]), jax.tree.map(nest, w) if own_experts else w)
     y = lanes(*inputs, LAYER).reshape(*group.shape, WIDTH)
     for lane in range(6):
-        alone = jax.tree.map(lambda a, i=lane: a[i], w) if own else w
+        alone = jax.tree.map(lambda a, i=lane: a[i], w) if own_experts else w
         expected = row_by_row(mail(group)[lane], group[lane], alone, 1)
         np.testing.assert_allclose(y[lane], expected, rtol=1e-5, atol=1e-5)
 
@@ -145,12 +145,12 @@ def test_empty_rows_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("present", [1, 5, 40])
-def test_a_lonely_row_costs_at_most_eight(present: int) -> None:
+def test_single_row_costs_at_most_eight(present: int) -> None:
     """Eight rows make the smallest tile, eight tiles a step of the loop."""
     assert present <= rows_paid(some(512, present, 64), experts(64)) <= 8 * present + 64
 
 
-def test_rows_that_share_experts_share_tiles() -> None:
+def test_rows_of_one_expert_share_tiles() -> None:
     assert 1000 <= rows_paid(some(1024, 1000, 4), experts(4)) <= 1.6 * 1000
 
 

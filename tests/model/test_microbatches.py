@@ -1,7 +1,8 @@
 """Microbatches (sections 4.2.3 and 4.3.2): no stream waits for another one's exchange, and values stay equal.
 
-That attention of one half *may* overlap with dispatch and experts of the other is read off the program: what
-each collective depends on, found by following the halves of the batch through the traced step.
+Whether attention of one half *may* overlap with dispatch and experts of the other can be read from the
+program: the dependencies of each collective, computed by following the halves of the batch through the traced
+step.
 """
 
 from collections import Counter
@@ -16,14 +17,15 @@ import pytest
 from support import MTP_GOLDENS
 
 from cmx_jax.analysis.trace.steps import trace_step
+from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.runners import Lanes
 from cmx_jax.model import decoder
+from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import PagedCache
 from cmx_jax.model.checkpoint import read_weights
 from cmx_jax.model.families import preset
 from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import DecodeBatch, PrefillBatch, compile_steps
+from cmx_jax.model.steps import compile_steps
 from cmx_jax.serving.deploy.model import Model
 from model.dataflow import NONE, WHOLE, Collective, collectives
 
@@ -34,18 +36,18 @@ WIDE = replace(C, num_attention_heads=48)  # that 16 ranks can share
 
 def of_step(c: Any, step: str, ranks: int, microbatches: int, **fields: Any) -> list[Collective]:
     """The collectives of a step with worst-case mailboxes."""
-    given = {name: fields.pop(name) for name in ("drafts",) if name in fields}
+    drafts = {name: fields.pop(name) for name in ("drafts",) if name in fields}
     layout = expert_parallel(ranks, c.n_routed_experts, microbatches=microbatches, mailbox_rows=0, **fields)
-    traced = trace_step(c, layout, step, sequences=4, context=256, length=96, **given)
+    traced = trace_step(c, layout, step, sequences=4, context=256, length=96, **drafts)
     batch = len(jax.tree.leaves(traced.args_info[0][2]))
     inputs = len(traced.jaxpr.jaxpr.invars)
-    whole = WHOLE if microbatches > 1 else frozenset({0})
-    start = [NONE] * (inputs - batch) + [whole] * batch
+    rows = WHOLE if microbatches > 1 else frozenset({0})
+    start = [NONE] * (inputs - batch) + [rows] * batch
     return collectives(traced.jaxpr.jaxpr, start, microbatches)[1]
 
 
-def in_layers(found: list[Collective]) -> list[Collective]:
-    return [c for c in found if {"scan", "while"} & set(c.inside)]
+def in_layers(calls: list[Collective]) -> list[Collective]:
+    return [c for c in calls if {"scan", "while"} & set(c.inside)]
 
 
 FLAT, TIERS = {"exchange": "flat"}, {"exchange": "hierarchical"}
@@ -63,7 +65,7 @@ DRAFTS, SHARED = {"drafts": 2}, {"share_sequences": True}
         ("prefill", SHARED | DRAFTS),
     ],
 )
-def test_no_collective_of_one_stream_waits_for_another_stream(step, fields, exchange) -> None:
+def test_collectives_wait_for_no_other_stream(step, fields, exchange) -> None:
     one, two = (of_step(WIDE, step, 16, parts, **fields, **exchange) for parts in (1, 2))
     assert {c.streams for c in one} == {frozenset({0})}
     counts = Counter((c.name, c.inside) for c in one)
@@ -77,9 +79,9 @@ def test_no_collective_of_one_stream_waits_for_another_stream(step, fields, exch
     assert len(moved) == (2 if exchange == FLAT else 4) + heads
 
 
-def test_nor_in_deepseek_r1_on_160_ranks() -> None:
-    found = in_layers(of_step(preset("deepseek-r1"), "decode", 160, 2, wire="int8", drafts=1))
-    assert Counter((c.name, c.streams) for c in found) == {("all_to_all", frozenset({i})): 2 for i in (0, 1)}
+def test_collectives_of_deepseek_r1_wait_for_no_other_stream() -> None:
+    calls = in_layers(of_step(preset("deepseek-r1"), "decode", 160, 2, wire="int8", drafts=1))
+    assert Counter((c.name, c.streams) for c in calls) == {("all_to_all", frozenset({i})): 2 for i in (0, 1)}
 
 
 def by_values(one: jax.Array, other: jax.Array) -> list[jax.Array]:
@@ -95,10 +97,10 @@ def by_rounds(one: jax.Array, other: jax.Array) -> list[jax.Array]:
 
 
 @pytest.mark.parametrize("couple", [by_values, by_barrier, by_rounds])
-def test_streams_that_wait_are_found(couple: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dependent_streams_are_detected(couple: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The analysis itself, on a decoder whose streams are not independent."""
     layer = decoder.layer
-    monkeypatch.setattr(decoder, "layer", lambda xs, *of: layer(couple(*xs), *of))
+    monkeypatch.setattr(decoder, "layer", lambda xs, *rest: layer(couple(*xs), *rest))
     assert frozenset({0, 1}) in {c.streams for c in in_layers(of_step(C, "decode", 16, 2))}
 
 
@@ -136,8 +138,8 @@ PAGES_OF = np.random.default_rng(2).permutation(ROWS * PAGES).reshape(ROWS, PAGE
 TABLE = np.concatenate([PAGES_OF] * RANKS)
 
 
-def test_decode_in_two_streams_equals_decode_in_one() -> None:
-    """With a draft; one row is empty, one has no draft."""
+def test_decode_in_two_streams_equals_one() -> None:
+    """One row is empty, one has no draft, the others have one."""
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, C.vocab_size, (RANKS * ROWS, 2)).astype(np.int32)
     tokens[3, 1] = -1
@@ -145,15 +147,15 @@ def test_decode_in_two_streams_equals_decode_in_one() -> None:
     check_equal(*both("decode", DecodeBatch(tokens, positions, TABLE, greedy(RANKS * ROWS))))
 
 
-def test_prefill_in_two_streams_equals_prefill_in_one() -> None:
-    """Chunks behind rows that lie in pages, of all lengths; one row is empty."""
+def test_prefill_in_two_streams_equals_one() -> None:
+    """Chunks of all lengths after cached rows; one row is empty."""
     rng = np.random.default_rng(4)
     rows, length = RANKS * ROWS, 6
     tokens, following = rng.integers(0, C.vocab_size, (2, rows, length)).astype(np.int32)
-    held, new = np.array([0, 4, 0, 3, 6, 1, 2, 0])[:, None], np.array([6, 2, 0, 1, 5, 6, 3, 4])[:, None]
+    cached, new = np.array([0, 4, 0, 3, 6, 1, 2, 0])[:, None], np.array([6, 2, 0, 1, 5, 6, 3, 4])[:, None]
     index = np.arange(length)[None]
-    positions = np.where(index < new, held + index, -1).astype(np.int32)
-    last, lengths = (new - 1).astype(np.int32), np.where(new > 0, held + new, 0).astype(np.int32)
+    positions = np.where(index < new, cached + index, -1).astype(np.int32)
+    last, lengths = (new - 1).astype(np.int32), np.where(new > 0, cached + new, 0).astype(np.int32)
     begin = np.zeros_like(tokens)
     batch = PrefillBatch(tokens, positions, begin, following, TABLE, last, lengths, greedy(rows, 1))
     check_equal(*both("prefill", batch))

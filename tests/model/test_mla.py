@@ -70,10 +70,10 @@ def test_absorbed_equals_expanded(seed: int) -> None:
 
 
 @WAYS
-def test_a_query_does_not_see_later_positions(attend) -> None:
+def test_query_does_not_see_later_positions(attend) -> None:
     case = Case(0)
     later = case.latents.copy()
-    later[:, S - T + 1 :] += 10.0  # behind the first query, under the eyes of the others
+    later[:, S - T + 1 :] += 10.0  # after the first query; the others see it
     before, after = case.run(attend), case.run(attend, latents=later)
     np.testing.assert_array_equal(before[:, 0], after[:, 0])
     assert (np.abs(before[:, 1:] - after[:, 1:]).max(axis=(2, 3)) > 0.1).all()
@@ -81,7 +81,7 @@ def test_a_query_does_not_see_later_positions(attend) -> None:
 
 @WAYS
 @pytest.mark.parametrize("size", [-1e4, 1e4])
-def test_the_only_row_that_is_seen_is_the_answer_however_low_it_scores(attend, size: float) -> None:
+def test_single_visible_row_is_the_result_at_any_score(attend, size: float) -> None:
     case = Case(4)
     case.q = Query(*(x * np.float32(size) for x in case.q))
     case.mask = np.broadcast_to(np.arange(S) == 2, (B, T, S))
@@ -89,7 +89,7 @@ def test_the_only_row_that_is_seen_is_the_answer_however_low_it_scores(attend, s
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
-def test_rows_that_no_query_sees_may_hold_anything_in_absorbed(junk: float) -> None:
+def test_absorbed_ignores_unseen_rows(junk: float) -> None:
     case = Case(1)
     mask = case.mask & (np.arange(S) != 2)
     mask[1, :, 4:] = False
@@ -99,7 +99,7 @@ def test_rows_that_no_query_sees_may_hold_anything_in_absorbed(junk: float) -> N
     np.testing.assert_array_equal(dirty, clean)
 
 
-def test_a_query_that_sees_nothing_gives_zeros_in_absorbed() -> None:
+def test_absorbed_gives_zeros_to_a_query_that_sees_nothing() -> None:
     case = Case(2)
     mask = case.mask & np.array([True, False])[:, None, None]
     case.latents[1] = np.nan
@@ -108,7 +108,7 @@ def test_a_query_that_sees_nothing_gives_zeros_in_absorbed() -> None:
     assert np.isfinite(out[0]).all()
 
 
-def test_absorbed_computes_in_the_querys_type_whatever_the_caches() -> None:
+def test_absorbed_computes_in_the_type_of_the_query() -> None:
     case = Case(3)
     narrow = jnp.asarray(case.latents, jnp.bfloat16)
     expected = case.run(absorbed, latents=np.asarray(narrow, np.float32))

@@ -10,9 +10,9 @@ import pytest
 from jaxtyping import Array, Float, Int
 
 import cmx_jax
+from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.runners import Lanes
-from cmx_jax.model.attention import Where, local
+from cmx_jax.model.attention import TokenPositions, data_parallel_attention
 from cmx_jax.model.batch import run_experts
 from cmx_jax.model.checkpoint import read_weights
 from cmx_jax.model.config import ModelConfig
@@ -32,12 +32,13 @@ def drafted(
     weights: Weights, tokens: Int[Array, "B T"], *, c: ModelConfig, layout: Layout
 ) -> Float[Array, "B T O"]:
     """A rank's draft logits of whole sequences; the last position, which has no next token, means nothing."""
-    where = Where(jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
-    stream = Stream(tokens, jnp.ones_like(tokens, bool), local(where, tokens.shape[1], c))
+    positions = TokenPositions(jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape))
+    attend = data_parallel_attention(positions, tokens.shape[1], c)
+    stream = Stream(tokens, jnp.ones_like(tokens, bool), attend)
     run = run_experts(c, layout, tokens.size)
     [main] = decoder(weights, c, [stream], run)
-    behind = Stream(jnp.roll(tokens, -1, axis=1), stream.active, stream.attend)
-    return logits(mtp_hidden(weights, c, main.hidden, behind, run).hidden, weights)
+    following = Stream(jnp.roll(tokens, -1, axis=1), stream.active, stream.attend)
+    return logits(mtp_hidden(weights, c, main.hidden, following, run).hidden, weights)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,20 +48,20 @@ def test_draft_logits_equal_transformers(case: str) -> None:
     weights = jax.device_put(read_weights(GOLDENS / case, c, np.float32))
     specs = (weight_specs(c, layout), layout.data_spec)
     program = Lanes(layout.axes).jit(partial(drafted, c=c, layout=layout), specs, layout.data_spec)
-    found = program(weights, np.stack([golden["prompt"]] * RANKS))  # a sequence a rank
+    drafts = program(weights, np.stack([golden["prompt"]] * RANKS))  # a sequence a rank
     for rank in range(RANKS):
-        np.testing.assert_allclose(found[rank, :-1], golden["draft_logits"], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(drafts[rank, :-1], golden["draft_logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_beside_a_stored_mtp_layer_equal_transformers(case: str) -> None:
+def test_logits_of_a_checkpoint_with_mtp_equal_transformers(case: str) -> None:
     golden, llm = np.load(GOLDENS / case / "golden.npz"), cmx_jax.from_pretrained(GOLDENS / case, ranks=4)
     assert llm.model.checkpoint.mtp
     np.testing.assert_allclose(llm.logits(golden["prompt"][None])[0], golden["logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_decode_steps_draft_and_say_what_transformers_does(case: str) -> None:
+def test_drafts_and_tokens_of_decode_equal_transformers(case: str) -> None:
     """Three drafts a step, whatever was accepted before: each is the draft of a program that knows all true
     tokens, and the text is that of a model without drafts."""
     golden = np.load(GOLDENS / case / "golden.npz")
@@ -73,8 +74,8 @@ def test_decode_steps_draft_and_say_what_transformers_does(case: str) -> None:
         engine.step()
         known = len(request.tokens)
         if request.drafts and known < len(expected):
-            wanted = golden["drafts"][known - 1].tolist()
-            assert request.drafts == wanted[: len(request.drafts)]
+            drafts = golden["drafts"][known - 1].tolist()
+            assert request.drafts == drafts[: len(request.drafts)]
             compared += 1
     assert request.tokens == expected
     proposed, accepted = llm.instance.traffic.proposed, llm.instance.traffic.accepted

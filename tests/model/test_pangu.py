@@ -33,7 +33,7 @@ CASES: dict[str, dict] = {
     "renamed": {"seed": 1404, "renamed": True},
 }
 
-# What these change, decoding computes by the same lines as scoring: their logits are enough.
+# In these cases decoding uses the same code as scoring for the part that differs: logits are enough.
 SCORED = {"base_again", "no_norm_topk", "norm_eps", "real_theta", "renamed", "tied"}
 
 
@@ -46,9 +46,9 @@ def test_logits_and_greedy_tokens_equal_the_reference(case: str, tmp_path: Path)
     path, seed = pangu.write_tiny(tmp_path / case, **CASES[case]), CASES[case]["seed"]
     llm = cmx_jax.from_pretrained(path, ranks=4, max_num_seqs=4)
     rows = [tokens_of(seed, BATCH, length) for length in LENGTHS]
-    for tokens, found in zip(rows, logits_of(llm, rows), strict=True):
+    for tokens, result in zip(rows, logits_of(llm, rows), strict=True):
         expected = np.stack([pangu.logits(path, row) for row in tokens])
-        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(result, expected, atol=1e-4, rtol=0)
     if case in SCORED:
         return
     prompt = tokens_of(seed, PROMPT).tolist()
@@ -57,7 +57,7 @@ def test_logits_and_greedy_tokens_equal_the_reference(case: str, tmp_path: Path)
 
 
 def as_deepseek(path: Path, to: Path) -> Path:
-    """The same model as a DeepSeek-V3 one: one group, correction biases of zero."""
+    """Writes the same model as a DeepSeek-V3 one: one group, correction biases of zero."""
     config = {
         pangu.NAMES.get(field, field): value
         for field, value in json.loads((path / "config.json").read_text()).items()
@@ -75,7 +75,7 @@ def as_deepseek(path: Path, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_q_lora_dim": None, "num_shared_experts": 2}])
-def test_the_reference_without_sandwich_norm_is_deepseeks(changes: dict, tmp_path: Path) -> None:
+def test_reference_without_sandwich_norm_equals_deepseek(changes: dict, tmp_path: Path) -> None:
     # 1e-6 is what DeepSeek's latent norms use whatever the config says
     path = pangu.write_tiny(tmp_path / "pangu", 3, sandwich_norm=False, rms_norm_eps=1e-6, **changes)
     other, tokens = as_deepseek(path, tmp_path / "deepseek"), tokens_of(3, 20)
@@ -83,7 +83,7 @@ def test_the_reference_without_sandwich_norm_is_deepseeks(changes: dict, tmp_pat
 
 
 @pytest.mark.parametrize("norm", ["post_attention", "pre_mlp", "post_mlp"])
-def test_the_reference_feels_every_sandwich_norm(norm: str, tmp_path: Path) -> None:
+def test_reference_depends_on_every_sandwich_norm(norm: str, tmp_path: Path) -> None:
     path, tokens = pangu.write_tiny(tmp_path / "pangu", 4), tokens_of(4, 10)
     tensors, name = load_file(path / "model.safetensors"), f"model.layers.1.{norm}_layernorm.weight"
     before = pangu.logits(path, tokens)

@@ -8,7 +8,7 @@ import pytest
 
 import cmx_jax
 from cmx_jax.model import families
-from cmx_jax.model.weights import parameter_counts
+from cmx_jax.model.parameters import parameter_counts
 
 PRESETS = Path(cmx_jax.__file__).parent / "model" / "presets"
 
@@ -129,18 +129,18 @@ def closed_form(name: str) -> Counts:
     return COUNT[c["model_type"]](c)
 
 
-def test_every_preset_is_counted() -> None:
+def test_presets_are_all_counted() -> None:
     assert sorted(path.stem for path in PRESETS.glob("*.json")) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_package_counts_what_the_closed_form_counts(name: str) -> None:
+def test_parameter_counts_equal_the_closed_form(name: str) -> None:
     counts = parameter_counts(families.preset(name))
     assert (counts.total, counts.active, counts.mtp) == closed_form(name)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_counts_are_those_published(name: str) -> None:
+def test_parameter_counts_are_as_published(name: str) -> None:
     for count, published in zip(closed_form(name), (*PUBLISHED[name], MTP.get(name, "0.0")), strict=True):
         cut_off = (name, published) == ("llama4-maverick", "16.1")  # 16.15 was not rounded
         assert f"{count // 10**8 / 10 if cut_off else count / 1e9:.1f}" == published

@@ -43,23 +43,23 @@ def test_rotation_is_multiplication_by_a_unit_complex_number(interleaved, places
     x, positions = vectors(seed), np.array(places)
     angles = positions[:, None, None] * 10000.0 ** (-np.arange(0, DIM, 2) / DIM)
     expected = as_complex(x, interleaved) * np.exp(1j * angles)
-    given = rotated(x, positions, RopeConfig(), interleaved)
+    result = rotated(x, positions, RopeConfig(), interleaved)
     # the angle is a float32 product of a float32 frequency: two roundings of 2^-24 each
     bound = np.abs(expected) * (angles * 2**-23 + 2**-20)
-    assert (np.abs(given - expected) <= bound).all()
+    assert (np.abs(result - expected) <= bound).all()
 
 
 @LAYOUTS
 def test_position_zero_only_reorders(interleaved: bool) -> None:
     x = vectors(0)
-    given = rotated(x, np.zeros(5), RopeConfig(), interleaved)
-    np.testing.assert_array_equal(given, as_complex(x, interleaved))
+    result = rotated(x, np.zeros(5), RopeConfig(), interleaved)
+    np.testing.assert_array_equal(result, as_complex(x, interleaved))
 
 
 @LAYOUTS
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=30)
-def test_dot_products_depend_on_the_distance_alone(interleaved, i, j, shift, seed) -> None:
+def test_dot_products_depend_on_distance_only(interleaved, i, j, shift, seed) -> None:
     x = vectors(seed, tokens=2)
 
     def dots(i: int, j: int) -> np.ndarray:
@@ -130,8 +130,8 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones(name: str) -> None:
 def test_yarn_lengthens_vectors_by_its_attention_factor(fields: dict[str, float], expected: float) -> None:
     rope = RopeConfig(kind="yarn", factor=4.0, original_max_position_embeddings=64, **fields)
     x = vectors(2)
-    given = np.linalg.norm(rotated(x, np.arange(5), rope, True), axis=-1)
-    np.testing.assert_allclose(given, expected * np.linalg.norm(x, axis=-1), rtol=1e-5)
+    lengths = np.linalg.norm(rotated(x, np.arange(5), rope, True), axis=-1)
+    np.testing.assert_allclose(lengths, expected * np.linalg.norm(x, axis=-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(0.5, 1.0), (1.0, 1.0), (math.e, 1.07)])

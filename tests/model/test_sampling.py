@@ -40,7 +40,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def drawn(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """How often each token is drawn from one row of logits under the DRAWS seeds of `s`."""
+    """Number of draws of each token from one row of logits, with the DRAWS seeds of `s`."""
     tokens = draw(np.tile(logits, (DRAWS, 1)), s, places(DRAWS))
     return np.bincount(tokens, minlength=len(logits))
 
@@ -71,7 +71,7 @@ def test_rows_of_temperature_zero_are_greedy_in_a_sampled_batch(seed: int) -> No
     [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"temperature": 2e-38}],
     ids=str,
 )
-def test_the_tightest_limits_leave_the_likeliest_token(limits: dict[str, float]) -> None:
+def test_tightest_limits_leave_the_likeliest_token(limits: dict[str, float]) -> None:
     logits = random_logits(0, 32, 64) + np.float32(20)  # divided by 2e-38 all of them are infinite
     tokens = draw(logits, rows(32, **{"temperature": 5.0} | limits), places(32))
     np.testing.assert_array_equal(tokens, logits.argmax(axis=-1))
@@ -79,7 +79,7 @@ def test_the_tightest_limits_leave_the_likeliest_token(limits: dict[str, float])
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1), st.integers(0, 5), st.integers(0, 5))
 @settings(deadline=None, max_examples=30)
-def test_a_draw_is_the_same_in_any_row_of_any_batch(seed, position, row, other) -> None:
+def test_draw_is_independent_of_row_and_batch(seed, position, row, other) -> None:
     mine = random_logits(1, 64)
 
     def token_in(row: int, company: int) -> int:
@@ -107,13 +107,13 @@ def test_seeds_and_positions_draw_differently() -> None:
         assert len(set(tokens.tolist())) > 48  # 62 of 64 are expected; equal streams would give few
 
 
-def test_the_next_seed_does_not_repeat_the_next_positions() -> None:
+def test_draws_of_the_next_seed_do_not_repeat_positions() -> None:
     logits, positions = np.zeros((64, 1024), np.float32), np.arange(64, dtype=np.int32)
     mine = np.asarray(draw(logits, rows(64, seed=5), positions))
     for shift in (-1, 1):
-        others = np.asarray(draw(logits, rows(64, seed=5 + shift), positions))
+        shifted = np.asarray(draw(logits, rows(64, seed=5 + shift), positions))
         for away in (-1, 0, 1):
-            assert (mine == np.roll(others, away)).mean() < 0.1
+            assert (mine == np.roll(shifted, away)).mean() < 0.1
 
 
 # Logits within 3 of each other at temperature 1 or more: every token is likelier than e^-3 / 8 = 0.006.
@@ -141,7 +141,7 @@ def test_top_p_keeps_exactly_the_fewest_likeliest_that_reach_p(logits, temperatu
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
 @pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.8}], ids=str)
-def test_frequencies_follow_the_softmax_of_what_is_kept(temperature: float, limits: dict[str, float]) -> None:
+def test_frequencies_follow_the_softmax_of_kept_tokens(temperature: float, limits: dict[str, float]) -> None:
     logits = np.linspace(0, 2, VOCAB)[[3, 1, 7, 0, 5, 2, 6, 4]].astype(np.float32)
     p = softmax(logits / temperature)
     order = np.argsort(-p)
@@ -149,13 +149,13 @@ def test_frequencies_follow_the_softmax_of_what_is_kept(temperature: float, limi
     expected = np.where(np.isin(np.arange(VOCAB), order[:kept]), p, 0)
     expected = expected / expected.sum() * DRAWS
     counts = drawn(logits, rows(DRAWS, temperature, **limits))
-    there = expected > 0
-    assert counts[~there].sum() == 0
-    chi_square = np.sum((counts[there] - expected[there]) ** 2 / expected[there])
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    chi_square = np.sum((counts[possible] - expected[possible]) ** 2 / expected[possible])
     assert chi_square < 24.3  # one in a thousand at 7 degrees of freedom, rarer at fewer
 
 
-def test_the_positions_of_one_request_draw_independently() -> None:
+def test_positions_of_one_request_draw_independently() -> None:
     """Pairs of neighbours along 4,096 positions of one seed are uniform over the 64 pairs."""
     logits = np.zeros((DRAWS, VOCAB), np.float32)
     tokens = np.asarray(draw(logits, rows(DRAWS, seed=3), np.arange(DRAWS, dtype=np.int32)))
@@ -164,7 +164,7 @@ def test_the_positions_of_one_request_draw_independently() -> None:
     assert np.sum((counts - expected) ** 2 / expected) < 103.5  # one in a thousand at 63 degrees of freedom
 
 
-def test_top_p_is_measured_on_what_top_k_keeps() -> None:
+def test_top_p_applies_to_tokens_kept_by_top_k() -> None:
     logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
     counts = drawn(logits, rows(DRAWS, top_k=2, top_p=0.5))  # 0.4 of 0.7 alone reaches a half
     assert set(np.flatnonzero(counts)) == {1}

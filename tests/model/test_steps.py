@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from reference.dense import greedy
 from support import BASE
 
+from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.runners import Lanes
+from cmx_jax.mesh.runners import make_runner
+from cmx_jax.model.batch import DecodeBatch, PrefillBatch
 from cmx_jax.model.cache import NO_PAGE, PagedCache
 from cmx_jax.model.checkpoint import read_weights
+from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import DecodeBatch, PrefillBatch, Steps, compile_steps
+from cmx_jax.model.steps import Steps, compile_steps
 from model.small import config
 
 C = config()
@@ -71,7 +74,7 @@ def ids_of(table: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Machine:
-    """The compiled steps, fed with lists; greedy unless `temperature` is above 0."""
+    """The compiled steps with lists as arguments; greedy unless `temperature` is above 0."""
 
     steps: Steps
     weights: Any
@@ -87,9 +90,9 @@ class Machine:
         index = np.broadcast_to(np.arange(8, dtype=np.int32), tokens.shape)
         positions = np.where(index < lengths[:, None], index, -1)
         last = lengths[:, None] - 1
-        given = jax.tree.map(lambda a: a[:, None], sampling(self.temperature))
+        params = jax.tree.map(lambda a: a[:, None], sampling(self.temperature))
         batch = PrefillBatch(
-            tokens, positions, tokens * 0, tokens * 0 - 1, table[:, : 8 // WIDTH], last, last + 1, given
+            tokens, positions, tokens * 0, tokens * 0 - 1, table[:, : 8 // WIDTH], last, last + 1, params
         )
         cache, out = self.steps.prefill(
             self.weights, cache, batch, sampled=self.temperature > 0, cached=False
@@ -105,15 +108,15 @@ class Machine:
     def go_on(
         self, cache: PagedCache, table: np.ndarray, prompts: list[list[int]], first: Any
     ) -> tuple[list[list[int]], PagedCache]:
-        """The first tokens and what decode makes of them, NEW for each prompt; empty prompts stay empty."""
-        made = [[int(token)] for token in first]
+        """Decodes NEW tokens for each prompt, `first` included; empty prompts stay empty."""
+        texts = [[int(token)] for token in first]
         lengths = np.array([len(prompt) for prompt in prompts])
         for step in range(NEW - 1):
             positions = np.where(lengths > 0, lengths + step, -1)
-            cache, out = self.decode(cache, table, [row[-1] for row in made], positions)
-            for row, token in zip(made, np.asarray(out.tokens), strict=True):
+            cache, out = self.decode(cache, table, [row[-1] for row in texts], positions)
+            for row, token in zip(texts, np.asarray(out.tokens), strict=True):
                 row.append(int(token))
-        return [row if prompt else [] for row, prompt in zip(made, prompts, strict=True)], cache
+        return [row if prompt else [] for row, prompt in zip(texts, prompts, strict=True)], cache
 
     def run(self, table: np.ndarray, prompts: list[list[int]]) -> tuple[list[list[int]], PagedCache]:
         cache, out = self.prefill(stale(), table, prompts)
@@ -121,17 +124,35 @@ class Machine:
 
 
 def rows_of(cache: PagedCache, table: np.ndarray) -> list[np.ndarray]:
-    """The cached latents of each row in order of position, [L, S, C + R]; the last new token has none."""
-    pages = np.asarray(cache.pages)[ids_of(table)]  # [B, pages, L, W, C + R]
-    whole = pages.transpose(0, 2, 1, 3, 4).reshape(ROWS, C.num_hidden_layers, HELD * WIDTH, C.row_dim)
-    return [row[:, : len(prompt) + NEW - 1] for row, prompt in zip(whole, PROMPTS, strict=True)]
+    """The cached rows of each sequence in order of position, [L, S, C]; the last new token has none."""
+    pages = np.asarray(cache.pages)[ids_of(table)]  # [B, pages, L, W, C]
+    rows = pages.transpose(0, 2, 1, 3, 4).reshape(ROWS, C.num_hidden_layers, HELD * WIDTH, C.row_dim)
+    return [row[:, : len(prompt) + NEW - 1] for row, prompt in zip(rows, PROMPTS, strict=True)]
+
+
+def test_programs_are_shared_by_equal_instances() -> None:
+    """Configs, layouts and runners compare by value; another value of any of them gives other programs."""
+
+    def compiled(c: ModelConfig, **fields: Any) -> Steps:
+        layout = expert_parallel(RANKS, C.n_routed_experts, **fields)
+        return compile_steps(c, layout, Lanes(layout.axes), mtp=False)
+
+    steps = compiled(config())
+    assert compiled(config()) is steps
+    assert compiled(replace(C, rms_norm_eps=1e-5)) is not steps
+    assert compiled(config(), microbatches=2) is not steps
+    assert compiled(config(), exchange="allgather") is not steps
+    layout = expert_parallel(1, C.n_routed_experts)
+    on_devices = [compile_steps(C, layout, make_runner("devices", layout.axes), mtp=False) for _ in range(2)]
+    assert on_devices[0] is on_devices[1]
+    assert compile_steps(C, layout, Lanes(layout.axes), mtp=False) is not on_devices[0]
 
 
 def test_prefill_then_decode_gives_the_tokens_of_the_dense_reference(machine, expected) -> None:
     assert machine.run(IN_ORDER, PROMPTS)[0] == expected
 
 
-def test_prefill_fills_the_rows_of_real_tokens_alone(machine) -> None:
+def test_prefill_writes_rows_of_real_tokens_only(machine) -> None:
     cache, _ = machine.prefill(stale(), IN_ORDER, PROMPTS)
     filled = np.isfinite(cache.pages).all(axis=(1, 3))
     expected = np.zeros_like(filled)
@@ -159,8 +180,8 @@ def test_decode_from_the_first_token_on_equals_prefill(machine, expected) -> Non
 
 @given(tables)
 @settings(deadline=None, max_examples=10)
-def test_it_does_not_matter_which_pages_a_sequence_has(machine, expected, table) -> None:
-    """All other pages, and the rows behind a sequence's end, hold NaN throughout."""
+def test_tokens_are_independent_of_page_ids(machine, expected, table) -> None:
+    """All other pages, and the rows after a sequence's end, hold NaN throughout."""
     tokens, cache = machine.run(table, PROMPTS)
     assert tokens == expected
     used = sum(len(prompt) + NEW - 1 for prompt in PROMPTS) * C.num_hidden_layers * C.row_dim
@@ -169,7 +190,7 @@ def test_it_does_not_matter_which_pages_a_sequence_has(machine, expected, table)
 
 
 @pytest.mark.parametrize("row", range(ROWS))
-def test_a_sequence_gives_the_same_tokens_alone_in_any_row(machine, expected, row: int) -> None:
+def test_single_sequence_gives_the_same_tokens_in_any_row(machine, expected, row: int) -> None:
     prompts: list[list[int]] = [[] for _ in range(ROWS)]
     prompts[row] = PROMPTS[1]
     table = np.where(np.arange(ROWS)[:, None] == row, IN_ORDER, NO_PAGE).astype(np.int32)
@@ -181,7 +202,7 @@ def test_a_sequence_gives_the_same_tokens_alone_in_any_row(machine, expected, ro
 
 @given(tables)
 @settings(deadline=None, max_examples=5)
-def test_decode_goes_on_in_another_cache_from_moved_pages(machine, expected, table) -> None:
+def test_decode_continues_from_moved_pages(machine, expected, table) -> None:
     cache, out = machine.prefill(stale(), IN_ORDER, PROMPTS)
     pages = machine.steps.take_pages(cache, IN_ORDER.reshape(-1))
     moved = machine.steps.put_pages(stale(), table.reshape(-1), np.asarray(pages))
@@ -191,16 +212,16 @@ def test_decode_goes_on_in_another_cache_from_moved_pages(machine, expected, tab
     assert machine.go_on(moved, table, PROMPTS, out.tokens)[0] == expected
 
 
-def test_a_drawn_token_is_the_same_whether_prefill_or_decode_draws_it(machine) -> None:
+def test_drawn_token_is_the_same_in_prefill_and_decode(machine) -> None:
     hot = replace(machine, temperature=3.0)
     tokens, _ = hot.run(IN_ORDER, PROMPTS)
     assert tokens != machine.run(IN_ORDER, PROMPTS)[0]
-    longer = [(prompt + made)[:7] for prompt, made in zip(PROMPTS, tokens, strict=True)]
+    longer = [(prompt + text)[:7] for prompt, text in zip(PROMPTS, tokens, strict=True)]
     _, out = hot.prefill(stale(), IN_ORDER, longer)
-    assert out.tokens.tolist() == [(p + made)[7] for p, made in zip(PROMPTS, tokens, strict=True)]
+    assert out.tokens.tolist() == [(prompt + text)[7] for prompt, text in zip(PROMPTS, tokens, strict=True)]
 
 
-def test_every_real_token_is_sent_to_its_experts_and_no_padding(machine) -> None:
+def test_stats_count_real_tokens_and_no_padding(machine) -> None:
     cache, out = machine.prefill(stale(), IN_ORDER, PROMPTS)
     by_rank = [len(PROMPTS[0]) + len(PROMPTS[1]), len(PROMPTS[2]) + len(PROMPTS[3])]
     top_k, layers = C.num_experts_per_tok, C.num_moe_layers

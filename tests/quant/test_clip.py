@@ -53,9 +53,9 @@ def test_each_channel_gets_its_best_alpha(rows: int) -> None:
 
 def test_channels_searched_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = heavy(0, 50, outputs=11)
-    whole = search_clip(x, w, block=2)
+    at_once = search_clip(x, w, block=2)
     monkeypatch.setattr(clip, "_CHANNELS", 4)
-    for got, expected in zip(search_clip(x, w, block=2), whole, strict=True):
+    for got, expected in zip(search_clip(x, w, block=2), at_once, strict=True):
         np.testing.assert_allclose(got, expected)
 
 
@@ -81,6 +81,6 @@ def test_nan_is_named(rows: int) -> None:
 
 
 @pytest.mark.parametrize(("alphas", "block"), [((0.0,), 1), ((1.5,), 1), ((0.9,), 0)])
-def test_what_is_no_clipping_is_refused(alphas: tuple[float, ...], block: int) -> None:
+def test_wrong_alphas_and_blocks_are_refused(alphas: tuple[float, ...], block: int) -> None:
     with pytest.raises(ValueError, match="expected block"):
         search_clip(*heavy(0, 4), alphas=alphas, block=block)

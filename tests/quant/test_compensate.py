@@ -1,4 +1,4 @@
-"""Error compensation against GPTQ as published, against plain rounding, and on what has no inverse."""
+"""Error compensation against GPTQ as published, against plain rounding, and on singular matrices."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def errors(x: np.ndarray, w: np.ndarray, q: np.ndarray, scale: np.ndarray) -> np
 
 
 @pytest.mark.parametrize("block", [1, 5, 128])
-def test_it_is_gptq(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compensate_equals_gptq(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", block)
     x, w = correlated(2, 200)
     scale = 8 * channel_scale(w)  # coarse, so that rounding matters
@@ -47,7 +47,7 @@ def test_it_is_gptq(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(compensate(gram(x), w, scale, ordered=False), expected)
 
 
-def test_ordered_is_gptq_of_sorted_inputs() -> None:
+def test_ordered_equals_gptq_of_sorted_inputs() -> None:
     x, w = correlated(2, 200)
     scale = channel_scale(w)
     order = np.argsort(-np.diag(gram(x)))
@@ -74,7 +74,7 @@ def test_no_channel_is_worse_than_plain(seed: int, rows: int, coarse: float) -> 
     assert (errors(x, w, q, scale) <= errors(x, w, plain, scale)).all()
 
 
-def test_rows_kept_back_notice_what_was_fitted_too_closely() -> None:
+def test_judge_rows_detect_overfitting() -> None:
     rng = np.random.default_rng(0)
     x, other, fresh = (rng.normal(size=(rows, 24)).astype(np.float32) for rows in (30, 300, 300))
     _, w = correlated(0, 1)
@@ -103,7 +103,7 @@ def test_dead_inputs_are_rounded_plainly_and_change_nothing() -> None:
     np.testing.assert_array_equal(q[live], compensate(gram(x[:, live]), w[live], scale))
 
 
-def test_two_inputs_that_are_one_share_their_error() -> None:
+def test_two_equal_inputs_share_their_error() -> None:
     """`x [t, 0] = x [t, 1]`: what counts is the sum of both weights, which is off by at most half a step."""
     x = np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32) * np.ones((1, 2), np.float32)
     w = np.array([[0.4, 0.3], [0.4, 0.4]], np.float32)
@@ -111,7 +111,7 @@ def test_two_inputs_that_are_one_share_their_error() -> None:
     np.testing.assert_array_equal(q.sum(axis=0), [1, 1])
 
 
-def test_what_is_no_gram_matrix_is_refused() -> None:
+def test_matrix_that_is_not_gram_is_refused() -> None:
     x, w = correlated(0, 50)
     scale = channel_scale(w)
     bad = gram(x)

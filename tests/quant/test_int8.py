@@ -1,4 +1,4 @@
-"""What `quantize_rows` promises, against NumPy in float64."""
+"""Guarantees of `quantize_rows`, against NumPy in float64."""
 
 import jax
 import jax.numpy as jnp

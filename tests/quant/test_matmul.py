@@ -1,4 +1,4 @@
-"""Products with INT8 weights against NumPy's integers: sums are exact, both scales are behind them."""
+"""Products with INT8 weights against NumPy's integers: sums are exact, both scales are applied after them."""
 
 import re
 from pathlib import Path
@@ -82,48 +82,48 @@ def test_integers_are_summed_exactly_and_scaled_afterwards(spec: str, summed: in
 
 
 @pytest.mark.parametrize(("spec", "summed"), SPECS)
-def test_the_result_is_near_that_of_floats(spec: str, summed: int) -> None:
+def test_result_is_close_to_that_of_floats(spec: str, summed: int) -> None:
     x, w = operands(spec, summed)
     exact = jnp.einsum(spec, x, w.q.astype(jnp.float32) * w.scale.astype(jnp.float32))
     off = np.asarray(einsum(spec, x, w)) - exact
     assert np.linalg.norm(off) < 0.01 * np.linalg.norm(exact)  # a step is a 127th of a row's largest number
 
 
-def test_every_product_of_the_model_is_among_these() -> None:
+def test_specs_cover_every_product_of_the_model() -> None:
     sources = Path(cmx_jax.model.__file__).parent.glob("*.py")
-    found = {spec for path in sources for spec in re.findall(r'(?<![.\w])einsum\("(.+?)"', path.read_text())}
+    used = {spec for path in sources for spec in re.findall(r'(?<![.\w])einsum\("(.+?)"', path.read_text())}
     kinds = {canonical(spec) for spec, _ in SPECS}
-    assert found
-    assert {spec for spec in found if canonical(spec) not in kinds} == set()
+    assert used
+    assert {spec for spec in used if canonical(spec) not in kinds} == set()
 
 
 def canonical(spec: str) -> str:
-    """A spec with its letters in the order of their coming."""
+    """Renames the letters of a spec in the order of their appearance."""
     order = list(dict.fromkeys(re.findall("[a-z]", spec)))
     return "".join(chr(97 + order.index(x)) if x.isalpha() else x for x in spec)
 
 
 @pytest.mark.parametrize(("spec", "summed"), [s for s in SPECS if s[0].startswith(("...", "n"))])
-def test_rows_that_are_not_there_may_hold_nan(spec: str, summed: int) -> None:
+def test_invalid_rows_may_hold_nan(spec: str, summed: int) -> None:
     x, w = operands(spec, summed)
-    there = jnp.asarray(np.random.default_rng(1).random(x.shape[:-summed]) < 0.5)
-    assert 0 < there.sum() < there.size
-    stale = jnp.where(there[..., None], x, np.nan)
-    got, whole = np.asarray(einsum(spec, stale, w, there)), np.asarray(einsum(spec, x, w))
-    np.testing.assert_array_equal(got[there], whole[there])
-    assert not got[~there].any()
+    valid = jnp.asarray(np.random.default_rng(1).random(x.shape[:-summed]) < 0.5)
+    assert 0 < valid.sum() < valid.size
+    stale = jnp.where(valid[..., None], x, np.nan)
+    got, clean = np.asarray(einsum(spec, stale, w, valid)), np.asarray(einsum(spec, x, w))
+    np.testing.assert_array_equal(got[valid], clean[valid])
+    assert not got[~valid].any()
 
 
-def test_a_row_does_not_depend_on_its_company() -> None:
+def test_row_does_not_depend_on_other_rows() -> None:
     """A single row goes through another kernel; only the compiler's order of scaling may differ."""
     x, w = operands("btd,dq->btq", 1)
-    whole = np.asarray(einsum("btd,dq->btq", x, w))
+    batch = np.asarray(einsum("btd,dq->btq", x, w))
     for b, t in np.ndindex(x.shape[:2]):
         one = einsum("btd,dq->btq", x[b : b + 1, t : t + 1], w)
-        np.testing.assert_allclose(one[0, 0], whole[b, t], rtol=1e-6)
+        np.testing.assert_allclose(one[0, 0], batch[b, t], rtol=1e-6)
 
 
-def test_lanes_compute_what_each_would_alone() -> None:
+def test_lanes_equal_single_products() -> None:
     lanes = [operands("ntd,ndh->nth", 1, seed=seed) for seed in range(3)]
     x, w = jax.tree.map(lambda *parts: jnp.stack(parts), *lanes)
     got = jax.vmap(lambda x, w: einsum("ntd,ndh->nth", x, w))(x, w)
@@ -161,7 +161,7 @@ def flat(jaxpr: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("spec", ["btd,dq->btq", "bdt,dq->btq"])
-def test_what_no_scale_stands_behind_is_refused(spec: str) -> None:
+def test_sums_without_one_scale_are_refused(spec: str) -> None:
     """A scale that varies along the summed axis, and a summed axis that is not the last."""
     x, w = operands("btd,dq->btq", 1)
     if spec == "btd,dq->btq":

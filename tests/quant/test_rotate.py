@@ -48,7 +48,7 @@ def test_a_rotation_of_nothing_is_refused() -> None:
 
 
 def test_a_rotation_passes_a_norm_and_two_matrices() -> None:
-    """What is written rotated is read rotated: `norm(x r) r^T (weight w)` is `(norm(x) * weight) w`."""
+    """Rotated outputs are read rotated: `norm(x r) r^T (weight w)` is `(norm(x) * weight) w`."""
     rng = np.random.default_rng(0)
     x, before, weight, w = (rng.normal(size=s) for s in ((5, 6), (6, 12), (12,), (12, 7)))
     r = rotation(12)
@@ -85,7 +85,7 @@ def test_rotation_and_search_recover_what_planted_outliers_cost(small: float) ->
 
     s, r = search_scales(x.astype(np.float32), [w]).s, rotation(96)
     one, same = np.ones(96), np.eye(96)
-    plain, searched, rotated, both = error(one, same), error(s, same), error(one, r), error(s, r)
+    plain, searched, rotated, combined = error(one, same), error(s, same), error(one, r), error(s, r)
     assert rotated < plain / 2
     assert searched < plain / (2 if small == 1 else 25)
-    assert both < min(plain / 5, 1.2 * searched)
+    assert combined < min(plain / 5, 1.2 * searched)

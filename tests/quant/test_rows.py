@@ -1,4 +1,4 @@
-"""INT8 rows of several parts: each is rounded by its own largest number, whatever lies beside it."""
+"""INT8 rows of several parts: each part is rounded by its own largest number."""
 
 import jax
 import numpy as np
@@ -15,13 +15,13 @@ dequantize = jax.jit(dequantize_parts, static_argnums=(1, 2))
 
 
 def spread(scale: np.ndarray, widths: tuple[int, ...]) -> np.ndarray:
-    """A number a part to a number a column."""
+    """Repeats the number of each part for its columns."""
     return np.repeat(scale, widths, axis=-1)
 
 
 @given(WIDTHS, st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=40)
-def test_a_number_comes_back_within_half_a_step_of_its_part(widths, seed: int) -> None:
+def test_error_is_at_most_half_a_step_of_the_part(widths, seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = spread(10.0 ** rng.uniform(-3, 3, (2, 3, len(widths))), widths)
     x = (rng.standard_normal(sizes.shape) * sizes).astype(np.float32)
@@ -34,17 +34,17 @@ def test_a_number_comes_back_within_half_a_step_of_its_part(widths, seed: int) -
     np.testing.assert_array_max_ulp(rows.scale, largest / np.float32(127), 1)
 
 
-def test_what_was_rounded_once_is_not_rounded_again() -> None:
+def test_rounded_rows_are_not_rounded_again() -> None:
     x = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
     once = dequantize(quantize(x, (8, 4)), (8, 4), FLOAT32)
-    again = dequantize(quantize(once, (8, 4)), (8, 4), FLOAT32)
-    np.testing.assert_allclose(again, once, rtol=1e-6, atol=0)
+    twice = dequantize(quantize(once, (8, 4)), (8, 4), FLOAT32)
+    np.testing.assert_allclose(twice, once, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf])
-def test_a_part_that_holds_no_numbers_spoils_no_other(junk: float) -> None:
+def test_nan_and_infinity_do_not_change_other_parts(junk: float) -> None:
     x = np.ones((2, 12), np.float32)
     x[0, 8:] = junk
-    given = np.asarray(dequantize(quantize(x, (8, 4)), (8, 4), FLOAT32))
-    np.testing.assert_array_equal(given[0, :8], given[1, :8])
-    np.testing.assert_allclose(given[1], 1, rtol=1e-6, atol=0)
+    rows = np.asarray(dequantize(quantize(x, (8, 4)), (8, 4), FLOAT32))
+    np.testing.assert_array_equal(rows[0, :8], rows[1, :8])
+    np.testing.assert_allclose(rows[1], 1, rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""Scales for inputs: never worse than none, by brute force the best, and what they do to outliers."""
+"""Scales for inputs: never worse than none, the best by brute force, and their effect on outliers."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def error(x: np.ndarray, weights: list[np.ndarray], s: np.ndarray) -> float:
 
 
 def planted(seed: int, rows: int = 96, by: float = 100) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Two inputs are large for all tokens; their weights are small, so that the others are what is lost."""
+    """Two inputs are large for all tokens and have small weights, so that the other inputs lose precision."""
     x = np.random.default_rng(seed).normal(size=(rows, 48))
     x[:, [5, 20]] *= by
     weights = [np.random.default_rng(o).normal(size=(48, o)) for o in (16, 24)]
@@ -103,9 +103,9 @@ def test_rows_that_do_not_depend_on_inputs_are_left_alone() -> None:
     assert error(fresh, weights, s) < 1.05 * error(fresh, weights, np.ones(48, np.float32))
 
 
-@pytest.mark.parametrize("where", ["x", "weights"])
-def test_nan_is_named(where: str) -> None:
+@pytest.mark.parametrize("matrix", ["x", "weights"])
+def test_nan_is_named(matrix: str) -> None:
     x, weights = planted(0)
-    (x if where == "x" else weights[1])[2, 3] = np.nan
-    with pytest.raises(ValueError, match=r"x \[2, 3\] is nan" if where == "x" else r"weights\[1\] \[2, 3\]"):
+    (x if matrix == "x" else weights[1])[2, 3] = np.nan
+    with pytest.raises(ValueError, match=r"x \[2, 3\] is nan" if matrix == "x" else r"weights\[1\] \[2, 3\]"):
         search_scales(x, weights)

@@ -1,4 +1,4 @@
-"""What stays in floats: within the budget, worth it, and nothing left out that had room."""
+"""Tensors kept in floats: within the budget, worth it, and none left out that would fit."""
 
 import math
 

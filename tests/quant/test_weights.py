@@ -32,7 +32,7 @@ def test_a_storable_scale_is_the_next_larger_bfloat16(scale: np.ndarray) -> None
     np.testing.assert_array_equal(storable_scale(got), got)
 
 
-def test_scales_of_nothing_and_of_next_to_nothing() -> None:
+def test_storable_scales_of_zero_and_tiny_numbers() -> None:
     got = storable_scale(np.array([0, 1e-45, 1e-39], np.float32))
     np.testing.assert_array_equal(got, np.array([1, 2.0**-126, 2.0**-126], np.float32))
 
@@ -75,7 +75,7 @@ def test_rows_are_rounded_as_the_matmul_rounds_them(x: np.ndarray) -> None:
     np.testing.assert_array_less(np.abs(got - exact), step * np.where(ties, 1.001, 1e-4) + 2.0**-120)
 
 
-def test_rows_of_next_to_nothing_become_zeros() -> None:
+def test_tiny_rows_become_zeros() -> None:
     x = np.array([[0, 0], [1e-38, -1e-38]], np.float32)
     np.testing.assert_array_equal(rows_through_int8(x), np.zeros_like(x))
 
@@ -95,13 +95,13 @@ def test_errors_by_the_gram_matrix_are_those_of_the_rows() -> None:
     np.testing.assert_allclose(squares(gram(x[:15]) + gram(x[15:]), e), exact)
 
 
-def test_relative_errors_of_nothing() -> None:
+def test_relative_errors_without_norm() -> None:
     assert relative(4.0, 16.0) == 0.5
     assert relative(0.0, 0.0) == 0.0
     assert relative(1.0, 0.0) == np.inf
 
 
-def test_what_is_not_finite_is_named() -> None:
+def test_entry_that_is_not_finite_is_named() -> None:
     x = np.zeros((3, 4), np.float32)
     x[2, 1] = np.nan
     with pytest.raises(ValueError, match=r"acts \[2, 1\] is nan"):

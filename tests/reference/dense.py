@@ -1,6 +1,6 @@
-"""DeepSeek-V3 once more, slow and obvious, in NumPy: what the package is held against.
+"""A second implementation of DeepSeek-V3 in NumPy, slow and obvious: the oracle of the package.
 
-No code of the package; loops over tokens, heads, experts. test_dense.py holds it against transformers.
+No code of the package; loops over tokens, heads, experts. test_dense.py compares it with transformers.
 """
 
 import json
@@ -21,7 +21,7 @@ def logits(directory: str | Path, tokens: Array, dtype: type = np.float64) -> Ar
 
 
 def greedy(directory: str | Path, prompt: Array, n: int, dtype: type = np.float64) -> list[int]:
-    """The `n` likeliest tokens one after another."""
+    """The `n` tokens of greedy decoding."""
     tokens = list(map(int, prompt))
     for _ in range(n):
         tokens.append(int(logits(directory, tokens, dtype)[-1].argmax()))
@@ -87,7 +87,7 @@ class Dense:
         turns = r["original_max_position_embeddings"] / (2 * pi)
         first = max(floor(dim / 2 * log(turns / r["beta_fast"], theta)), 0)
         last = min(ceil(dim / 2 * log(turns / r["beta_slow"], theta)), dim - 1)
-        for i in range(dim // 2):  # what turns fast stays, what turns slowly is stretched
+        for i in range(dim // 2):  # fast pairs stay, slow ones are stretched
             stretched = min(max((i - first) / (last - first), 0), 1)
             plain[i] *= stretched / factor + (1 - stretched)
         length = mscale(factor, r["mscale"]) / mscale(factor, every) if every else mscale(factor, 1)
@@ -102,7 +102,7 @@ class Dense:
         return np.concatenate([z.real, z.imag]).astype(x.dtype)
 
     def kept(self, latent: Array, rotated: Array) -> tuple[Array, Array]:
-        """Latents [T, C] and rotated keys [T, R] as a cache gives them back: all digits."""
+        """Latents [T, A] and rotated keys [T, R] as read back from a cache; this one keeps all digits."""
         return latent, rotated
 
     def attention(self, name: str, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The numbers that a checkpoint's files stand for, read from their bytes one by one.
+"""The values of a checkpoint's tensors, read from the bytes of its files one by one.
 
 Plain NumPy that shares nothing with the package: no library reads the files, and every element is computed
 by the formula that its format documents, in float32, in loops written to be obviously right.
@@ -26,9 +26,9 @@ STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up|down)_proj$")
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
     """One safetensors file: eight bytes of length, a JSON header, the data."""
-    whole = path.read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -67,7 +67,7 @@ def dequantised(directory: Path) -> dict[str, np.ndarray]:
 
 
 def of_blocks(weight: np.ndarray, scale: np.ndarray, block: list[int]) -> np.ndarray:
-    """Each element times the scale of the block that it lies in."""
+    """Each element times the scale of its block."""
     result = np.zeros(weight.shape, np.float32)
     for row in range(weight.shape[0]):
         for column in range(weight.shape[1]):
@@ -88,16 +88,16 @@ def of_channels(weight: np.ndarray, scale: list[np.float32], offset: list[np.flo
 def scale_and_offset(
     name: str, weight: np.ndarray, tensors: dict[str, np.ndarray]
 ) -> tuple[list[np.float32], list[np.float32]]:
-    """Both for each row of an INT8 matrix."""
+    """Scale and offset of each row of an INT8 matrix."""
     rows, module = weight.shape[0], name.removesuffix(".weight")
     offset = [np.float32(0)] * rows
     if name + "_offset" in tensors:
         offset = [np.float32(tensors[name + "_offset"][row, 0]) for row in range(rows)]
     if name + "_scale" in tensors:
-        given = tensors[name + "_scale"]
-        return [np.float32(given[row, 0] if given.ndim == 2 else given[0]) for row in range(rows)], offset
-    both, of_inputs = tensors[module + ".deq_scale"], np.float32(tensors[module + ".input_scale"][0])
-    return [from_bits(both[row]) / of_inputs for row in range(rows)], offset
+        scale = tensors[name + "_scale"]
+        return [np.float32(scale[row, 0] if scale.ndim == 2 else scale[0]) for row in range(rows)], offset
+    product, of_inputs = tensors[module + ".deq_scale"], np.float32(tensors[module + ".input_scale"][0])
+    return [from_bits(product[row]) / of_inputs for row in range(rows)], offset
 
 
 def from_bits(number: np.generic) -> np.float32:
@@ -108,13 +108,13 @@ def from_bits(number: np.generic) -> np.float32:
     return np.float32(number)
 
 
-def unstacked(prefix: str, which: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
+def unstacked(prefix: str, kind: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
     """`gate_up [E, 2 F, D]` and `down [E, D, F]` under the names of single experts."""
     plain = {}
     for expert in range(tensor.shape[0]):
         matrix, name = tensor[expert].astype(np.float32), f"{prefix}.{expert}"
         half = matrix.shape[0] // 2
-        parts = {"gate": matrix[:half], "up": matrix[half:]} if which == "gate_up" else {"down": matrix}
+        parts = {"gate": matrix[:half], "up": matrix[half:]} if kind == "gate_up" else {"down": matrix}
         for part, array in parts.items():
             plain[f"{name}.{part}_proj.weight"] = array
     return plain

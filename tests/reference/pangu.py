@@ -1,4 +1,4 @@
-"""Pangu Ultra MoE once more, slow and obvious, in NumPy, and random tiny checkpoints of it.
+"""A second implementation of Pangu Ultra MoE in NumPy, slow and obvious, and random tiny checkpoints of it.
 
 No code of the package. MLA and SwiGLU are DeepSeek-V3's (reference/dense.py). What differs: the names in
 config.json; a sandwich norm, that is one RMS norm before and one after attention and after the feed-forward
@@ -69,7 +69,7 @@ def logits(directory: str | Path, tokens: Array, dtype: type = np.float64) -> Ar
 
 
 def greedy(directory: str | Path, prompt: Array, n: int, dtype: type = np.float64) -> list[int]:
-    """The `n` likeliest tokens one after another."""
+    """The `n` tokens of greedy decoding."""
     tokens = list(map(int, prompt))
     for _ in range(n):
         tokens.append(int(logits(directory, tokens, dtype)[-1].argmax()))
@@ -178,15 +178,15 @@ def _mtp(c: dict) -> Shapes:
 
 
 def shapes(c: dict, mtp: bool) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint by name; `mtp`: those of the MTP layers too."""
+    """Shapes of the tensors of a checkpoint by name; `mtp` includes those of MTP layers."""
     layers, vocabulary = c["num_hidden_layers"], (c["vocab_size"], c["hidden_size"])
-    found = {"model.embed_tokens": vocabulary, "model.norm": (c["hidden_size"],)}
-    found |= {} if c["tie_word_embeddings"] else {"lm_head": vocabulary}
+    result = {"model.embed_tokens": vocabulary, "model.norm": (c["hidden_size"],)}
+    result |= {} if c["tie_word_embeddings"] else {"lm_head": vocabulary}
     for i in range(layers + (c["num_mtp_layers"] if mtp else 0)):
-        found |= {f"model.layers.{i}.{name}": shape for name, shape in _layer(c, i)}
+        result |= {f"model.layers.{i}.{name}": shape for name, shape in _layer(c, i)}
         if i >= layers:
-            found |= {f"model.layers.{i}.{name}": shape for name, shape in _mtp(c)}
-    return {f"{name}.weight": shape for name, shape in found.items()}
+            result |= {f"model.layers.{i}.{name}": shape for name, shape in _mtp(c)}
+    return {f"{name}.weight": shape for name, shape in result.items()}
 
 
 def _random(name: str, shape: tuple[int, ...], tied: bool, rng: np.random.Generator) -> Array:
@@ -204,11 +204,11 @@ def write_tiny(
     """Writes config.json and model.safetensors, and returns the directory.
 
     Args:
-      directory: where to.
-      seed: of the weights, float32.
-      mtp: store the MTP layers that the config names.
-      renamed: write the config's fields under DeepSeek's names.
-      changes: fields of TINY that differ.
+      directory: Directory to write to.
+      seed: Seed of the weights, which are float32.
+      mtp: True to store the MTP layers that the config names.
+      renamed: True to write the config's fields under DeepSeek's names.
+      changes: Fields that differ from TINY.
     """
     c, rng = TINY | changes, np.random.default_rng(seed)
     tied = c["tie_word_embeddings"]

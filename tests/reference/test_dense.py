@@ -22,9 +22,9 @@ def test_logits_equal_transformers(case: str, dtype: type) -> None:
     golden = np.load(GOLDENS / case / "golden.npz")
     for length in (1, 7, 40):
         for tokens, expected in zip(golden[f"tokens_{length}"], golden[f"logits_{length}"], strict=True):
-            given = dense.logits(GOLDENS / case, tokens, dtype)
-            assert given.dtype == dtype
-            np.testing.assert_allclose(given, expected, atol=1e-4, rtol=0)
+            logits = dense.logits(GOLDENS / case, tokens, dtype)
+            assert logits.dtype == dtype
+            np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -26,7 +26,7 @@ def split(base: Model) -> Engine:
 
 
 def held(engine: Engine) -> int:
-    return sum(len(i.places) + i.load for i in (*engine.prefill, engine.decode))
+    return sum(len(i.allocator.places) + i.allocator.load for i in (*engine.prefill, engine.decode))
 
 
 def test_disaggregated_serving_equals_the_dense_reference(split, prompts, expected) -> None:
@@ -34,9 +34,9 @@ def test_disaggregated_serving_equals_the_dense_reference(split, prompts, expect
     assert held(split) == 0
 
 
-def test_one_instance_that_does_both_gives_the_same(base, prompts, expected) -> None:
-    both = instance(base, "both", 4, sequences=2, pages=16)
-    engine = Engine([both], both)
+def test_combined_instance_gives_the_same(base, prompts, expected) -> None:
+    combined = instance(base, "both", 4, sequences=2, pages=16)
+    engine = Engine([combined], combined)
     assert serve(engine, prompts, TOKENS) == expected
     assert held(engine) == 0
 
@@ -58,17 +58,17 @@ def test_requests_join_and_leave_between_steps(split, prompts, expected) -> None
 def test_a_seed_gives_the_same_text_alone_and_in_company(base, split, prompts) -> None:
     draw = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
     together = serve(split, prompts, TOKENS, **draw)
-    both = instance(base, "both", 2, sequences=1, pages=8)
-    alone = [serve(Engine([both], both), [prompt], TOKENS, **draw)[0] for prompt in prompts[:3]]
+    combined = instance(base, "both", 2, sequences=1, pages=8)
+    alone = [serve(Engine([combined], combined), [prompt], TOKENS, **draw)[0] for prompt in prompts[:3]]
     assert alone == together[:3]
     assert together != serve(split, prompts, TOKENS, **(draw | {"seed": 6}))
 
 
-def test_nan_in_the_pages_of_those_who_left_reaches_nobody(base, prompts, expected) -> None:
+def test_nan_in_freed_pages_reaches_no_request(base, prompts, expected) -> None:
     prefill = instance(base, "prefill", 2, sequences=1, pages=8)
     decode = instance(base, "decode", 4, sequences=2, pages=16)
     for i in (prefill, decode):
-        i.cache = i.cache.replace(pages=i.cache.pages * np.float32("nan"))
+        i.programs.cache = i.programs.cache.replace(pages=i.programs.cache.pages * np.float32("nan"))
     assert serve(Engine([prefill], decode), prompts, TOKENS) == expected
 
 
@@ -82,14 +82,14 @@ def test_nan_in_the_pages_of_those_who_left_reaches_nobody(base, prompts, expect
         ([1] * 20, 109, "exceed the context of 128"),
     ],
 )
-def test_what_cannot_be_served_is_refused_before_it_queues(split, prompt, max_tokens, message) -> None:
+def test_invalid_request_is_refused_before_it_queues(split, prompt, max_tokens, message) -> None:
     with pytest.raises(CmxError, match=message):
         split.submit(prompt, SamplingParams(max_tokens=max_tokens))
     assert not split.busy
 
 
 @pytest.mark.parametrize(("prefill_pages", "decode_pages"), [(8, 2), (2, 8)])
-def test_a_request_larger_than_a_rank_s_cache_is_refused(base, prefill_pages, decode_pages) -> None:
+def test_request_larger_than_a_cache_is_refused(base, prefill_pages, decode_pages) -> None:
     engine = Engine(
         [instance(base, "prefill", 2, sequences=1, pages=prefill_pages)],
         instance(base, "decode", 2, sequences=1, pages=decode_pages),

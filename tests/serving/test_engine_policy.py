@@ -1,6 +1,6 @@
-"""What happens to requests on their way: cancelled, preempted, refused, late, moved to other instances.
+"""Requests that are cancelled, preempted, refused, late, or moved to other instances.
 
-Whatever happens, who is served has the tokens of the dense reference, and nothing is held in the end.
+Every served request has the tokens of the dense reference, and nothing is held in the end.
 """
 
 import numpy as np
@@ -15,9 +15,9 @@ from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import Overloaded, Request, SamplingParams, State
-from cmx_jax.serving.scheduling.waiting import Waiting
+from cmx_jax.serving.scheduling.waiting import QueueLimits, Waiting
 
 TOKENS = 20
 
@@ -38,16 +38,18 @@ def split(base: Model) -> Engine:
 @pytest.fixture(scope="module")
 def tight(base: Model) -> Engine:
     """Rows for four sequences on each of two ranks, pages for about half of what they grow to."""
-    both = instance(base, "both", 2, sequences=4, pages=9, max_num_batched_tokens=8)
-    return Engine([both], both)
+    combined = instance(base, "both", 2, sequences=4, pages=9, max_num_batched_tokens=8)
+    return Engine([combined], combined)
 
 
-def params(**given: object) -> SamplingParams:
-    return SamplingParams(**({"max_tokens": TOKENS, "ignore_eos": True} | given))
+def params(**options: object) -> SamplingParams:
+    return SamplingParams(**({"max_tokens": TOKENS, "ignore_eos": True} | options))
 
 
 def nothing_held(engine: Engine) -> bool:
-    return not engine.busy and not any(i.load or i.prefilling or any(i.rows) for i in engine.instances)
+    return not engine.busy and not any(
+        i.allocator.load or i.allocator.prefilling or any(i.allocator.rows) for i in engine.instances
+    )
 
 
 def test_preempted_requests_lose_no_token(tight, prompts, expected) -> None:
@@ -67,23 +69,23 @@ def test_a_seeded_text_is_the_same_when_preempted(tight, split, prompts) -> None
     assert texts[0] == texts[1]
 
 
-def test_who_is_less_urgent_is_preempted(tight, prompts, expected) -> None:
+def test_preemption_takes_the_less_urgent_request(tight, prompts, expected) -> None:
     """The first is submitted last, with the smallest number."""
-    others = [tight.submit(prompt, params(), priority=1) for prompt in prompts[1:]]
+    less_urgent = [tight.submit(prompt, params(), priority=1) for prompt in prompts[1:]]
     urgent = tight.submit(prompts[0], params(), priority=0)
     tight.run()
     assert urgent.preemptions == 0
-    assert urgent.first_token < max(r.first_token for r in others)
-    assert [urgent.tokens, *[r.tokens for r in others]] == expected
+    assert urgent.first_token < max(r.first_token for r in less_urgent)
+    assert [urgent.tokens, *[r.tokens for r in less_urgent]] == expected
 
 
-@pytest.mark.parametrize("which", ["split", "tight"])
+@pytest.mark.parametrize("engine_fixture", ["split", "tight"])
 @pytest.mark.parametrize("stage", [State.WAITING, State.PREFILL, State.TRANSFER, State.DECODE])
 def test_a_cancelled_request_holds_nothing_and_others_are_served(
-    which, stage, request, prompts, expected
+    engine_fixture, stage, request, prompts, expected
 ) -> None:
     """Every second one is cancelled when it is first seen in a state; prompts run in chunks."""
-    engine = request.getfixturevalue(which)
+    engine = request.getfixturevalue(engine_fixture)
     requests = [engine.submit(prompt, params()) for prompt in prompts]
     cancelled = set()
 
@@ -97,7 +99,7 @@ def test_a_cancelled_request_holds_nothing_and_others_are_served(
     while engine.busy:
         engine.step()
         look()
-    if which == "split" or stage is not State.TRANSFER:
+    if engine_fixture == "split" or stage is not State.TRANSFER:
         assert cancelled
     for r, tokens in zip(requests, expected, strict=True):
         if r in cancelled:
@@ -110,16 +112,16 @@ def test_a_cancelled_request_holds_nothing_and_others_are_served(
     assert nothing_held(engine)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_again(base, prompts) -> None:
-    both = instance(base, "both", 1, sequences=1, pages=8)
-    engine = Engine([both], both, max_num_queued_reqs=2)
+def test_full_queue_refuses_with_a_retry_time(base, prompts) -> None:
+    combined = instance(base, "both", 1, sequences=1, pages=8)
+    engine = Engine([combined], combined, limits=QueueLimits(max_num_queued_reqs=2))
     for _ in range(2):
         engine.submit(prompts[0], params())
     with pytest.raises(Overloaded, match=r"queue is full \(max_num_queued_reqs 2\)") as caught:
         engine.submit(prompts[0], params())
     assert caught.value.retry_after_s >= 1
     engine.run()
-    engine = Engine([both], both, max_num_queued_tokens=40)
+    engine = Engine([combined], combined, limits=QueueLimits(max_num_queued_tokens=40))
     engine.submit([1] * 30, params())
     with pytest.raises(Overloaded, match="max_num_queued_tokens 40"):
         engine.submit([1] * 11, params())
@@ -128,11 +130,11 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(base, prompts) -> None
     assert nothing_held(engine)
 
 
-def test_who_waits_too_long_fails(base, prompts) -> None:
-    both = instance(base, "both", 1, sequences=1, pages=8)
-    engine = Engine([both], both, queue_ttl_s=5.0)
+def test_request_that_waits_too_long_fails(base, prompts) -> None:
+    combined = instance(base, "both", 1, sequences=1, pages=8)
+    engine = Engine([combined], combined, limits=QueueLimits(queue_ttl_s=5.0))
     now = 0.0
-    engine.clock = lambda: now
+    engine.scheduler.clock = lambda: now
     first, second = engine.submit(prompts[0], params()), engine.submit(prompts[1], params())
     engine.step()
     now = 6.0
@@ -145,22 +147,22 @@ def test_who_waits_too_long_fails(base, prompts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("limits", "message"),
     [
         ({"max_num_queued_reqs": 0}, "max_num_queued_reqs is 0"),
         ({"max_num_queued_tokens": -1}, "max_num_queued_tokens is -1"),
         ({"queue_ttl_s": 0}, "queue_ttl_s is 0"),
     ],
 )
-def test_limits_that_let_nothing_in_are_refused(split, given, message) -> None:
+def test_limits_below_one_are_refused(split, limits, message) -> None:
     with pytest.raises(CmxError, match=message):
-        Engine(split.prefill, split.decoders, **given)
+        Engine(split.prefill, split.decoders, limits=QueueLimits(**limits))
 
 
-@pytest.mark.parametrize("which", ["split", "tight"])
-def test_logprobs_are_those_of_the_dense_reference(which, request, prompts, expected) -> None:
-    """Through prefill, decode and preemption; to whom none are promised gets none."""
-    engine = request.getfixturevalue(which)
+@pytest.mark.parametrize("engine_fixture", ["split", "tight"])
+def test_logprobs_are_those_of_the_dense_reference(engine_fixture, request, prompts, expected) -> None:
+    """Through prefill, decode and preemption; a request that asks for none gets none."""
+    engine = request.getfixturevalue(engine_fixture)
     requests = [engine.submit(p, params(logprobs=4 if i % 2 else None)) for i, p in enumerate(prompts[:5])]
     engine.run()
     for r, prompt, tokens in zip(requests, prompts[:5], expected[:5], strict=True):
@@ -169,24 +171,25 @@ def test_logprobs_are_those_of_the_dense_reference(which, request, prompts, expe
             assert not r.logprobs
             continue
         rows = logits(BASE, [*prompt, *tokens])[len(prompt) - 1 : -1].astype(np.float64)
-        said = rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
-        np.testing.assert_allclose([x.logprob for x in r.logprobs], said[range(TOKENS), tokens], atol=1e-4)
-        for x, row in zip(r.logprobs, said, strict=True):
+        chosen = [x.logprob for x in r.logprobs]
+        logprobs = rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+        np.testing.assert_allclose(chosen, logprobs[range(TOKENS), tokens], atol=1e-4)
+        for x, row in zip(r.logprobs, logprobs, strict=True):
             assert [token for token, _ in x.top] == np.argsort(-row, kind="stable")[:4].tolist()
             np.testing.assert_allclose([p for _, p in x.top], np.sort(row)[::-1][:4], atol=1e-4)
 
 
 def test_stop_tokens_end_a_text(split, prompts, expected) -> None:
     stop = expected[1][3]
-    found = split.submit(prompts[1], params(stop_token_ids=(stop,)))
+    stopped = split.submit(prompts[1], params(stop_token_ids=(stop,)))
     split.run()
-    assert found.finish_reason == "stop"
-    assert found.tokens == expected[1][: expected[1].index(stop) + 1]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == expected[1][: expected[1].index(stop) + 1]
 
 
 @pytest.mark.parametrize("grace_s", [0.0, 60.0])
 def test_instances_change_while_serving(base, prompts, expected, grace_s) -> None:
-    """From one prefill instance and two that decode to two and one, of other widths; and back."""
+    """Changes one prefill and two decode instances to two and one while requests run."""
 
     def make(prefill: int, decode: int) -> tuple[list, list]:
         kinds = ("prefill", prefill, {"sequences": 1}), ("decode", decode, {"sequences": 2})
@@ -236,14 +239,14 @@ def test_the_queue_is_a_sorted_list(moves: list[tuple[str, int]]) -> None:
         elif model:
             queue.remove(model.pop(n % len(model)))
         assert list(queue) == model
-        assert (len(queue), queue.tokens) == (len(model), sum(len(r.inputs) for r in model))
+        assert (len(queue), queue.tokens) == (len(model), sum(len(r.prefill_tokens) for r in model))
         assert bool(queue) == bool(model)
         if model:
             assert queue.first() is model[0]
 
 
-def test_who_could_not_be_prefilled_again_has_its_pages_at_once(base, prompts, expected) -> None:
-    """A prefill cache that holds prompts only: nobody with a longer answer grows, or is preempted."""
+def test_request_that_cannot_be_prefilled_again_gets_all_pages_at_once(base, prompts, expected) -> None:
+    """A prefill cache that holds prompts only: no request with a longer answer grows, or is preempted."""
     prefill = instance(base, "prefill", 1, sequences=1, pages=5)
     engine = Engine([prefill], instance(base, "decode", 1, sequences=4, pages=12))
     requests = [
@@ -252,5 +255,5 @@ def test_who_could_not_be_prefilled_again_has_its_pages_at_once(base, prompts, e
     engine.run()
     for r, tokens in zip(requests, expected, strict=True):
         assert r.tokens == tokens[: r.params.max_tokens]
-        assert not (r.preemptions and r.cached_tokens > 40)
+        assert not (r.preemptions and r.max_kv_tokens > 40)
     assert nothing_held(engine)

@@ -6,7 +6,7 @@ from support import GOLDENS, instance, serve
 
 import cmx_jax
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.exchange.methods import EXCHANGES
+from cmx_jax.mesh.exchange import EXCHANGES
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 
@@ -20,7 +20,7 @@ def test_pages_move_from_prefill_to_decode_and_give_transformers_tokens(case: st
     prefill = instance(model, "prefill", 2, sequences=1, pages=12, runner="devices")
     decode = instance(model, "decode", 4, sequences=2, pages=24, runner="devices", first_device=2)
     for i in (prefill, decode):
-        i.cache = i.cache.replace(pages=i.cache.pages * np.float32("nan"))
+        i.programs.cache = i.programs.cache.replace(pages=i.programs.cache.pages * np.float32("nan"))
     prompt, expected = golden["prompt"].tolist(), golden["generated"].tolist()
     other = golden["tokens_40"][0].tolist()
     given = serve(Engine([prefill], decode), [prompt, other, prompt], len(expected))

@@ -18,7 +18,7 @@ from cmx_jax.quant.rows import Int8Rows
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import SamplingParams
 
 TOKENS = 12
@@ -44,14 +44,14 @@ def start(
     runner, capacity = make_runner(kind, layout.axes, first), Capacity(page_width=8, **room)
     one = model.instance("instance", layout, runner, capacity, drafts, kv)
     if kv == "int8":
-        held = one.cache.pages
+        held = one.programs.cache.pages
         junk = Int8Rows(held.q + np.int8(77), held.scale * np.float32("nan"))
-        one.cache = one.cache.replace(pages=junk)
+        one.programs.cache = one.programs.cache.replace(pages=junk)
     return one
 
 
 class Rounded(Dense):
-    """The dense model behind an INT8 cache."""
+    """The dense model with an INT8 cache."""
 
     def kept(self, latent: np.ndarray, rotated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return rounded(latent), rounded(rotated)
@@ -112,36 +112,36 @@ def test_grouped_queries_see_the_same_rows_in_chunks_and_elsewhere() -> None:
 
 
 def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
-    """Of all layers, the MTP layer's too, but for a number that float32 rounds to the next step."""
+    """Compares all layers, the MTP layer's too, except for a number that float32 rounds to the next step."""
     prompt, kept = prompts()[0], []
     for budget in (2048, 8):
         one = start(YARN, 1, drafts=1, max_num_batched_tokens=budget)
         engine = Engine([one], one)
         request = engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
-        engine._admit()
-        while one.prefilling:
+        engine.scheduler.admit()
+        while one.allocator.prefilling:
             one.prefill()
         [pages] = one.take_pages([request], [0], 1)
         kept.append(
             jax.tree.map(lambda a: a.swapaxes(1, 2).reshape(-1, *a.shape[1::2])[: len(prompt)], pages)
         )
-    whole, chunked = kept
-    step = np.abs(whole.q.astype(np.int32) - chunked.q.astype(np.int32))
+    unchunked, chunked = kept
+    step = np.abs(unchunked.q.astype(np.int32) - chunked.q.astype(np.int32))
     assert step.max() <= 1
     assert step.mean() < 1e-3
-    np.testing.assert_allclose(chunked.scale, whole.scale, rtol=1e-4, atol=0)
+    np.testing.assert_allclose(chunked.scale, unchunked.scale, rtol=1e-4, atol=0)
 
 
 def test_pages_that_move_keep_every_bit() -> None:
     source, target = start(YARN, 2, "devices"), start(YARN, 4, "devices", 2)
     engine = Engine([source], target)
     requests = [engine.submit(prompt, SamplingParams(max_tokens=8, ignore_eos=True)) for prompt in prompts()]
-    engine._admit()
-    while source.prefilling:
+    engine.scheduler.admit()
+    while source.allocator.prefilling:
         source.prefill()
     for request in requests:
-        assert target.place(request, len(request.prompt), decode=True)
-    ranks = [target.places[request].rank for request in requests]
+        assert target.allocator.place(request, len(request.prompt), decode=True)
+    ranks = [target.allocator.places[request].rank for request in requests]
     sent = source.take_pages(requests, ranks, 4)
     target.put_pages(requests, sent)
     arrived = target.take_pages(requests, ranks, 4)
@@ -160,7 +160,7 @@ def test_instances_that_keep_other_types_are_refused() -> None:
 
 def test_tokens_are_the_likeliest_by_the_logits_of_the_same_cache() -> None:
     llm = cmx_jax.from_pretrained("tiny", ranks=2, kv_cache_dtype="int8", max_num_batched_tokens=16)
-    assert llm.instance.cache.dtype == "int8"
+    assert llm.instance.programs.cache.dtype == "int8"
     [done] = llm.generate(["The with statement is used to wrap the execution of a block"], max_new_tokens=8)
     tokens = done.prompt_tokens + done.tokens
     assert len(done.prompt_tokens) > 8

@@ -154,5 +154,5 @@ def test_a_call_that_was_broken_off_leaves_nothing_behind(monkeypatch, broken) -
         patch.setattr(llm.instance, broken, interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["A class is"] * 3, max_new_tokens=3)
-    assert llm.instance.load == 0
+    assert llm.instance.allocator.load == 0
     assert llm.generate(["A class is"], max_new_tokens=3)[0].tokens == whole[0].tokens

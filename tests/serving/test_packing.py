@@ -37,9 +37,9 @@ def test_chunks_cover_each_prompt_once_and_in_order(lengths, ranks, rows, budget
         assert any(pieces)  # something always goes on
         first = left[0][0]
         assert any(piece.request is first for row in pieces for piece in row)  # and the oldest does
-        for row, of in enumerate(pieces):
-            assert sum(piece.stop - piece.start for piece in of) <= max(budget // WIDTH, 1) * WIDTH
-            for piece in of:
+        for row, row_pieces in enumerate(pieces):
+            assert sum(piece.stop - piece.start for piece in row_pieces) <= max(budget // WIDTH, 1) * WIDTH
+            for piece in row_pieces:
                 assert dict(left)[piece.request] == row // rows
                 assert piece.start == piece.request.prefilled
                 assert piece.start % WIDTH == 0
@@ -55,20 +55,20 @@ def test_chunks_cover_each_prompt_once_and_in_order(lengths, ranks, rows, budget
 @settings(deadline=None)
 def test_packed_rows_keep_sequences_apart(lengths, rows, data) -> None:
     """Each token stands at an address of its own sequence, whose pages are those that the request holds."""
-    given_ = requests(lengths)
-    for request in given_:
+    drawn = requests(lengths)
+    for request in drawn:
         request.prefilled = data.draw(st.integers(0, (len(request.prompt) - 1) // WIDTH)) * WIDTH
-    pieces = schedule([(request, 0) for request in given_], 1, rows, 1000, WIDTH)
+    pieces = schedule([(request, 0) for request in drawn], 1, rows, 1000, WIDTH)
     numbers = iter(range(100, 1000))
-    pages = {r: [next(numbers) for _ in range(pages_for(len(r.prompt), WIDTH))] for r in given_}
+    pages = {r: [next(numbers) for _ in range(pages_for(len(r.prompt), WIDTH))] for r in drawn}
     packed = pack(pieces, pages, WIDTH, 2 * WIDTH)
     b, seen = packed.batch, []
-    assert packed.cached == any(r.prefilled for r in given_)
+    assert packed.cached == any(r.prefilled for r in drawn)
     assert b.tokens.shape[1] == bucket(b.tokens.shape[1], 2 * WIDTH)
     for row, t in np.argwhere(b.positions >= 0):
         position, address = b.positions[row, t], b.begin[row, t] + b.positions[row, t]
         token = b.tokens[row, t]
-        request = next(r for r in given_ if token in r.prompt)
+        request = next(r for r in drawn if token in r.prompt)
         assert request.prompt[position] == token
         page = b.page_table[row, address // WIDTH]
         assert page == pages[request][position // WIDTH]
@@ -78,12 +78,12 @@ def test_packed_rows_keep_sequences_apart(lengths, rows, data) -> None:
         follows = request.prompt[position + 1] if position + 1 < len(request.prompt) else -1
         assert b.following[row, t] == follows
         seen.append(token)
-    assert sorted(seen) == sorted(token for r in given_ for token in r.prompt[r.prefilled :])
+    assert sorted(seen) == sorted(token for r in drawn for token in r.prompt[r.prefilled :])
     used = b.page_table[b.page_table != NO_PAGE]
     assert len(set(used.tolist())) == used.size
-    for row, of in enumerate(pieces):
-        for n, piece in enumerate(of):
+    for row, row_pieces in enumerate(pieces):
+        for n, piece in enumerate(row_pieces):
             assert b.tokens[row, b.last[row, n]] == piece.request.prompt[-1]
             assert b.lengths[row, n] == len(piece.request.prompt)
             assert b.sampling.seed[row, n] == len(piece.request.prompt)
-        assert (b.last[row, len(of) :] == -1).all()
+        assert (b.last[row, len(row_pieces) :] == -1).all()

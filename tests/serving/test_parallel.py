@@ -15,7 +15,7 @@ from cmx_jax.mesh.runners import make_runner
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import SamplingParams
 
 TOKENS = 24
@@ -32,12 +32,12 @@ def start(
     layout = expert_parallel(ranks, model.config.n_routed_experts, **fields)
     runner_ = make_runner(runner, layout.axes, first_device)
     one = model.instance("instance", layout, runner_, Capacity(page_width=8, **room), drafts)
-    one.cache = one.cache.replace(pages=one.cache.pages * np.float32("nan"))
+    one.programs.cache = one.programs.cache.replace(pages=one.programs.cache.pages * np.float32("nan"))
     return one
 
 
 def prompts(case: str) -> tuple[list[list[int]], list[int]]:
-    """The golden's prompt among prefixes of it, and what transformers says behind the whole."""
+    """Returns the golden prompt among prefixes of it, and transformers' continuation of the golden prompt."""
     golden = np.load(MTP_GOLDENS / case / "golden.npz")
     prompt = golden["prompt"].tolist()
     return [prompt, prompt[:5], prompt, prompt[:17], prompt[:1]], golden["generated"][:TOKENS].tolist()
@@ -55,7 +55,10 @@ def check(engine: Engine, case: str, alone: dict[tuple[str, int], list[int]]) ->
     assert found[0] == found[2] == expected
     for prompt, tokens in zip(given, found, strict=True):
         assert alone.setdefault((case, len(prompt)), tokens) == tokens
-    assert not any(i.places or i.load or i.prefilling for i in (*engine.prefill, engine.decode))
+    assert not any(
+        i.allocator.places or i.allocator.load or i.allocator.prefilling
+        for i in (*engine.prefill, engine.decode)
+    )
 
 
 REPLICAS = {"redundant_slots": 4, "shared_slots": 4}
@@ -104,14 +107,14 @@ def test_chunks_of_any_length_on_ranks_of_their_own(budget: int, alone) -> None:
 
 
 def test_chunks_leave_the_rows_that_a_whole_prompt_leaves() -> None:
-    """Of all layers, the MTP layer's too, whose rows need the token behind each chunk."""
+    """Compares all layers; rows of the MTP layer need the token after each chunk."""
     prompt, rows = prompts("yarn")[0][0], []
     for budget in (2048, 8, 16):
         one = start("yarn", 1, drafts=1, max_num_batched_tokens=budget)
         engine = Engine([one], one)
         request = engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
-        engine._admit()
-        while one.prefilling:
+        engine.scheduler.admit()
+        while one.allocator.prefilling:
             one.prefill()
         [pages] = one.take_pages([request], [0], 1)
         rows.append((pages.swapaxes(1, 2).reshape(-1, *pages.shape[1::2])[: len(prompt)], request.drafts))
@@ -132,14 +135,14 @@ def test_experts_move_between_steps_without_a_wrong_token_or_a_new_program(alone
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
-    shapes = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.weights)
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.programs.weights)
     engine = Engine([one], one, eplb_interval=5)
     try:
         check(engine, "yarn", alone)
     finally:
         jax.monitoring.clear_event_listeners()
     assert not compiled
-    assert jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.weights) == shapes
+    assert jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), one.programs.weights) == shapes
     assert len(engine.moves) >= 2
     assert engine.moves[0].moved > 0
     for move in engine.moves:
@@ -164,7 +167,7 @@ def test_a_seed_gives_the_same_text_with_drafts_and_without() -> None:
 
 
 def test_verified_tokens_have_the_model_s_distribution() -> None:
-    """Many seeds of one prompt: the token behind the first, for which there was a draft, has the model's
+    """Many seeds of one prompt: the token after the first, for which there was a draft, has the model's
     probabilities (chi-square)."""
     llm_prompt = prompts("yarn")[0][0]
     one = start("yarn", 1, drafts=1, sequences=512, pages=2048)
@@ -176,16 +179,16 @@ def test_verified_tokens_have_the_model_s_distribution() -> None:
     engine.run()
     first = [r.tokens[0] for r in requests]
     common = max(set(first), key=first.count)
-    of = [r for r in requests if r.tokens[0] == common]
+    matching = [r for r in requests if r.tokens[0] == common]
     llm = cmx_jax.from_pretrained(MTP_GOLDENS / "yarn", ranks=1)
     scores = llm.logits(np.array([[*llm_prompt, common]]))[0, -1] / 1.3
     p = np.exp(scores - scores.max())
     p /= p.sum()
-    seen = np.bincount([r.tokens[1] for r in of], minlength=len(p))
-    kept = p * len(of) >= 5
-    observed, wanted = (np.append(a[kept], a[~kept].sum()) for a in (seen, p * len(of)))
-    chi_square, freedom = float(((observed - wanted) ** 2 / wanted).sum()), len(wanted) - 1
-    assert len(of) > 60
+    seen = np.bincount([r.tokens[1] for r in matching], minlength=len(p))
+    kept = p * len(matching) >= 5
+    observed, expected = (np.append(a[kept], a[~kept].sum()) for a in (seen, p * len(matching)))
+    chi_square, freedom = float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
+    assert len(matching) > 60
     assert freedom >= 2
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
 

@@ -1,5 +1,5 @@
-"""One instance on two processes, each with half of its ranks: texts are those of one process; whoever dies is
-noticed."""
+"""One instance on two processes, each with half of its ranks: texts are those of one process, and the death
+of a process is noticed."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Each element of a coded array says where it comes from."""
+"""Rank-coded arrays: each element tells its rank and position."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,7 @@ def test_every_element_tells_its_rank_and_position(dtype: type) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [(jnp.bfloat16, 256), (np.float16, 2048), (np.int8, 127)])
-def test_more_than_a_type_can_tell_apart_is_refused(dtype: type, exact: int) -> None:
+def test_a_type_too_narrow_for_the_elements_is_refused(dtype: type, exact: int) -> None:
     assert len(np.unique(rank_coded(1, (exact,), dtype))) == exact
     with pytest.raises(CmxError, match=f"whole numbers up to {exact} apart"):
         rank_coded(exact + 1, (1,), dtype)

@@ -1,4 +1,4 @@
-"""What is asserted on a function's collectives, and what a difference says."""
+"""Assertions on the collectives of a function, and the messages of differences."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,19 +49,19 @@ def until(x: jax.Array) -> jax.Array:
         ({"all_to_all": 4, "all_gather": 0}, [("all_reduce", "b"), ("all_reduce", ("a", "b"))]),
     ],
 )
-def test_what_is_there_is_accepted(expected: Any, allow: Any) -> None:
+def test_expected_and_allowed_collectives_are_accepted(expected: Any, allow: Any) -> None:
     assert_collectives(talk, (X,), expected, allow=allow)
 
 
-def test_data_decide() -> None:
+def test_a_data_dependent_count_is_none() -> None:
     assert_collectives(until, (X,), {"all_reduce": None})
-    said = refused(until, {("all_reduce", "a"): 2})
-    assert "all_reduce over a: as often as data decide, expected 2 times" in said
+    lines = refused(until, {("all_reduce", "a"): 2})
+    assert "all_reduce over a: as often as data decide, expected 2 times" in lines
 
 
-def test_a_difference_is_said_with_a_table_of_all() -> None:
-    said = refused(talk, {("all_to_all", "b"): 2, "permute": 1}, allow=[("all_reduce", "b")])
-    assert said[: said.index("found:") + 2] == [
+def test_a_difference_is_reported_with_a_table_of_all() -> None:
+    lines = refused(talk, {("all_to_all", "b"): 2, "permute": 1}, allow=[("all_reduce", "b")])
+    assert lines[: lines.index("found:") + 2] == [
         "collectives of talk (jaxpr)",
         "all_to_all over b: 3 times, expected 2 times",
         "permute: 0 times, expected 1 time",
@@ -70,11 +70,11 @@ def test_a_difference_is_said_with_a_table_of_all() -> None:
         "found:",
         "op          axes  plane  operand           count  payload B   wire B  scope",
     ]
-    assert sum(line.startswith("all_") for line in said[6:]) == 4
+    assert sum(line.startswith("all_") for line in lines[6:]) == 4
     assert refused(lambda x: x, {"all_gather": 1})[-1] == "none"
 
 
-def test_what_sharding_propagation_inserts_is_found_in_what_the_compiler_made() -> None:
+def test_collectives_of_sharding_propagation_are_in_hlo() -> None:
     mesh = make_runner("devices", (("a", 2), ("b", 4))).mesh  # type: ignore[attr-defined]
     x, w = (
         jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, spec))

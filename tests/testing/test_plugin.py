@@ -1,6 +1,6 @@
-"""The plugin as others meet it: found by its entry point, in runs of pytest of their own.
+"""The plugin as a user has it: loaded by its entry point, in separate runs of pytest.
 
-Runs are few, as each starts JAX several times.
+Runs are few, since each starts JAX several times.
 """
 
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def elsewhere(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A project that has cmx_jax installed: what pyproject.toml says is what pytest finds."""
+    """A project with cmx_jax installed: pytest finds the entry points of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     info = pytester.mkdir(f"cmx_jax-{project['version']}.dist-info")
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: cmx_jax\nVersion: {project['version']}\n")
@@ -34,10 +34,10 @@ def elsewhere(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pyt
 
 
 def outcomes(result: pytest.RunResult) -> dict[str, str]:
-    """Of each test by `-rA`'s lines."""
+    """Returns the outcome of each test from the lines of `-rA`."""
     text = result.stdout.str()
-    found = re.findall(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) \S*::(\S+)", text, flags=re.MULTILINE)
-    return {name: outcome for outcome, name in found}
+    matches = re.findall(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) \S*::(\S+)", text, flags=re.MULTILINE)
+    return {name: outcome for outcome, name in matches}
 
 
 def test_nothing_is_imported_until_it_is_used(
@@ -58,7 +58,7 @@ def test_nothing_is_imported_until_it_is_used(
 
 
 def test_a_test_sees_its_devices_and_every_outcome_is_reported(elsewhere: pytest.Pytester) -> None:
-    """Eight are more than the run has, four fewer; one test waits for ever, one takes its process with it."""
+    """Eight devices are more than the run has, four fewer; one test never ends, one kills its process."""
     elsewhere.makeconftest(
         """
         import os, jax, pytest
@@ -154,10 +154,10 @@ def test_a_test_sees_its_devices_and_every_outcome_is_reported(elsewhere: pytest
         test_other="def test_other(): pass",
     )
     result = elsewhere.runpytest_subprocess("-rA", "-v")
-    found = outcomes(result)
-    broken = {name for name, outcome in found.items() if outcome == "FAILED"}
+    by_name = outcomes(result)
+    broken = {name for name, outcome in by_name.items() if outcome == "FAILED"}
     assert broken == {"test_fails", "test_warns", "test_crashes", "test_hangs"}
-    assert found["test_known"] == "XFAIL"
+    assert by_name["test_known"] == "XFAIL"
     result.assert_outcomes(passed=11, failed=4, skipped=1, xfailed=1, errors=1, warnings=1)
     result.stdout.fnmatch_lines(
         [
@@ -196,9 +196,10 @@ def test_with_xdist_and_for_384_devices(elsewhere: pytest.Pytester) -> None:
     elsewhere.runpytest_subprocess("-n", "1").assert_outcomes(passed=4)
 
 
-def test_a_run_of_one_count_needs_no_other_process_and_mistakes_are_one_line(
+def test_a_run_of_one_count_stays_in_its_process(
     elsewhere: pytest.Pytester,
 ) -> None:
+    """All tests need 24 devices, so they run here; a wrong marker in another file is a usage error."""
     elsewhere.makepyfile(
         test_a="""
         import os, jax, pytest
@@ -251,8 +252,8 @@ def test_an_interrupted_run_leaves_no_process(elsewhere: pytest.Pytester) -> Non
         assert run.poll() is None
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
-    said, _ = run.communicate()
-    assert run.returncode == pytest.ExitCode.INTERRUPTED, said
+    output, _ = run.communicate()
+    assert run.returncode == pytest.ExitCode.INTERRUPTED, output
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 

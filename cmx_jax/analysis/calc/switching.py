@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from cmx_jax.analysis.cost.pool import read_s
 from cmx_jax.errors import CmxError
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.weights import all_leaves, int8_fields, leaf_dtype
+from cmx_jax.model.leaf import leaf_dtype
+from cmx_jax.model.weights import all_leaves, int8_fields
 
 METRICS = {
     "cold_start_s": "cold start, s",

@@ -1,17 +1,21 @@
-"""Plots of a comparison, by matplotlib: an optional extra, asked for only here.
+"""Plots of a comparison, by matplotlib, which is an optional extra and imported only when needed.
 
-Narrow, so that a phone shows them at a readable size. Colours are Okabe and Ito's, which people who see red
-and green alike can tell apart; what goes beyond eight is hatched.
+Plots are narrow, so that a phone shows them at a readable size. Colours are Okabe and Ito's, which people who
+see red and green alike can tell apart; from the ninth on, bars are hatched too.
 """
 
 import importlib.util
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cmx_jax.analysis.compare.report import UNITS, moved, text, unit
+from cmx_jax.analysis.compare.comparison import Comparison, LayoutRow
+from cmx_jax.analysis.compare.report import UNITS, text, unit
 from cmx_jax.errors import CmxError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 HATCHES = ("", "///", "...")
@@ -27,18 +31,25 @@ STYLE: dict[Any, Any] = {
 
 
 def need_matplotlib() -> None:
-    """Raises:
-    CmxError: matplotlib is missing."""
+    """Raises an error unless matplotlib is installed.
+
+    Raises:
+      CmxError: matplotlib is missing.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise CmxError("plots need matplotlib: pip install 'cmx_jax[plots]'")
 
 
-def plots(d: dict[str, Any], ink: str = "black") -> dict[str, Any]:
-    """Figures by name: `useful` and `sent` bytes, `memory`, and `traffic-LAYOUT` between nodes.
+def plots(comparison: Comparison, ink: str = "black") -> "dict[str, Figure]":
+    """Draws the figures of a comparison.
 
     Args:
-      d: what `compare` gave.
-      ink: colour of lines and letters.
+      comparison: Comparison to draw.
+      ink: Colour of lines and letters.
+
+    Returns:
+      Figures by name: `useful` and `sent` bytes, `memory`, and for each layout `traffic-NAME`, the bytes
+      between nodes.
 
     Raises:
       CmxError: matplotlib is missing.
@@ -48,29 +59,31 @@ def plots(d: dict[str, Any], ink: str = "black") -> dict[str, Any]:
 
     inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "hatch.color")
     with matplotlib.rc_context(STYLE | dict.fromkeys(inks, ink)):
-        each = d["layouts"]
-        found = {
-            "useful": _bars(
-                each, [moved(x, "payload_bytes") for x in each], "useful bytes a rank sends", ink
-            ),
-            "sent": _bars(each, [moved(x, "wire_bytes") for x in each], "bytes that leave a rank", ink),
-            "memory": _bars(
-                each,
-                [x["memory"] for x in each],
-                "memory of a rank",
-                ink,
-                [1e9 * x["machine"]["hbm_gb_per_npu"] / x["ranks_per_npu"] for x in each],
-            ),
+        rows = comparison.layouts
+        names = [row.name for row in rows]
+        useful, wire = [row.payload_by_place() for row in rows], [row.wire_by_place() for row in rows]
+        memory: list[dict[str, float]] = [{**row.memory} for row in rows]
+        hbm = [1e9 * row.machine.hbm_gb_per_npu / row.ranks_per_npu for row in rows]
+        figures = {
+            "useful": _bars(names, useful, "useful bytes a rank sends", ink),
+            "sent": _bars(names, wire, "bytes that leave a rank", ink),
+            "memory": _bars(names, memory, "memory of a rank", ink, hbm),
         }
-        sent = [v for x in each for row in x["node_traffic"] for v in row if v > 0]
-        most, least = max(sent, default=1.0), min(sent, default=1.0)
-        for x in each:
-            found[f"traffic-{x['name']}"] = _map(x, least, most, ink)
-    return found
+        sent = [size for row in rows for sender in row.node_traffic for size in sender if size > 0]
+        smallest, largest = min(sent, default=1.0), max(sent, default=1.0)
+        for row in rows:
+            figures[f"traffic-{row.name}"] = _map(row, smallest, largest, ink)
+    return figures
 
 
-def image(figure: Any, kind: str, paper: str = "white") -> bytes:
-    """A figure as `svg` or `png` on paper of a colour, or of `none`; the same figure is the same bytes."""
+def image(figure: "Figure", kind: str, paper: str = "white") -> bytes:
+    """Returns a figure as `svg` or `png`; the same figure always gives the same bytes.
+
+    Args:
+      figure: Figure of matplotlib.
+      kind: `svg` or `png`.
+      paper: Colour of the background, or `none`.
+    """
     import matplotlib
 
     out = io.BytesIO()
@@ -81,30 +94,38 @@ def image(figure: Any, kind: str, paper: str = "white") -> bytes:
 
 
 def _bars(
-    each: list[dict[str, Any]],
+    names: list[str],
     values: list[dict[str, float]],
     title: str,
     ink: str,
     limits: list[float] | None = None,
-) -> Any:
-    """A stacked bar for each layout, and at `limits` a line across it."""
+) -> "Figure":
+    """Draws a stacked bar of bytes for each layout.
+
+    Args:
+      names: Names of the layouts.
+      values: Bytes of each layout, by label.
+      title: Title of the axis, without its unit.
+      ink: Colour of edges and lines.
+      limits: Bytes of HBM of each layout's rank, drawn as a line across its bar.
+    """
     from matplotlib.figure import Figure
 
-    labels = list(dict.fromkeys(label for of in values for label in of))
-    power = unit(max((sum(of.values()) for of in values), default=0))
-    scale, rows = 1000.0**power, np.arange(len(each))
+    labels = list(dict.fromkeys(label for sizes in values for label in sizes))
+    power = unit(max((sum(sizes.values()) for sizes in values), default=0))
+    scale, rows = 1000.0**power, np.arange(len(names))
     columns = 1 if max(map(len, labels), default=0) > 22 else 2
     legend = -(-(len(labels) + bool(limits)) // columns)
-    figure = Figure((WIDTH, 1.0 + 0.34 * len(each) + 0.22 * legend), layout="constrained", label=title)
+    figure = Figure((WIDTH, 1.0 + 0.34 * len(names) + 0.22 * legend), layout="constrained", label=title)
     axes: Any = figure.subplots()
-    left = np.zeros(len(each))
+    left = np.zeros(len(names))
     for i, label in enumerate(labels):
-        wide = np.array([of.get(label, 0.0) for of in values]) / scale
+        widths = np.array([sizes.get(label, 0.0) for sizes in values]) / scale
         colour, hatch = COLOURS[i % len(COLOURS)], HATCHES[i // len(COLOURS) % len(HATCHES)]
-        there = wide > 0  # the edge of nothing would be a line
+        nonzero = widths > 0  # the edge of a bar without width would be a line
         look = {"color": colour, "hatch": hatch, "edgecolor": ink, "linewidth": 0.4}
-        axes.barh(rows[there], wide[there], 0.7, left[there], label=label, **look)
-        left += wide
+        axes.barh(rows[nonzero], widths[nonzero], 0.7, left[nonzero], label=label, **look)
+        left += widths
     if limits:
         axes.vlines(
             np.array(limits) / scale,
@@ -115,7 +136,7 @@ def _bars(
             linestyle="dashed",
             label="HBM",
         )
-    axes.set_yticks(rows, [x["name"] for x in each])
+    axes.set_yticks(rows, names)
     axes.invert_yaxis()
     axes.set_xlabel(f"{title}, {UNITS[power]}B")
     axes.locator_params(axis="x", nbins=5)
@@ -123,29 +144,35 @@ def _bars(
     return figure
 
 
-def _map(x: dict[str, Any], least: float, most: float, ink: str) -> Any:
-    """Bytes from node (down) to node (across), on all of a machine's; `least`, `most`: any layout's."""
+def _map(row: LayoutRow, smallest: float, largest: float, ink: str) -> "Figure":
+    """Draws the bytes from each node (down) to each node (across), with all nodes of the machine.
+
+    Args:
+      row: Layout whose traffic is drawn.
+      smallest, largest: Range of the colours in bytes, the same for all layouts.
+      ink: Colour of the background where nothing is sent, at 7 % opacity.
+    """
     from matplotlib.colors import LogNorm, to_rgb
     from matplotlib.figure import Figure
 
-    sent = np.array(x["node_traffic"])
-    size, scale = max(x["machine"]["nodes"], len(sent)), 1000.0 ** unit(most)
+    sent = np.array(row.node_traffic)
+    size, scale = max(row.machine.nodes, len(sent)), 1000.0 ** unit(largest)
     shown = np.ma.masked_equal(np.zeros((size, size)), 0)
     shown[: len(sent), : len(sent)] = np.ma.masked_equal(sent / scale, 0)
-    figure = Figure((WIDTH, 1.12 * WIDTH), layout="constrained", label=f"traffic of {x['name']}")
+    figure = Figure((WIDTH, 1.12 * WIDTH), layout="constrained", label=f"traffic of {row.name}")
     axes: Any = figure.subplots()
     axes.set_facecolor((*to_rgb(ink), 0.07))
-    norm: Any = LogNorm(min(least, most / 10) / scale, most / scale)
+    norm: Any = LogNorm(min(smallest, largest / 10) / scale, largest / scale)
     drawn = axes.imshow(shown, "cividis", norm, interpolation="none")
     ticks = range(0, size, 8)
     axes.set_xticks(ticks)
     axes.set_yticks(ticks)
     axes.set_xlabel("to node")
     axes.set_ylabel("from node")
-    axes.set_title(f"{x['name']} on {x['machine']['name']}", fontsize="medium")
+    axes.set_title(f"{row.name} on {row.machine.name}", fontsize="medium")
     marks = np.geomspace(norm.vmin, norm.vmax, 4)
     bar: Any = figure.colorbar(drawn, location="bottom", shrink=0.9, ticks=marks)
     bar.set_ticks(marks, labels=[text(v) for v in marks.tolist()], minor=False)
     bar.minorticks_off()
-    bar.set_label(f"{UNITS[unit(most)]}B a step")
+    bar.set_label(f"{UNITS[unit(largest)]}B a step")
     return figure

@@ -1,125 +1,127 @@
-"""The result of `compare` as tables, layouts as columns: for the terminal, and for the page."""
+"""A comparison as tables with a column for each layout, for the terminal and for the page."""
 
 import math
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+
+from cmx_jax.analysis.compare.comparison import Comparison, LayoutRow
 
 WIDTH = 100
 UNITS = ("", "k", "M", "G", "T", "P")
 
+Numbers = Callable[[LayoutRow], dict[str, float]]
+"""Numbers of one layout, by row label."""
+Values = dict[str, float | str | None]
+"""Cells of one layout, by row label."""
+
 
 @dataclass(frozen=True)
 class Table:
-    """A title with its unit, and a value of each layout in every row; None where a layout has none."""
+    """One table of a comparison.
+
+    Attributes:
+      title: Title, with the unit.
+      rows: Cells by row label, one for each layout; None where a layout has no value.
+      figure: Name of the plot of the same numbers in `cmx_jax.analysis.compare.plots.plots`; '' for none.
+    """
 
     title: str
     rows: dict[str, list[float | str | None]]
+    figure: str = ""
 
 
-def tables(d: dict[str, Any]) -> Iterator[Table]:
-    """What is compared, in order; a further one is a line here."""
-    yield _table(d, "layout", _shape)
-    yield _summed(d, "useful bytes a rank sends, {}B", lambda x: moved(x, "payload_bytes"))
-    yield _summed(d, "bytes that leave a rank, {}B", lambda x: moved(x, "wire_bytes"))
-    yield _scaled(d, "operations of a rank's matmuls, {}", lambda x: x["flops"])
-    yield _summed(d, "memory of a rank, {}B", lambda x: x["memory"])
-    if d["source"] == "hlo":
-        yield _scaled(d, f"memory of a rank as compiled for {d['target']}, {{}}B", lambda x: x["program"])
-    yield _table(d, "seconds", lambda x: x["seconds"])
-    if any(x["predicted_ms"] for x in d["layouts"]):
-        title = f"predicted for its machine, weights in INT8 ({d['step']})"
-        yield _table(d, title, lambda x: {"a step, ms": x["predicted_ms"]})
-    if any(x["measured"] for x in d["layouts"]):
-        yield _table(d, f"measured on this machine, all ranks together ({d['step']})", _measured)
+def tables(comparison: Comparison) -> Iterator[Table]:
+    """Yields the tables in order; a new table is a line here."""
+    c = comparison
+    yield _table(c, "layout", _shape)
+    yield _with_sums(_scaled(c, "useful bytes a rank sends, {}B", LayoutRow.payload_by_place, "useful"))
+    yield _with_sums(_scaled(c, "bytes that leave a rank, {}B", LayoutRow.wire_by_place, "sent"))
+    yield _scaled(c, "operations of a rank's matmuls, {}", lambda row: {**row.flops})
+    yield _with_sums(_scaled(c, "memory of a rank, {}B", lambda row: {**row.memory}, "memory"))
+    if c.source == "hlo":
+        yield _scaled(c, f"memory of a rank as compiled for {c.target}, {{}}B", lambda row: {**row.program})
+    yield _table(c, "seconds", lambda row: {**row.seconds})
+    if any(row.predicted_ms for row in c.layouts):
+        title = f"predicted for its machine, weights in INT8 ({c.step})"
+        yield _table(c, title, lambda row: {"a step, ms": row.predicted_ms})
+    if any(row.measured for row in c.layouts):
+        yield _table(c, f"measured on this machine, all ranks together ({c.step})", _measured)
 
 
-Values = dict[str, float | str | None]
-"""Of one layout, by row."""
+def _table(
+    comparison: Comparison, title: str, values_of: Callable[[LayoutRow], Values], figure: str = ""
+) -> Table:
+    """Returns a table with every row that any layout has."""
+    columns = [values_of(row) for row in comparison.layouts]
+    labels = list(dict.fromkeys(label for values in columns for label in values))
+    return Table(title, {label: [values.get(label) for values in columns] for label in labels}, figure)
 
 
-def _table(d: dict[str, Any], title: str, of: Callable[[dict[str, Any]], Values]) -> Table:
-    """A table with every row that any layout has."""
-    each = [of(x) for x in d["layouts"]]
-    labels = list(dict.fromkeys(label for values in each for label in values))
-    return Table(title, {label: [values.get(label) for values in each] for label in labels})
+def _scaled(comparison: Comparison, title: str, numbers_of: Numbers, figure: str = "") -> Table:
+    """Returns a table in a unit that suits the largest number; `title` has `{}` where its prefix goes."""
+    power = unit(max((v for row in comparison.layouts for v in numbers_of(row).values()), default=0))
+
+    def scaled(row: LayoutRow) -> Values:
+        return {label: number / 1000.0**power for label, number in numbers_of(row).items()}
+
+    return _table(comparison, title.format(UNITS[power]), scaled, figure)
 
 
-def _scaled(d: dict[str, Any], title: str, of: Callable[[dict[str, Any]], dict[str, float]]) -> Table:
-    """The same in a unit that suits the largest number."""
-    power = unit(max((v for x in d["layouts"] for v in of(x).values()), default=0))
-    scale = 1000.0**power
-    return _table(d, title.format(UNITS[power]), lambda x: {label: v / scale for label, v in of(x).items()})
-
-
-def _summed(d: dict[str, Any], title: str, of: Callable[[dict[str, Any]], dict[str, float]]) -> Table:
-    """The same with sums below."""
-    table = _scaled(d, title, of)
-    if len(table.rows) > 1:
-        table.rows["sum"] = [
-            sum(v or 0.0 for v in column) for column in zip(*table.rows.values(), strict=True)
-        ]
-    return table
+def _with_sums(table: Table) -> Table:
+    """Returns the table of numbers with their sums below, if it has more than one row."""
+    if len(table.rows) < 2:
+        return table
+    sums = [sum(v or 0.0 for v in column) for column in zip(*table.rows.values(), strict=True)]
+    return replace(table, rows={**table.rows, "sum": sums})
 
 
 def unit(largest: float) -> int:
-    """The power of 1,000 in which a number is at least 1."""
+    """Returns the power of 1,000 in which a number is at least 1."""
     return min(max(int(math.log(largest, 1000)), 0), len(UNITS) - 1) if largest > 0 else 0
 
 
-def moved(x: dict[str, Any], of: str) -> dict[str, float]:
-    """Bytes of one kind by place."""
-    found: dict[str, float] = {}
-    for row in x["moved"]:
-        found[place(row)] = found.get(place(row), 0) + row[of]
-    return found
-
-
-def _shape(x: dict[str, Any]) -> Values:
-    npus = -(-x["ranks"] // x["ranks_per_npu"])
+def _shape(row: LayoutRow) -> Values:
     return {
-        "ranks": x["ranks"],
-        "ranks of an NPU": x["ranks_per_npu"],
-        "NPUs": npus,
-        "sequences": x["sequences"],
+        "ranks": row.ranks,
+        "ranks of an NPU": row.ranks_per_npu,
+        "NPUs": -(-row.ranks // row.ranks_per_npu),
+        "sequences": row.sequences,
     }
 
 
-def _measured(x: dict[str, Any]) -> Values:
-    if not (seen := x["measured"]):
+def _measured(row: LayoutRow) -> Values:
+    if row.measured is None:
         return {}
     return {
-        f"a step on {seen['runner']}, ms": seen["step_s"] * 1e3,
-        "tokens as a single rank's": f"{seen['tokens_equal']} of {seen['tokens']}",
+        f"a step on {row.measured.runner}, ms": row.measured.step_s * 1e3,
+        "tokens as a single rank's": f"{row.measured.tokens_equal} of {row.measured.tokens}",
     }
 
 
-def place(row: dict[str, Any]) -> str:
-    """Where something is moved: `node,npu across nodes`."""
-    planes = {"nodes": "across nodes", "node": "within node"}
-    return f"{row['axes'] or 'other groups'} {planes.get(row['plane'], row['plane'])}"
+def heading(comparison: Comparison) -> str:
+    """Describes the step that is compared, in one line."""
+    c = comparison
+    drafts = f", {c.num_speculative_tokens} drafts" if c.num_speculative_tokens else ""
+    work = f"{c.batch} sequences an NPU, {c.context:,} tokens each{drafts}"
+    return f"{c.model}: a {c.step} step, {work}; read from {c.source}"
 
 
-def heading(d: dict[str, Any]) -> str:
-    """What was asked, in a line."""
-    drafts = f", {d['num_speculative_tokens']} drafts" if d["num_speculative_tokens"] else ""
-    work = f"{d['batch']} sequences an NPU, {d['context']:,} tokens each{drafts}"
-    return f"{d['model']}: a {d['step']} step, {work}; read from {d['source']}"
-
-
-def notes(d: dict[str, Any]) -> list[str]:
-    """Each note once, with the layouts that it is of, if not of all."""
-    of: dict[str, list[str]] = {}
-    for x in d["layouts"]:
-        for note in x["notes"]:
-            of.setdefault(note, []).append(x["name"])
-    whole = len(d["layouts"])
-    return [note if len(names) == whole else f"{', '.join(names)}: {note}" for note, names in of.items()]
+def notes(comparison: Comparison) -> list[str]:
+    """Returns each note once, after the names of its layouts if not all of them have it."""
+    names_of: dict[str, list[str]] = {}
+    for row in comparison.layouts:
+        for note in row.notes:
+            names_of.setdefault(note, []).append(row.name)
+    everywhere = len(comparison.layouts)
+    return [
+        note if len(names) == everywhere else f"{', '.join(names)}: {note}"
+        for note, names in names_of.items()
+    ]
 
 
 def text(value: float | str | None) -> str:
-    """A cell: numbers with four digits, `-` for nothing."""
+    """Formats a cell: numbers with four digits, `-` for None."""
     if value is None:
         return "-"
     if isinstance(value, str):
@@ -130,21 +132,21 @@ def text(value: float | str | None) -> str:
     return f"{value:,.{digits}f}" if value >= 5e-4 else f"{value:.1e}"
 
 
-def render(d: dict[str, Any]) -> str:
-    """What `cmx compare` prints."""
-    names = [x["name"] for x in d["layouts"]]
-    found = list(tables(d))
-    first = 2 + max(len(label) for table in found for label in table.rows)
-    cells = [[text(v) for v in row] for table in found for row in table.rows.values()]
+def render(comparison: Comparison) -> str:
+    """Returns the text that `cmx compare` prints; columns that exceed the width continue below."""
+    names = [row.name for row in comparison.layouts]
+    shown = list(tables(comparison))
+    first = 2 + max(len(label) for table in shown for label in table.rows)
+    cells = [[text(v) for v in row] for table in shown for row in table.rows.values()]
     wide = 2 + max(map(len, (*names, *(cell for row in cells for cell in row))))
     fit = max((WIDTH - first) // wide, 1)
-    lines = [heading(d)]
+    lines = [heading(comparison)]
     for start in range(0, len(names), fit):
         part = slice(start, start + fit)
         lines += ["", " " * first + "".join(name.rjust(wide) for name in names[part])]
-        for table in found:
+        for table in shown:
             lines.append(table.title)
             for label, row in table.rows.items():
                 lines.append(f"  {label}".ljust(first) + "".join(text(v).rjust(wide) for v in row[part]))
-    remarks = [*(f"{x['name']}: {x['about']}" for x in d["layouts"]), *notes(d)]
+    remarks = [*(f"{row.name}: {row.about}" for row in comparison.layouts), *notes(comparison)]
     return "\n".join([*lines, "", *(textwrap.fill(remark, WIDTH) for remark in remarks)])

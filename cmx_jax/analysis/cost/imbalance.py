@@ -11,7 +11,7 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.placement import even, place
+from cmx_jax.mesh.placement import place, spread_evenly
 
 MAX_EXPONENT = 10.0
 
@@ -55,7 +55,7 @@ def busiest(
     if layout.replicated:
         table = place(known[None], layout, top_k=top_k, shared_experts=shared_experts)[0]
     else:
-        table = even(1, experts, layout)[0]
+        table = spread_evenly(1, experts, layout)[0]
     each = np.append(popular, np.full(shared_experts, 1 / top_k))  # every token goes to each shared expert
     each /= np.maximum(np.bincount(table[table >= 0], minlength=len(each)), 1)
     share = np.where(table < 0, 0.0, each[np.maximum(table, 0)]) * choices

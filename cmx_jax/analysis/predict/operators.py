@@ -14,7 +14,7 @@ from cmx_jax.analysis.trace.steps import PAGE_WIDTH, trace_step
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.trace.jaxpr import read_jaxpr
 from cmx_jax.mesh.trace.ops.collective import Collective
-from cmx_jax.mesh.trace.ops.contents import Found, Product
+from cmx_jax.mesh.trace.ops.contents import Contents, Product
 from cmx_jax.model.config import MLAConfig, ModelConfig
 
 ATTENTION = (
@@ -108,7 +108,7 @@ class Step:
 
 
 @lru_cache(maxsize=1024)
-def traced(step: Step) -> Found:
+def traced(step: Step) -> Contents:
     """The jaxpr of the step at full size, read."""
     program = trace_step(
         step.c,

@@ -15,7 +15,7 @@ from cmx_jax.analysis.cost.constants import machine
 from cmx_jax.analysis.cost.measured import operator_rows, row
 from cmx_jax.analysis.predict.predict import predict
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.named_layouts import ready
+from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import preset
 
@@ -140,7 +140,7 @@ def _group(hardware: str) -> str:
 def _prefill(c: ModelConfig, given: Prefill) -> Iterable[dict[str, Any]]:
     on = machine(given.hardware)
     if on.kind == "ascend":
-        layout = replace(ready("ep32").make(EXPERTS), microbatches=2)
+        layout = replace(named_layout("ep32").make(EXPERTS), microbatches=2)
     else:
         layout = _gpus(32, redundant_slots=32)
     ideal = 1.0 if given.balanced else None
@@ -179,7 +179,7 @@ def _decode(c: ModelConfig, given: Decode) -> Iterable[dict[str, Any]]:
 
 
 def _decode_layout(microbatches: int = 2) -> Layout:
-    return replace(ready("ep320").make(EXPERTS), microbatches=microbatches)
+    return replace(named_layout("ep320").make(EXPERTS), microbatches=microbatches)
 
 
 def _pipeline(c: ModelConfig) -> Iterable[dict[str, Any]]:

@@ -19,7 +19,7 @@ from cmx_jax.analysis.predict.roofline import roofline
 from cmx_jax.analysis.predict.tasks import CORES, Setting, busy_us, chains
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.trace.ops.contents import Found
+from cmx_jax.mesh.trace.ops.contents import Contents
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.sharding import shared_in_slots
 from cmx_jax.model.weights import int8_fields
@@ -225,7 +225,7 @@ def _breakdown(path: list[Task], every: list[Task]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def _flops(found: Found, of: Step) -> dict[str, int]:
+def _flops(found: Contents, of: Step) -> dict[str, int]:
     """Operations by type as `cmx trace` counts them."""
     flops: dict[str, int] = {}
     copies = of.c.num_experts_per_tok + shared_in_slots(of.c, of.layout)

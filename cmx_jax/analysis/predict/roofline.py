@@ -6,7 +6,7 @@ from cmx_jax.analysis.cost.constants import Machine
 from cmx_jax.analysis.cost.operators import peak
 from cmx_jax.analysis.predict.operators import Operator, Step, attention_work, loops
 from cmx_jax.analysis.predict.tasks import nodes_reached
-from cmx_jax.mesh.exchange.methods import message_bytes
+from cmx_jax.mesh.exchange import message_bytes
 from cmx_jax.model.sharding import shared_in_slots
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 
 
 @dataclass(frozen=True, kw_only=True)

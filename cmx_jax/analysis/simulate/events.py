@@ -65,10 +65,10 @@ class Host:
         self.turn = 0
 
     def _start_prefill(self, instance: Virtual) -> bool:
-        if not instance.prefilling:
+        if not instance.allocator.prefilling:
             return False
         node, now = self.node, self.node.events.now
-        pieces = instance.next_pieces()
+        pieces = instance.allocator.next_pieces()
         fetch = 0
         for row in pieces:
             for piece in row:
@@ -94,8 +94,8 @@ class Host:
             return False
         steps = min(instance.ends[0][0] - instance.steps, JUMP)
         contended = any(i.running or i.ready for i in self.decoders if i is not instance)
-        waiting = self.node.lockstep and self.node.waiting
-        if contended or waiting or any(i.prefilling for i in self.prefill):
+        waiting = self.node.lockstep and self.node.scheduler.waiting
+        if contended or waiting or any(i.allocator.prefilling for i in self.prefill):
             steps = 1  # then it is the next instance's turn
         self.began, self.instance = self.node.events.now, instance
         self._decode_for(instance, steps)

@@ -27,8 +27,8 @@ from cmx_jax.analysis.trace.steps import PAGE_WIDTH
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.packing import Piece
-from cmx_jax.serving.scheduling.ranks import Capacity
 
 PARTS = 2
 CONTEXT = 2 * PAGE_WIDTH  # tokens: shortest context at which decode is predicted

@@ -143,8 +143,8 @@ def summary(
     if slo_ttft_ms is not None or slo_tpot_ms is not None:
         good = (ttft * 1e3 <= (slo_ttft_ms or math.inf)) & (tpot * 1e3 <= (slo_tpot_ms or math.inf))
         goodput = Goodput(slo_ttft_ms, slo_tpot_ms, float(good.sum()) / span, float(good.mean()))
-    prefill = [instance for node in nodes for instance in node.prefill]
-    decode = [instance for node in nodes for instance in node.decoders]
+    prefill = [instance for node in nodes for instance in node.scheduler.prefill]
+    decode = [instance for node in nodes for instance in node.scheduler.decoders]
     return Summary(
         completed=len(ttft),
         duration=duration,

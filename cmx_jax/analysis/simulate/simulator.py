@@ -23,8 +23,8 @@ from cmx_jax.serving.scheduling.request import Request, State
 from cmx_jax.serving.scheduling.scheduler import Scheduler
 
 
-class Supernode(Scheduler[Virtual]):
-    """The instances of a deployment, their prefix cache and the links between them."""
+class Supernode:
+    """The instances of a deployment with their scheduler, prefix cache and links."""
 
     def __init__(
         self,
@@ -42,11 +42,12 @@ class Supernode(Scheduler[Virtual]):
         decoders = (
             prefill if pool is None else [Virtual(f"decode-{i}", pool, speed) for i in range(pool.instances)]
         )
-        super().__init__(prefill, decoders, lambda: events.now)
+        self.scheduler = Scheduler(prefill, decoders, lambda: events.now)
+        self.scheduler.subscribe(self._on_change)
         self.lockstep = deployment.one_host  # prompts are admitted and moved at fixed points of a round
         self.prefix = PrefixCache(deployment.prefix_blocks)
         self.outstanding = 0  # unfinished requests of this supernode
-        instances = list(dict.fromkeys([*prefill, *decoders]))
+        instances = self.scheduler.instances
         groups = [instances] if deployment.one_host else [[i] for i in instances]
         self._hosts: dict[Virtual, Host] = {}
         for group in groups:
@@ -56,40 +57,40 @@ class Supernode(Scheduler[Virtual]):
 
     def submit(self, job: Job) -> None:
         """Queues a request that arrives now."""
-        self._queue(job)
+        self.scheduler.enqueue(job)
         self.outstanding += 1
         self._go_on()
 
     def prefill_ended(self, instance: Virtual, pieces: Any) -> None:
         job: Any
-        for job, _, _ in instance.prefilled(pieces):
+        for job, _, _ in instance.allocator.mark_prefilled(pieces):
             if job.blocks:
                 self.prefix.use(job.blocks)
-            self._prefilled(instance, job, last=job.params.max_tokens == 1)
+            self.scheduler.finish_prefill(instance, job, last=job.params.max_tokens == 1)
             if job.state is State.DECODE:
                 instance.ready.append(job)
         self._go_on()
 
     def decode_ended(self, instance: Virtual, steps: int) -> None:
         for job in instance.advance(steps):
-            self._finish(instance, job)
+            self.scheduler.finish(instance, job)
         self._go_on()
 
     def _go_on(self, *fresh: Virtual) -> None:
         """Runs the scheduler between steps, then wakes instances with new work and those in `fresh`."""
         woken = list(fresh)
         if self.lockstep:
-            woken.append(self.prefill[0])
+            woken.append(self.scheduler.prefill[0])
         else:
-            woken += self.receive() if self.transfers else ()
-            woken += self.place() if self.waiting else ()
+            woken += self.receive() if self.scheduler.transfers else ()
+            woken += self.place() if self.scheduler.waiting else ()
         for instance in woken:
             self._hosts[instance].wake()
 
     def receive(self) -> list[Virtual]:
         """Starts page transfers to decode; returns the instances whose transfers take no time."""
         woken = []
-        for move in self._receive():
+        for move in self.scheduler.receive():
             ends = self._sent(*move)
             if ends > self.events.now:
                 self.events.at(ends, self._received, move)
@@ -99,20 +100,24 @@ class Supernode(Scheduler[Virtual]):
 
     def place(self) -> list[Virtual]:
         """Admits waiting requests; returns the instances that received some."""
-        placed = self._admit()
+        placed = self.scheduler.admit()
         for instance, job in placed:
             if job.blocks:
-                width = instance.capacity.page_width
+                width = instance.allocator.capacity.page_width
                 cached = min(self.prefix.match(job.blocks), len(job.prompt) - 1)  # one token must run
                 job.cached = job.prefilled = cached // width * width
         return [instance for instance, _ in placed]
 
     def _sent(self, source: Virtual, target: Virtual, job: Request) -> float:
         """Time at which a request's pages arrive. Each rank has one link, for one request at a time."""
-        receiver = target.places[job].rank
-        sender = source.places[job].rank * source.sharing
+        receiver = target.allocator.places[job].rank
+        sender = source.allocator.places[job].rank * source.sharing
         if source.sharing > 1:
-            sizes = {"prefill_tp_size": source.sharing, "decode_tp_size": 1, "decode_dp_size": target.ranks}
+            sizes = {
+                "prefill_tp_size": source.sharing,
+                "decode_tp_size": 1,
+                "decode_dp_size": target.allocator.ranks,
+            }
             sender += prefill_tp_rank(receiver, 0, **sizes)
         free, links = self._link_free, ((source, sender), (target, receiver))
         ends = max(self.events.now, free[links[0]], free[links[1]]) + self.times.transfer(len(job.prompt))
@@ -123,11 +128,13 @@ class Supernode(Scheduler[Virtual]):
         self._go_on(self._arrived(*move))
 
     def _arrived(self, source: Virtual, target: Virtual, job: Any) -> Virtual:
-        self._moved(source, job)
+        self.scheduler.finish_move(source, target, job)
         target.ready.append(job)
         return target
 
-    def _finish(self, at: Virtual | None, request: Any) -> None:
-        super()._finish(at, request)
-        self.outstanding -= 1
-        self.done(request)
+    def _on_change(self, request: Any, state: State, instance: Virtual | None) -> None:
+        """Counts a finished request."""
+        del instance
+        if state is State.FINISHED:
+            self.outstanding -= 1
+            self.done(request)

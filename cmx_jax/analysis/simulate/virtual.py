@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from cmx_jax.analysis.simulate.deployment import InstancePool
 from cmx_jax.analysis.simulate.workload import Arrival
-from cmx_jax.serving.scheduling.ranks import Ranks
+from cmx_jax.serving.scheduling.allocator import RankAllocator
 from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 
@@ -37,10 +37,11 @@ def _params(output: int) -> SamplingParams:
     return SamplingParams(max_tokens=output, ignore_eos=True)
 
 
-class Virtual(Ranks):
+class Virtual:
     """An instance whose decode batch is counted instead of computed.
 
     Attributes:
+      allocator: Rows and pages of its ranks.
       ready: Requests that join the decode batch at the next step.
       running: Number of requests in the decode batch.
       tokens: Sum of the context lengths of these requests, in tokens.
@@ -51,14 +52,19 @@ class Virtual(Ranks):
     """
 
     def __init__(self, name: str, pool: InstancePool, speed: float):
-        super().__init__(name, pool.capacity, pool.ranks)
+        self.name = name
+        self.allocator = RankAllocator(pool.capacity, pool.ranks)
         self.sharing, self.speed = pool.sharing, speed
         self.ready: list[Job] = []
         self.steps = self.running = self.busiest = 0
         self.tokens = self.busy = self.row_seconds = 0.0
         self.ends: list[tuple[int, int, Job]] = []
-        self._count = [0] * self.ranks  # running requests of each rank
-        self._having = [self.ranks] + [0] * self.capacity.sequences  # number of ranks by running requests
+        self._count = [0] * pool.ranks  # running requests of each rank
+        self._having = [pool.ranks] + [0] * pool.capacity.sequences  # number of ranks by running requests
+
+    def release(self, request: Request) -> None:
+        """Frees the pages and the row of a request."""
+        self.allocator.release(request)
 
     def join(self) -> None:
         """Adds the ready requests to the batch."""
@@ -67,7 +73,7 @@ class Virtual(Ranks):
             heapq.heappush(self.ends, (self.steps + steps, job.id, job))
             self.running += 1
             self.tokens += len(job.prompt) + 1
-            self._shift(self.places[job].rank, 1)
+            self._shift(self.allocator.places[job].rank, 1)
         self.ready.clear()
 
     def advance(self, steps: int) -> list[Job]:
@@ -81,7 +87,7 @@ class Virtual(Ranks):
             self.tokens -= (
                 len(job.prompt) + 1 + math.ceil((job.params.max_tokens - 1) / self.speed) * self.speed
             )
-            self._shift(self.places[job].rank, -1)
+            self._shift(self.allocator.places[job].rank, -1)
             finished.append(job)
         return finished
 

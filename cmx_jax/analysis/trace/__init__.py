@@ -1,1 +1,1 @@
-"""Traces a model's steps at full size, without weights: collectives, products, memory of a rank."""
+"""Traces a model's steps at full size, without weights: collectives, products and memory of one rank."""

@@ -1,61 +1,31 @@
-"""The exchange in rounds: what all methods that send each message to its own rank have in common.
+"""The exchange in rounds, which all methods share that send each message to its own rank.
 
-Every rank queues its messages by destination. In each round it sends up to `rows` of each queue, the experts
-run, results return, until no rank has anything left. Nothing is dropped; the number of rounds is an output.
-`rows` at the worst case (`worst_case_rows`, the paper's `max_tokens`) makes it one round always.
+Every rank queues its messages by destination. In each round it sends up to `rows` messages of each queue, the
+experts run, and results return, until no rank has messages left. Nothing is dropped; the number of rounds is
+an output. With `rows` at the worst case (`worst_case_rows`, the paper's `max_tokens`) there is always one
+round.
 
-How messages lie while they travel, and what moves them, is a method's `Travel`.
+A `Route` says where messages lie in the outbox and moves them. `mailbox_route` gives each peer a mailbox of
+`rows` rows and moves whole mailboxes by all-to-all, `flat` or `hierarchical`; `ragged.py` has another route.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
-from cmx_jax.mesh.exchange.message import Wire, pack
-
-Axis = str | tuple[str, ...]
-ExpertFn = Callable[[Shaped[Array, "N M"], Int[Array, " N"], Wire], Float[Array, "N D"]]
-"""Received rows, the local expert slot of each (-1: empty row), and how rows are read, to the results."""
-
-
-class Route(NamedTuple):
-    """One round's way out and back.
-
-    Attributes:
-      start: where in the outbox the messages for each rank begin.
-      size: rows of the outbox.
-      out: takes the outbox `[size, M]` to what a rank receives `[N, M]`; rows that hold no message are zeros.
-      back: takes received rows' results `[N, D]` to the outbox rows `[size, D]` that they answer; the others
-        may hold anything.
-    """
-
-    start: Int[Array, " G"]
-    size: int
-    out: Callable[[Shaped[Array, "S M"]], Shaped[Array, "N M"]]
-    back: Callable[[Float[Array, "N D"]], Float[Array, "S D"]]
-
-
-Travel = Callable[[Int[Array, " G"], int, int, Axis], Route]
-"""Messages for each rank in a round, `rows` that they are at most, messages of a rank in all rounds, axis."""
-
-
-@struct.dataclass
-class ExchangeStats:
-    """What one exchange did on this rank. Scalars; the runners stack them over ranks."""
-
-    rounds: Any  # [] int32
-    sent: Any  # [] int32: messages this rank sent, to its own experts included
-    received: Any  # [] int32: messages that this rank's experts answered
+from cmx_jax.mesh.exchange.collectives import Axis, axis_names
+from cmx_jax.mesh.exchange.message import Wire, pack_messages
+from cmx_jax.mesh.exchange.ordering import rank_in_group
+from cmx_jax.mesh.exchange.protocol import ExchangeArgs, ExchangeStats, ExpertFn, MakeRoute, Route
 
 
 def worst_case_rows(tokens: int, top_k: int, slots_per_rank: int) -> int:
     """Rows that one peer can ever need: `local_batch x min(top_k, experts_per_rank)` (section 4.2.1).
 
-    That holds because the slots of a token are all different.
+    This holds because the slots of a token are all different.
     """
     return tokens * min(top_k, slots_per_rank)
 
@@ -66,104 +36,52 @@ def usual_rows(tokens: int, top_k: int, slots_per_rank: int, ranks: int) -> int:
     return min(worst_case_rows(tokens, top_k, slots_per_rank), 2 * mean + 2)
 
 
-class _Queues(NamedTuple):
-    """Where each message goes: destination rank (G: nowhere), its turn in that rank's queue, the lengths."""
-
-    rank: Int[Array, " M"]
-    turn: Int[Array, " M"]
-    lengths: Int[Array, " G"]
-
-
-FEW = 1 << 14  # comparisons that cost less than the operations of a sort or a histogram, on CPU
-
-
-def occurrences(keys: Int[Array, " N"], bins: int) -> Int[Array, " B"]:
-    """How often each key in `[0, bins)` is there."""
-    if keys.shape[0] * bins <= FEW:
-        return jnp.sum(keys[:, None] == jnp.arange(bins, dtype=keys.dtype)[None], axis=0, dtype=jnp.int32)
-    return jnp.bincount(keys, length=bins).astype(jnp.int32)
-
-
-def stable_order(keys: Int[Array, " N"], bins: int) -> Int[Array, " N"]:
-    """The stable argsort of keys in `[0, bins)`. Where key and place fit one number, that alone is sorted:
-    XLA:CPU calls a comparison of its own making for every pair of a sort with two operands."""
-    rows = keys.shape[0]
-    if bins * rows >= 1 << 31:
-        return jnp.argsort(keys, stable=True).astype(jnp.int32)
-    place = jnp.arange(rows, dtype=jnp.int32)
-    return jax.lax.sort(keys.astype(jnp.int32) * rows + place, is_stable=False) % rows
-
-
-def turns(keys: Int[Array, " M"], bins: int) -> tuple[Int[Array, " M"], Int[Array, " B"]]:
-    """How many equal keys stand before each, and how often each key in `[0, bins)` is there."""
-    counts, place = occurrences(keys, bins), jnp.arange(keys.shape[0], dtype=jnp.int32)
-    if keys.shape[0] ** 2 <= FEW:
-        before = (keys[:, None] == keys[None]) & (place[None] < place[:, None])
-        return jnp.sum(before, axis=1, dtype=jnp.int32), counts
-    order = stable_order(keys, bins)
-    start = jnp.cumsum(counts) - counts
-    place = jnp.zeros_like(place).at[order].set(place)
-    return place - start[keys], counts
-
-
-def _queue(slots: Int[Array, " M"], slots_per_rank: int, ranks: int) -> _Queues:
-    """Queues messages by destination, in the order of their tokens."""
-    rank = jnp.where(slots < 0, ranks, slots // slots_per_rank)
-    turn, counts = turns(rank, ranks + 1)
-    return _Queues(rank, turn, counts[:ranks])
-
-
-def drained(
+def mailbox_exchange(
     x: Float[Array, "T D"],
     slots: Int[Array, "T K"],
     weights: Float[Array, "T K"],
     experts: ExpertFn,
+    args: ExchangeArgs,
     *,
-    axis: Axis,
-    slots_per_rank: int,
-    rows: int,
-    wire: str,
-    travel: Travel,
+    make_route: MakeRoute,
 ) -> tuple[Float[Array, "T D"], ExchangeStats]:
-    """Messages out, experts, results back, round by round.
+    """Dispatches messages, runs experts and combines results, round by round. See `Exchange`.
+
+    Tokens leave in the wire type. Results return in `x.dtype` if the wire type is float32, else in bfloat16.
+    The sum is taken in float32 in the order of `k`, so that neither rounds nor ranks change the result.
 
     Args:
-      x: this rank's tokens.
-      slots: for each token its global expert slots, all different; -1 sends nothing.
-      weights: what each expert's answer counts for.
-      experts: the local experts.
-      axis: mesh axis (or axes) of the expert-parallel ranks.
-      slots_per_rank: rank `r` owns slots `[r * slots_per_rank, (r + 1) * slots_per_rank)`.
-      rows: messages for each peer in a round.
-      wire: type on the way out; the way back is `x.dtype`, or bfloat16 for `int8` and `bfloat16`.
-      travel: the messages' way there and back.
-
-    Returns:
-      `sum_k weights[t, k] * expert_{slots[t, k]}(x[t])`, summed in float32 in the order of `k`, so
-      that neither rounds nor ranks change the result; and the stats.
+      x: Tokens of this rank.
+      slots: Global expert slots of each token, all different; -1 sends nothing.
+      weights: Weight of each expert's result in the sum.
+      experts: Runs the local experts.
+      args: Settings.
+      make_route: Makes the route of each round.
     """
+    axis, slots_per_rank, rows, wire = args.axis, args.slots_per_rank, args.rows, args.wire
     ranks = jax.lax.axis_size(axis)
     (tokens, top_k), width = slots.shape, x.shape[-1]
     messages, flat_slots = tokens * top_k, slots.reshape(-1)
     copies = jnp.broadcast_to(x[:, None], (tokens, top_k, width)).reshape(messages, width)
     queues = _queue(flat_slots, slots_per_rank, ranks)
-    read, back = Wire(width, wire, x.dtype), x.dtype if wire == "float32" else jnp.dtype(jnp.bfloat16)
+    read = Wire(width, wire, x.dtype)
+    result_dtype = x.dtype if wire == "float32" else jnp.dtype(jnp.bfloat16)
 
-    def one_round(turn: Int[Array, ""] | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def one_round(number: Int[Array, ""] | int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         results, count = carry
         with jax.named_scope("Dispatch"):
-            route = travel(jnp.clip(queues.lengths - turn * rows, 0, rows), rows, messages, axis)
-            row = queues.turn - turn * rows
-            here = (row >= 0) & (row < rows) & (queues.rank < ranks)
-            place = jnp.where(here, route.start[queues.rank] + row, route.size)
-            packed = pack(copies, flat_slots % slots_per_rank, here, wire)
-            mail = jnp.zeros((route.size, packed.shape[1]), packed.dtype)
-            received = route.out(mail.at[place].set(packed, mode="drop", unique_indices=True))
+            route = make_route(jnp.clip(queues.lengths - number * rows, 0, rows), rows, messages, axis)
+            row = queues.position - number * rows
+            sent = (row >= 0) & (row < rows) & (queues.destination < ranks)
+            index = jnp.where(sent, route.start[queues.destination] + row, route.size)
+            packed = pack_messages(copies, flat_slots % slots_per_rank, sent, wire)
+            outbox = jnp.zeros((route.size, packed.shape[1]), packed.dtype)
+            received = route.dispatch(outbox.at[index].set(packed, mode="drop", unique_indices=True))
             local = read.slots(received)
-        answers = experts(received, local, read).astype(back)
+        answers = experts(received, local, read).astype(result_dtype)
         with jax.named_scope("Combine"):
-            answers = route.back(answers)[jnp.where(here, place, 0)].astype(x.dtype)
-        results = jnp.where(here[:, None], answers, results)
+            answers = route.combine(answers)[jnp.where(sent, index, 0)].astype(x.dtype)
+        results = jnp.where(sent[:, None], answers, results)
         return results, count + jnp.sum(local >= 0).astype(jnp.int32)
 
     start = jnp.zeros((messages, width), x.dtype), jnp.zeros((), jnp.int32)
@@ -177,3 +95,63 @@ def drained(
     answers = results.reshape(tokens, top_k, width).astype(jnp.float32)
     y = jnp.einsum("tk,tkd->td", used, answers, precision="highest").astype(x.dtype)
     return y, ExchangeStats(rounds, jnp.sum(flat_slots >= 0).astype(jnp.int32), answered)
+
+
+class _Queues(NamedTuple):
+    """Queues of a rank's messages, one for each destination.
+
+    Attributes:
+      destination: Rank that each message goes to; `G` for a message that is not sent.
+      position: Position of each message in the queue of its destination.
+      lengths: Number of messages in each queue.
+    """
+
+    destination: Int[Array, " Z"]
+    position: Int[Array, " Z"]
+    lengths: Int[Array, " G"]
+
+
+def _queue(slots: Int[Array, " Z"], slots_per_rank: int, ranks: int) -> _Queues:
+    """Queues messages by destination, in the order of their tokens."""
+    destination = jnp.where(slots < 0, ranks, slots // slots_per_rank)
+    position, counts = rank_in_group(destination, ranks + 1)
+    return _Queues(destination, position, counts[:ranks])
+
+
+MoveMailboxes = Callable[[Shaped[Array, "Z M"], Axis], Shaped[Array, "Z M"]]
+"""Turns mailboxes `[ranks * rows, message]` by destination into mailboxes by source."""
+
+
+def mailbox_route(
+    move: MoveMailboxes, counts: Int[Array, " G"], rows: int, messages: int, axis: Axis
+) -> Route:
+    """Route in which every peer has a mailbox of `rows` rows, and whole mailboxes move, filled or not.
+
+    See `MakeRoute` for the other arguments.
+    """
+    del messages
+    ranks = len(counts)
+
+    def carry(mail: Shaped[Array, "Z M"]) -> Shaped[Array, "Z M"]:
+        return move(mail, axis)
+
+    return Route(jnp.arange(ranks, dtype=jnp.int32) * rows, ranks * rows, carry, carry)
+
+
+def flat(mail: Shaped[Array, "Z M"], axis: Axis) -> Shaped[Array, "Z M"]:
+    """Moves mailboxes by one all-to-all over all ranks."""
+    boxes = mail.reshape(jax.lax.axis_size(axis), -1, mail.shape[-1])
+    return jax.lax.all_to_all(boxes, axis, 0, 0).reshape(mail.shape)
+
+
+def hierarchical(mail: Shaped[Array, "Z M"], axis: Axis) -> Shaped[Array, "Z M"]:
+    """Moves mailboxes by one all-to-all for each axis, innermost first.
+
+    With axes of nodes and NPUs, mail goes to the right NPU number within the node, then to the right node.
+    Every byte moves once per axis, but a rank of 20 nodes talks to 7 + 19 others instead of 159.
+    """
+    names = axis_names(axis)
+    boxes = mail.reshape(*(jax.lax.axis_size(name) for name in names), -1, mail.shape[-1])
+    for dim, name in reversed(list(enumerate(names))):
+        boxes = jax.lax.all_to_all(boxes, name, dim, dim)
+    return boxes.reshape(mail.shape)

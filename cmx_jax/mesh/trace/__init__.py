@@ -1,4 +1,4 @@
-"""What a program moves and computes, read from the program itself."""
+"""Reads what a program moves and computes from the program itself: its jaxpr, StableHLO or optimised HLO."""
 
 from cmx_jax.mesh.trace.differences import differences
 from cmx_jax.mesh.trace.hlo.reader import read_hlo

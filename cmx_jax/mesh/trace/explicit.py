@@ -1,4 +1,4 @@
-"""Explicit shardings in a jaxpr: what the type of an array says of one rank's part of it."""
+"""Explicit shardings in a jaxpr: how the type of an array describes the part that one rank has."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ from jax.sharding import AxisType
 
 
 def explicit_axes(aval: Any) -> dict[str, int]:
-    """Returns the sizes of the mesh axes that the type of an array says explicitly how it is split over."""
+    """Returns the sizes of the explicit mesh axes (of more than one rank) in the type of an array."""
     mesh = _mesh(aval)
     if mesh is None:
         return {}
@@ -16,7 +16,7 @@ def explicit_axes(aval: Any) -> dict[str, int]:
 
 
 def local_shape(aval: Any) -> tuple[int, ...]:
-    """Returns the shape of one rank's part of an array, as far as its type says how it is split."""
+    """Returns the shape of one rank's part of an array, as far as its type shows how it is split."""
     return tuple(
         size // math.prod(explicit_axes(aval)[axis] for axis in axes)
         for size, axes in zip(aval.shape, _split(aval), strict=True)
@@ -42,7 +42,7 @@ def _itemsize(aval: Any) -> int:
 
 
 def implied_collective(eqn: Any) -> str:
-    """Names an operation if its explicit shardings imply a collective, else ''."""
+    """Returns the name of an operation whose explicit shardings imply a collective, else ''."""
     name = eqn.primitive.name
     avals = [v.aval for v in eqn.invars if hasattr(v.aval, "shape")]
     if not any(map(explicit_axes, avals)):
@@ -53,7 +53,7 @@ def implied_collective(eqn: Any) -> str:
             return ""  # the compiler decides from here on
         before, after = _split(avals[0]), _split(result)
         kept = all(b == a[: len(b)] for b, a in zip(before, after, strict=True))
-        return "" if kept else name  # a part of what a rank holds needs no message
+        return "" if kept else name  # a rank already has every part of its own part
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         summed = [axis for dim in contracted for axis in _split(avals[0])[dim]]
@@ -65,7 +65,7 @@ def implied_collective(eqn: Any) -> str:
 
 
 def is_split_by_compiler(eqn: Any) -> bool:
-    """Returns whether the compiler splits an operation over mesh axes of which its types say nothing."""
+    """Returns whether the compiler splits an operation over mesh axes that its types do not mention."""
     meshes = [_mesh(v.aval) for v in eqn.invars]
     known = [mesh for mesh in meshes if mesh is not None]
     return not known or any(

@@ -1,4 +1,4 @@
-"""Anyone's function to trace, as a command line names it: where it is, its mesh, its arguments' shapes."""
+"""Traces a function named on the command line, with its mesh and the shapes of its arguments."""
 
 import importlib
 import math
@@ -34,36 +34,36 @@ def trace_function(
     dump: Path | None = None,
     view: View = View(),  # noqa: B008 (frozen)
 ) -> Trace:
-    """Traces `package.module:function`, which may lie in the current folder.
+    """Traces `package.module:function`; the module may be in the current folder.
 
     Args:
-      name: of the function, jitted or not.
-      args: for each of its arguments `dtype[shape]`, and behind `@` how it is split over the mesh; or only
-        `package.module:function` again, of a function that returns all arguments (a tuple of pytrees).
-      mesh: `axis=size,...`, with `Auto` axes, or `axis=size:explicit` for `Explicit` ones; or
+      name: Name of the function, which may be jitted.
+      args: One text for each argument: `dtype[shape]`, and after `@` how it is split over the mesh. Or a
+        single `package.module:function` whose function returns all arguments (a tuple of pytrees).
+      mesh: Mesh as `axis=size,...`, with `Auto` axes, or `axis=size:explicit` for `Explicit` ones; or
         `package.module:mesh`, a mesh of the user's own. `jax.shard_map` without a mesh runs on it. None if
         neither the arguments nor the function's context need one.
-      source, target, dump, view: as of `cmx_jax.mesh.trace.trace`.
+      source, target, dump, view: Options of `cmx_jax.mesh.trace.trace`.
 
     Raises:
-      CmxError: there is no such function, an argument or the mesh makes no sense, or the function fails.
+      CmxError: The function does not exist or fails, or an argument or the mesh is not understood.
     """
     fn = load(name)
-    on = _mesh_of(mesh, target if source == "hlo" else None)
-    given = read_args(args, on)
-    with nullcontext() if mesh is None else _known(on):
+    actual_mesh = _mesh_of(mesh, target if source == "hlo" else None)
+    arguments = read_args(args, actual_mesh)
+    with nullcontext() if mesh is None else _current_mesh(actual_mesh):
         try:
-            traced = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*given)
-        except Exception as error:  # whatever it raises
+            traced = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*arguments)
+        except Exception as error:  # the function may raise anything
             raise _failed(name, error) from None
-        return trace(traced, *given, source=source, target=target, dump=dump, view=view)
+        return trace(traced, *arguments, source=source, target=target, dump=dump, view=view)
 
 
 def _mesh_of(text: str | None, target: str | None) -> Mesh | AbstractMesh:
     """Returns the mesh that `--mesh` names; one without axes for None.
 
     Args:
-      text: As `trace_function` takes it.
+      text: Mesh in the form that `trace_function` takes.
       target: Target whose devices the mesh is made of; None for an abstract mesh.
     """
     if text is not None and ":" in text and "=" not in text:
@@ -78,8 +78,8 @@ def _mesh_of(text: str | None, target: str | None) -> Mesh | AbstractMesh:
     return typed_mesh(tuple(sizes.items()), explicit, devices)
 
 
-def _known(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
-    """What `jax.shard_map` without a mesh takes."""
+def _current_mesh(mesh: Mesh | AbstractMesh) -> AbstractContextManager[Any]:
+    """Makes a mesh the one that `jax.shard_map` without a mesh runs on."""
     return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
@@ -108,30 +108,30 @@ def _attribute(name: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(module)
+        result: Any = importlib.import_module(module)
         for part in path.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # whatever the module does when imported
+            result = getattr(result, part)
+    except Exception as error:  # the import may raise anything
         raise _failed(name, error) from None
-    return found
+    return result
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function `package.module:function` (or `:object.method`)."""
+    """Returns the function `package.module:function` (or `:object.method`)."""
     module, _, path = name.partition(":")
     if not module or not path:
         raise CmxError(f"function {name!r}, expected package.module:function")
-    found = _attribute(name)
-    if not callable(found):
-        raise CmxError(f"{name} is a {type(found).__name__}, expected a function")
-    return found
+    function = _attribute(name)
+    if not callable(function):
+        raise CmxError(f"{name} is a {type(function).__name__}, expected a function")
+    return function
 
 
 def read_args(args: Sequence[str], mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
-    """Shapes from their texts, or from a function."""
+    """Reads arguments from their texts, or calls the function that returns them."""
     if len(args) == 1 and ":" in args[0]:
-        made = load(args[0])()
-        return made if isinstance(made, tuple) else (made,)
+        arguments = load(args[0])()
+        return arguments if isinstance(arguments, tuple) else (arguments,)
     return tuple(_array(text, mesh) for text in args)
 
 
@@ -159,16 +159,17 @@ def _array(text: str, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStruct:
 
 
 def _failed(name: str, error: Exception) -> CmxError:
+    """Returns the error to raise for an error of a function or module, with the line that raised it."""
     if isinstance(error, CmxError):
         return error
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    where = f" ({Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno})" if at is not None else ""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    line = f" ({Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno})" if last is not None else ""
     if advice := placement_advice(error):
         reason = _first_line(error).split(". ")[0]
         return CmxError(f"{name}: {reason}; {advice}; with --args, dtype[shape]@axes on --mesh places it")
-    return CmxError(f"{name}: {type(error).__name__}: {_first_line(error)}{where}")
+    return CmxError(f"{name}: {type(error).__name__}: {_first_line(error)}{line}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Collectives and products of a program, from its jaxpr: what was written, before any compiler."""
+"""Reads collectives and products from a jaxpr: the program as written, before any compiler."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -13,9 +13,9 @@ from cmx_jax.mesh.trace.explicit import (
     local_shape,
 )
 from cmx_jax.mesh.trace.ops.collective import Collective
-from cmx_jax.mesh.trace.ops.contents import At, Found, Product, merge_branches
+from cmx_jax.mesh.trace.ops.contents import Contents, Context, Product, merge_branches
 from cmx_jax.mesh.trace.ops.place import groups_of
-from cmx_jax.mesh.trace.ops.scope import joined, scopes
+from cmx_jax.mesh.trace.ops.scope import join_scopes, scopes
 
 OPS = {  # primitive -> operation
     "all_to_all": "all_to_all",
@@ -35,59 +35,60 @@ OPS = {  # primitive -> operation
 PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
 
-def read_jaxpr(jaxpr: Any) -> Found:
-    """Collectives and products of a (closed) jaxpr.
+def read_jaxpr(jaxpr: Any) -> Contents:
+    """Reads the collectives and products of a (closed) jaxpr.
 
-    Loops of known length are counted. What lies in a `while`, or in one branch of a condition and not in
-    the same way in the others, has count None: data decide.
+    Loops of known length are counted. An operation in a `while`, or in one branch of a condition and not in
+    the same way in all of them, has count None: data decide.
     """
-    found, program = Found(), getattr(jaxpr, "jaxpr", jaxpr)
-    _walk(program, At(), found)
-    given = [v.aval for v in program.invars]
-    if explicit := [aval for aval in given if explicit_axes(aval)]:
-        found.axes |= dict(explicit[0].sharding.mesh.shape)
-        found.arguments = sum(local_bytes(aval) for aval in given)
-    if explicit or found.implied:
-        named = ", ".join(f"{count} x {name}" for name, count in found.implied.items())
-        found.notes.append(
+    contents, program = Contents(), getattr(jaxpr, "jaxpr", jaxpr)
+    _walk(program, Context(), contents)
+    arguments = [v.aval for v in program.invars]
+    if explicit := [aval for aval in arguments if explicit_axes(aval)]:
+        contents.axes |= dict(explicit[0].sharding.mesh.shape)
+        contents.arguments = sum(local_bytes(aval) for aval in arguments)
+    if explicit or contents.implied:
+        named = ", ".join(f"{count} x {name}" for name, count in contents.implied.items())
+        contents.notes.append(
             "shardings are explicit: the compiler inserts the collectives that they imply"
             f"{f' ({named})' if named else ''}, which source hlo shows"
         )
-    return found
+    return contents
 
 
-def _walk(jaxpr: Any, at: At, found: Found) -> None:
+def _walk(jaxpr: Any, context: Context, contents: Contents) -> None:
     for eqn in jaxpr.eqns:
-        here = replace(at, scope=joined(at.scope, scopes(f"{eqn.source_info.name_stack}/{eqn.primitive}")))
+        op_name = f"{eqn.source_info.name_stack}/{eqn.primitive}"
+        inside = replace(context, scope=join_scopes(context.scope, scopes(op_name)))
         name = eqn.primitive.name
         if implied := implied_collective(eqn):
-            found.implied[implied] += 1
+            contents.implied[implied] += 1
         if (name in OPS or name in PRODUCTS) and is_split_by_compiler(eqn):
-            found.whole[name] += 1
+            contents.unsplit[name] += 1
         if name in OPS:
-            found.collectives += _collectives(eqn, OPS[name], here, found)
+            contents.collectives += _collectives(eqn, OPS[name], inside, contents)
         elif name in PRODUCTS:
-            found.products.append(_product(eqn, here, found))
+            contents.products.append(_product(eqn, inside, contents))
         elif name == "scan":
-            _walk(eqn.params["jaxpr"].jaxpr, here.times(eqn.params["length"]), found)
+            _walk(eqn.params["jaxpr"].jaxpr, inside.times(eqn.params["length"]), contents)
         elif name == "while":
             for part in ("cond_jaxpr", "body_jaxpr"):
-                _walk(eqn.params[part].jaxpr, here.times(None), found)
+                _walk(eqn.params[part].jaxpr, inside.times(None), contents)
         elif name == "cond":
-            _branches(eqn.params["branches"], here, found)
+            _branches(eqn.params["branches"], inside, contents)
         elif name == "shard_map":
             sizes = tuple(eqn.params["mesh"].shape.items())
-            found.axes |= dict(sizes)
-            given = (v.aval for v in eqn.params["jaxpr"].invars)
-            found.arguments = found.arguments or sum(map(local_bytes, given))
-            _walk(eqn.params["jaxpr"], replace(here, axes=sizes), found)
+            contents.axes |= dict(sizes)
+            arguments = (v.aval for v in eqn.params["jaxpr"].invars)
+            contents.arguments = contents.arguments or sum(map(local_bytes, arguments))
+            _walk(eqn.params["jaxpr"], replace(inside, axes=sizes), contents)
         else:
             for inner in _inner(eqn.params.values()):
-                _walk(inner, here, found)
+                _walk(inner, inside, contents)
 
 
 def _inner(values: Any) -> Iterator[Any]:
-    """Jaxprs among an equation's parameters."""
+    """Yields the jaxprs among an equation's parameters."""
     for value in values:
         if isinstance(value, tuple | list):
             yield from _inner(value)
@@ -95,21 +96,20 @@ def _inner(values: Any) -> Iterator[Any]:
             yield getattr(value, "jaxpr", value)
 
 
-def _branches(branches: Any, at: At, found: Found) -> None:
-    each = []
+def _branches(branches: Any, context: Context, contents: Contents) -> None:
+    parts = []
     for branch in branches:
-        each.append(Found(order=found.order))
-        _walk(branch.jaxpr, at, each[-1])
-    merge_branches(each, found)
+        parts.append(Contents(order=contents.order))
+        _walk(branch.jaxpr, context, parts[-1])
+    merge_branches(parts, contents)
 
 
-def _collectives(eqn: Any, op: str, at: At, found: Found) -> Iterator[Collective]:
-    """One for each operand: several may travel together."""
-    given = eqn.params.get("axes", eqn.params.get("axis_name"))
-    names = tuple(
-        name for name in (given if isinstance(given, tuple | list) else (given,)) if isinstance(name, str)
-    )
-    sizes = dict(at.axes)
+def _collectives(eqn: Any, op: str, context: Context, contents: Contents) -> Iterator[Collective]:
+    """Yields one collective for each operand of an equation."""
+    axes = eqn.params.get("axes", eqn.params.get("axis_name"))
+    axes = axes if isinstance(axes, tuple | list) else (axes,)
+    names = tuple(name for name in axes if isinstance(name, str))
+    sizes = dict(context.axes)
     if not names:  # an axis of a vmap: nothing moves
         return
     parts = eqn.params.get("axis_index_groups")
@@ -121,31 +121,30 @@ def _collectives(eqn: Any, op: str, at: At, found: Found) -> Iterator[Collective
         pairs = _ranks(eqn.params["perm"], names, sizes)
     operands = eqn.invars[:1] if op == "ragged_all_to_all" else eqn.invars
     for operand in operands:
-        dtype, shape = str(operand.aval.dtype), local_shape(operand.aval)
         yield Collective(
-            op,
-            names,
-            size,
-            dtype,
-            shape,
-            at.count,
-            at.scope,
-            share,
-            groups,
-            pairs,
-            at.known,
-            next(found.order),
+            op=op,
+            axes=names,
+            group_size=size,
+            dtype=str(operand.aval.dtype),
+            shape=local_shape(operand.aval),
+            count=context.count,
+            scope=context.scope,
+            share=share,
+            groups=groups,
+            pairs=pairs,
+            known=context.known,
+            position=next(contents.order),
         )
 
 
 def _ranks(
     parts: Iterable[Iterable[int]], names: tuple[str, ...], sizes: dict[str, int]
 ) -> tuple[tuple[int, ...], ...]:
-    """Places along some axes as ranks of the whole mesh."""
+    """Translates positions along some axes to ranks of the whole mesh."""
     return tuple(tuple(group[i] for i in part) for group in groups_of(names, sizes) for part in parts)
 
 
-def _product(eqn: Any, at: At, found: Found) -> Product:
+def _product(eqn: Any, context: Context, contents: Contents) -> Product:
     avals = [v.aval for v in (*eqn.invars[:2], eqn.outvars[0])]
     a, b, out = map(local_shape, avals)
     shape: tuple[int, ...] = ()
@@ -154,15 +153,22 @@ def _product(eqn: Any, at: At, found: Found) -> Product:
         flops = 2 * math.prod(out) * math.prod(a[i] for i in numbers[0][0])
     elif eqn.primitive.name == "dot_general":
         (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
-        each, batch = (math.prod(a[i] for i in dims) for dims in (contracted, batched))
-        shape = (batch, _quotient(a, batch * each), each, _quotient(b, batch * each))
+        summed, batch = (math.prod(a[i] for i in dims) for dims in (contracted, batched))
+        shape = (batch, _quotient(a, batch * summed), summed, _quotient(b, batch * summed))
         flops = 2 * math.prod(shape)
     else:
         kernel = eqn.params["dimension_numbers"].rhs_spec
         flops = 2 * math.prod(out) * math.prod(b[i] for i in kernel[1:])
-    moved = sum(map(local_bytes, avals))
-    dtype = str(avals[0].dtype)
-    return Product(dtype, flops, moved, at.count, at.scope, at.known, next(found.order), shape)
+    return Product(
+        dtype=str(avals[0].dtype),
+        flops=flops,
+        bytes=sum(map(local_bytes, avals)),
+        count=context.count,
+        scope=context.scope,
+        known=context.known,
+        position=next(contents.order),
+        shape=shape,
+    )
 
 
 def _quotient(shape: tuple[int, ...], size: int) -> int:

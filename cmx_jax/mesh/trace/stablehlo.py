@@ -1,5 +1,4 @@
-"""Collectives and products of a lowered program, from its StableHLO: as handed to the compiler, types as
-written.
+"""Reads collectives and products from StableHLO: the program as handed to the compiler, types as written.
 
 A program whose sharding the compiler decides (GSPMD) has no collectives yet.
 """
@@ -22,8 +21,8 @@ from cmx_jax.mesh.jax_versions import explicit_parts, manual_axes, module_meshes
 from cmx_jax.mesh.trace.hlo.groups import axes_of_groups, axes_of_pairs, connected
 from cmx_jax.mesh.trace.hlo.text import numpy_dtype
 from cmx_jax.mesh.trace.ops.collective import Collective
-from cmx_jax.mesh.trace.ops.contents import At, Found, Product, merge_branches
-from cmx_jax.mesh.trace.ops.scope import joined, scopes
+from cmx_jax.mesh.trace.ops.contents import Contents, Context, Product, merge_branches
+from cmx_jax.mesh.trace.ops.scope import join_scopes, scopes
 from cmx_jax.mesh.trace.stablehlo_loops import trips
 
 OPS = {
@@ -38,15 +37,15 @@ PRODUCTS = frozenset(("stablehlo.dot_general", "stablehlo.convolution"))
 RAGGED = "ragged_all_to_all"  # the target of a custom call
 
 
-def read_stablehlo(program: Any) -> Found:
-    """Collectives and products of a module, or of its text.
+def read_stablehlo(program: Any) -> Contents:
+    """Reads the collectives and products of a module, or of its text.
 
     Args:
-      program: `lowered.compiler_ir("stablehlo")`, or `lowered.as_text()`; with `debug_info=True` it has
-        scopes.
+      program: Result of `lowered.compiler_ir("stablehlo")`, or of `lowered.as_text()`, which has scopes only
+        with `debug_info=True`.
 
     Raises:
-      CmxError: the text is no StableHLO.
+      CmxError: The text is not StableHLO.
     """
     if isinstance(program, str):
         with make_ir_context():
@@ -55,12 +54,12 @@ def read_stablehlo(program: Any) -> Found:
             except ir.MLIRError as error:
                 reason = " ".join(str(error).split())[:120]
                 raise CmxError(f"no StableHLO: expected lowered.as_text(); {reason}") from None
-    return _Reader(program).found
+    return _Reader(program).contents
 
 
 class _Reader:
     def __init__(self, module: ir.Module):
-        self.found = Found()
+        self.contents = Contents()
         self.meshes = module_meshes(module)
         self.functions = {
             ir.StringAttr(op.attributes["sym_name"]).value: op
@@ -68,88 +67,89 @@ class _Reader:
             if op.operation.name == "func.func"
         }
         for mesh in self.meshes.values():
-            self.found.axes |= dict(mesh.axes)
+            self.contents.axes |= dict(mesh.axes)
         self.devices = max((math.prod(n for _, n in mesh.axes) for mesh in self.meshes.values()), default=1)
         if "main" not in self.functions:
             raise CmxError(f"no StableHLO program: expected a function main, found {list(self.functions)}")
-        self._walk(self.functions["main"].regions[0], At(), self.found)
+        self._walk(self.functions["main"].regions[0], Context(), self.contents)
 
-    def _walk(self, region: Any, at: At, found: Found) -> None:
+    def _walk(self, region: Any, context: Context, contents: Contents) -> None:
         for block in region:
             for op in block:
-                self._visit(op.operation, at, found)
+                self._visit(op.operation, context, contents)
 
-    def _visit(self, op: Any, at: At, found: Found) -> None:
-        named = _name(op)
+    def _visit(self, op: Any, context: Context, contents: Contents) -> None:
+        name = _name(op)
         if op.name in OPS or (op.name == "stablehlo.custom_call" and _target(op) == RAGGED):
-            scope = joined(at.scope, scopes(named))
-            found.collectives += self._collectives(op, replace(at, scope=scope), found)
+            scope = join_scopes(context.scope, scopes(name))
+            contents.collectives += self._collectives(op, replace(context, scope=scope), contents)
         elif op.name in PRODUCTS:
-            found.products.append(_product(op, replace(at, scope=joined(at.scope, scopes(named))), found))
-            if self._is_whole(at):
-                found.whole[op.name.removeprefix("stablehlo.")] += 1
+            scope = join_scopes(context.scope, scopes(name))
+            contents.products.append(_product(op, replace(context, scope=scope), contents))
+            if self._is_unsplit(context):
+                contents.unsplit[op.name.removeprefix("stablehlo.")] += 1
         elif op.name == "func.call":
             called = self.functions[ir.FlatSymbolRefAttr(op.attributes["callee"]).value]
-            inside = replace(at, scope=joined(at.scope, scopes(f"{named}/call")))
-            self._walk(called.regions[0], inside, found)
+            inside = replace(context, scope=join_scopes(context.scope, scopes(f"{name}/call")))
+            self._walk(called.regions[0], inside, contents)
         elif op.name == "stablehlo.while":
             for region in op.regions:
-                self._walk(region, at.times(trips(op)), found)
+                self._walk(region, context.times(trips(op)), contents)
         elif op.name in ("stablehlo.case", "stablehlo.if"):
-            each = []
+            branches = []
             for region in op.regions:
-                each.append(Found(axes=found.axes, order=found.order))
-                self._walk(region, at, each[-1])
-            merge_branches(each, found)
+                branches.append(Contents(axes=contents.axes, order=contents.order))
+                self._walk(region, context, branches[-1])
+            merge_branches(branches, contents)
         elif op.name == "sdy.manual_computation":
-            manual = (*at.manual, *manual_axes(op))
-            self._walk(op.regions[0], replace(at, manual=manual), found)
-        else:  # reductions have bodies without either
+            manual = (*context.manual, *manual_axes(op))
+            self._walk(op.regions[0], replace(context, manual=manual), contents)
+        else:  # the bodies of reductions have neither
             for region in op.regions:
-                self._walk(region, at, found)
+                self._walk(region, context, contents)
 
-    def _is_whole(self, at: At) -> bool:
-        """Returns whether the compiler splits operations here over some axis."""
-        return any(size > 1 and name not in at.manual for name, size in self.found.axes.items())
+    def _is_unsplit(self, context: Context) -> bool:
+        """Returns whether the compiler will split operations in this context over some axis."""
+        return any(size > 1 and name not in context.manual for name, size in self.contents.axes.items())
 
-    def _collectives(self, op: Any, at: At, found: Found) -> Iterator[Collective]:
-        """One for each operand: several may travel together."""
+    def _collectives(self, op: Any, context: Context, contents: Contents) -> Iterator[Collective]:
+        """Yields one collective for each operand of an operation."""
         name = OPS.get(op.name, RAGGED)
         share, pairs = 1.0, None
         if name == "permute":
             pairs, _ = replica_groups(op.attributes["source_target_pairs"], self.meshes)
             groups = connected(pairs)
-            over = self._first_mesh_with(axes_of_pairs, pairs)
-            size = math.prod(self.found.axes[axis] for axis in over)
+            axes = self._first_mesh_with(axes_of_pairs, pairs)
+            size = math.prod(self.contents.axes[axis] for axis in axes)
             share = sum(a != b for a, b in pairs) / self.devices
         else:
-            named = op.attributes if op.name in OPS else op.attributes["backend_config"]
-            groups, axes = replica_groups(named["replica_groups"], self.meshes)
+            attributes = op.attributes if op.name in OPS else op.attributes["backend_config"]
+            groups, axes = replica_groups(attributes["replica_groups"], self.meshes)
             groups = groups or (tuple(range(self.devices)),)
-            over = self._first_mesh_with(axes_of_groups, groups) if axes is None else axes
+            axes = self._first_mesh_with(axes_of_groups, groups) if axes is None else axes
             size = len(groups[0])
         operands = list(op.operands)[: 1 if name == RAGGED else None]
         for operand in operands:
             dtype, shape = _array(operand)
-            if self._is_whole(at):
+            if self._is_unsplit(context):
                 parts = explicit_parts(operand, self.meshes)
                 if parts is None:
-                    found.whole[name] += 1
+                    contents.unsplit[name] += 1
                 else:
                     shape = tuple(n // part for n, part in zip(shape, parts, strict=True))
             yield Collective(
-                name,
-                over,
-                size,
-                dtype,
-                shape,
-                at.count,
-                at.scope,
-                share,
-                groups,
-                pairs,
-                at.known,
-                next(found.order),
+                op=name,
+                axes=axes,
+                group_size=size,
+                dtype=dtype,
+                shape=shape,
+                count=context.count,
+                scope=context.scope,
+                share=share,
+                groups=groups,
+                pairs=pairs,
+                known=context.known,
+                position=next(contents.order),
             )
 
     def _first_mesh_with(self, axes_of: Callable[[Groups, Axes], tuple[str, ...]], groups: Groups) -> Any:
@@ -158,9 +158,9 @@ class _Reader:
 
 
 def _name(op: Any) -> str:
-    """What JAX calls it: `while/body/Dispatch/all_to_all`."""
-    found = re.match(r'loc\("((?:[^"\\]|\\.)*)"(?!:\d)', str(op.location))
-    return found.group(1) if found else ""
+    """Returns JAX's name of an operation, such as `while/body/Dispatch/all_to_all`; '' if it has none."""
+    match = re.match(r'loc\("((?:[^"\\]|\\.)*)"(?!:\d)', str(op.location))
+    return match.group(1) if match else ""
 
 
 def _target(op: Any) -> str:
@@ -174,7 +174,7 @@ def _array(value: Any) -> tuple[str, tuple[int, ...]]:
 
 @cache
 def _dtype(name: str) -> str:
-    """MLIR's name of a type to NumPy's: `i32`, `ui8`, `i1`, `f8E4M3FN`, `complex<f32>`."""
+    """Returns NumPy's name of a type that MLIR calls `i32`, `ui8`, `i1`, `f8E4M3FN` or `complex<f32>`."""
     if name == "i1":
         return "bool"
     if name.startswith("complex"):
@@ -183,15 +183,22 @@ def _dtype(name: str) -> str:
     return numpy_dtype({"ui": "u", "i": "s", None: ""}[kind] + bits.lower())
 
 
-def _product(op: Any, at: At, found: Found) -> Product:
+def _product(op: Any, context: Context, contents: Contents) -> Product:
     (left, a), (right, b), (result, out) = map(_array, (*op.operands, op.results[0]))
     if op.name == "stablehlo.dot_general":
         numbers = stablehlo.DotDimensionNumbers(op.attributes["dot_dimension_numbers"])
-        each = math.prod(a[i] for i in numbers.lhs_contracting_dimensions)
+        summed = math.prod(a[i] for i in numbers.lhs_contracting_dimensions)
     else:
         kernel = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
-        each = math.prod(b) // b[kernel.kernel_output_feature_dimension]
+        summed = math.prod(b) // b[kernel.kernel_output_feature_dimension]
     arrays = ((left, a), (right, b), (result, out))
     moved = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for dtype, shape in arrays)
-    flops = 2 * math.prod(out) * each
-    return Product(left, flops, moved, at.count, at.scope, at.known, next(found.order))
+    return Product(
+        dtype=left,
+        flops=2 * math.prod(out) * summed,
+        bytes=moved,
+        count=context.count,
+        scope=context.scope,
+        known=context.known,
+        position=next(contents.order),
+    )

@@ -1,31 +1,31 @@
-"""A program's collectives and products as rows: for people, and for JSON."""
+"""The collectives and products of a program as rows, for people and for JSON."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
-from cmx_jax.mesh.trace.differences import unit_of
+from cmx_jax.mesh.trace.differences import Row, unit_of
 from cmx_jax.mesh.trace.ops.collective import Collective
-from cmx_jax.mesh.trace.ops.contents import Found, Product
+from cmx_jax.mesh.trace.ops.contents import Contents, Product
 from cmx_jax.mesh.trace.ops.place import groups_of, plane
 
 Payload = Callable[[Collective], float | None]
-"""Useful bytes of a collective on one rank, of all rounds that data decide on together; None: the operand."""
+"""Returns the useful bytes of a collective on a rank, data-dependent rounds together; None: the operand."""
 Flops = Callable[[Product], float | None]
-"""Operations of a product, of all rounds that data decide on together; None: those of one."""
+"""Returns the useful operations of a product, data-dependent rounds together; None: those of one."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What rows say beyond the program.
+    """The placement of the ranks, and the part of their work that is useful.
 
     Attributes:
-      machine: whose nodes the ranks sit on, node by node.
-      ranks_per_npu: 2 where a rank is a die.
-      first_npu: on which the mesh begins.
-      payload: what of an operand is useful, where that is less.
-      useful: what of a product is useful.
+      machine: Supernode whose nodes the ranks fill one after another.
+      ranks_per_npu: Number of ranks per NPU: 2 where a rank is a die.
+      first_npu: NPU of rank 0.
+      payload: Function that returns the useful bytes of a collective where these are less than its operand.
+      useful: Function that returns the useful operations of a product where these are less than all.
     """
 
     machine: Supernode = CLOUDMATRIX384
@@ -37,42 +37,42 @@ class View:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one rank moves and computes in one run of a program.
+    """The traffic, operations and memory of one rank in one run of a program.
 
     Attributes:
       source: `jaxpr`, `stablehlo` or `hlo`.
-      collectives: a row for each place in the program, in its order: `op`, `axes`, `group_size`, `plane`,
-        `dtype`, `shape`, `count`, `payload_bytes` and `wire_bytes` of all executions, `scope`. Where data
-        decide how often a loop runs `count` is None, and it is counted once.
-      flops: floating-point (or integer) operations of products by type; likewise.
-      scopes: `flops` and `bytes` (operands and results) of products by scope and type; likewise.
-      memory: bytes of a rank: `arguments`; of a compiled program also `temporaries`, `results` that are in no
-        argument's place, and `peak`, the sum.
-      seconds: what it took to `trace`, `lower` and `compile`.
-      notes: what is uncertain, and where sources differ.
-      found: what the rows are of.
+      collectives: Rows in the order of the program: `op`, `axes`, `group_size`, `plane`, `dtype`, `shape`,
+        `count`, `payload_bytes` and `wire_bytes` of all executions, `scope`. Where data decide how often a
+        loop runs, `count` is None and the bytes are those of one iteration.
+      flops: Floating-point (or integer) operations of products by type, counted in the same way.
+      scopes: `flops` and `bytes` (operands and results) of products by scope and type.
+      memory: Bytes of a rank: `arguments`; for a compiled program also `temporaries`, `results` that do not
+        reuse an argument's memory, and `peak`, the sum.
+      seconds: Seconds taken to `trace`, `lower` and `compile`.
+      notes: Sentences on what is uncertain, and on the differences between sources.
+      contents: The collectives and products themselves; not in JSON.
     """
 
     source: str
-    collectives: list[dict[str, Any]]
+    collectives: list[Row]
     flops: dict[str, int]
     scopes: dict[str, dict[str, dict[str, int]]]
     memory: dict[str, int]
     seconds: dict[str, float]
     notes: list[str]
-    found: Found = field(repr=False, compare=False)
+    contents: Contents = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "found"}
+        """Returns the trace as a dict for JSON, without `contents`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "contents"}
 
 
-def rows_of(found: Found, view: View) -> list[dict[str, Any]]:
-    """`Trace.collectives`."""
+def rows_of(contents: Contents, view: View) -> list[Row]:
+    """Returns the rows of `Trace.collectives`."""
 
-    def row(c: Collective) -> dict[str, Any]:
-        part = view.payload(c)
-        groups = c.groups or groups_of(c.axes, found.axes)
+    def row(c: Collective) -> Row:
+        payload = view.payload(c)
+        groups = c.groups or groups_of(c.axes, contents.axes)
         return {
             "op": c.op,
             "axes": list(c.axes),
@@ -81,39 +81,41 @@ def rows_of(found: Found, view: View) -> list[dict[str, Any]]:
             "dtype": c.dtype,
             "shape": list(c.shape),
             "count": c.count,
-            "payload_bytes": c.known * (c.operand_bytes if part is None else part),
+            "payload_bytes": c.known * (c.operand_bytes if payload is None else payload),
             "wire_bytes": c.known * c.wire_bytes,
             "scope": c.scope,
         }
 
-    return [row(c) for c in found.collectives]
+    return [row(c) for c in contents.collectives]
 
 
-def table(source: str, found: Found, view: View, memory: dict[str, int], seconds: dict[str, float]) -> Trace:
-    """The rows of what a source holds."""
-    notes = list(found.notes)
-    if any(x.count is None for x in (*found.collectives, *found.products)):
+def table(
+    source: str, contents: Contents, view: View, memory: dict[str, int], seconds: dict[str, float]
+) -> Trace:
+    """Returns the trace of a program's contents; `memory` and `seconds` as in `Trace`."""
+    notes = list(contents.notes)
+    if any(x.count is None for x in (*contents.collectives, *contents.products)):
         notes.append("count None: in a loop or branch that data decide; counted once")
     flops: dict[str, int] = {}
     scopes: dict[str, dict[str, dict[str, int]]] = {}
-    for p in found.products:
-        part = view.useful(p)
-        done = int(p.known * (p.flops if part is None else part))
-        flops[p.dtype] = flops.get(p.dtype, 0) + done
-        of = scopes.setdefault(p.scope, {}).setdefault(p.dtype, {"flops": 0, "bytes": 0})
-        of["flops"] += done
-        of["bytes"] += p.known * p.bytes
-    return Trace(source, rows_of(found, view), flops, scopes, memory, seconds, notes, found)
+    for p in contents.products:
+        useful = view.useful(p)
+        total = int(p.known * (p.flops if useful is None else useful))
+        flops[p.dtype] = flops.get(p.dtype, 0) + total
+        sums = scopes.setdefault(p.scope, {}).setdefault(p.dtype, {"flops": 0, "bytes": 0})
+        sums["flops"] += total
+        sums["bytes"] += p.known * p.bytes
+    return Trace(source, rows_of(contents, view), flops, scopes, memory, seconds, notes, contents)
 
 
 def render(t: Trace) -> str:
-    """A table of the collectives, and the operations of products."""
+    """Returns a table of the collectives, with the operations of products and the notes below it."""
     size, unit = unit_of(max((r["wire_bytes"] for r in t.collectives), default=0))
     titles = ("op", "axes", "plane", "operand", "count", f"payload {unit}", f"wire {unit}", "scope")
     rows: list[tuple[str, ...]] = [titles]
     for r in t.collectives:
         count = "data" if r["count"] is None else str(r["count"])
-        sizes = (f"{r[of] / size:,.3f}" for of in ("payload_bytes", "wire_bytes"))
+        sizes = (f"{r[key] / size:,.3f}" for key in ("payload_bytes", "wire_bytes"))
         axes, operand = ",".join(r["axes"]) or f"of {r['group_size']}", f"{r['dtype']}{r['shape']}"
         rows.append((r["op"], axes, r["plane"], operand, count, *sizes, r["scope"]))
     lines = aligned(rows, right={4, 5, 6})
@@ -126,7 +128,7 @@ def render(t: Trace) -> str:
 
 
 def scaled(number: float) -> str:
-    """`7.04 T`, `1.2 k`: in front of a unit."""
+    """Formats a number with the prefix of its unit: `7.04 T`, `1.2 k`."""
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return (
@@ -136,7 +138,7 @@ def scaled(number: float) -> str:
 
 
 def aligned(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
-    """Lines of a table; `right`: columns of numbers."""
+    """Returns the lines of a table; `right` are the columns to align on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -20,7 +20,7 @@ from cmx_jax.model.checkpoint.names import sources
 from cmx_jax.model.checkpoint.schemes import check_scales
 from cmx_jax.model.config import MLAConfig, ModelConfig
 from cmx_jax.model.families import preset, presets
-from cmx_jax.model.weights import parameter_counts
+from cmx_jax.model.parameters import parameter_counts
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.checkpoint.source import Checkpoint
-from cmx_jax.model.weights import Leaf, leaf_dtype
+from cmx_jax.model.leaf import Leaf, leaf_dtype
 from cmx_jax.quant.weights import channel_scale, quantize
 
 

@@ -9,16 +9,18 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.runners import Part, Runner
+from cmx_jax.mesh.runners import Runner
+from cmx_jax.mesh.specs import Part
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.int8 import Int8Pieces
 from cmx_jax.model.checkpoint.manifest import read_manifest
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.checkpoint.source import Checkpoint
 from cmx_jax.model.config import ModelConfig
+from cmx_jax.model.leaf import Leaf, leaf_dtype
 from cmx_jax.model.rebalance import initial, table_of, tables
 from cmx_jax.model.sharding import laid_out, leaf_spec
-from cmx_jax.model.weights import Leaf, Weights, leaf_dtype
+from cmx_jax.model.weights import Weights
 
 
 def open_checkpoint(directory: str | Path, config: ModelConfig | None = None) -> Checkpoint:

@@ -109,7 +109,7 @@ def _mla(c: ModelConfig, a: MLAConfig) -> Iterator[Row]:
     heads, nope, value = c.num_attention_heads, a.qk_nope_head_dim, a.v_head_dim
     width, query, latent = c.hidden_size, a.q_lora_rank, a.kv_lora_rank
 
-    def by_head(x: np.ndarray) -> np.ndarray:  # [H (N + V), C] -> [H, N + V, C]
+    def by_head(x: np.ndarray) -> np.ndarray:  # [H (N + V), A] -> [H, N + V, A]
         return x.reshape(heads, nope + value, latent)
 
     if query:

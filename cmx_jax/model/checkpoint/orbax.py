@@ -31,7 +31,8 @@ from cmx_jax.model.checkpoint.source import FloatsOnly
 from cmx_jax.model.checkpoint.writer import PieceReader
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config
-from cmx_jax.model.weights import Leaf, all_leaves
+from cmx_jax.model.leaf import Leaf
+from cmx_jax.model.weights import all_leaves
 
 MIN_CHUNK = 1 << 20  # Orbax advises against smaller ones
 PARTS = 8  # Orbax checkpoints that the experts of a layer are cut into

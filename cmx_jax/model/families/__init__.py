@@ -1,8 +1,7 @@
-"""Families of models: how each one's `config.json` becomes a `ModelConfig`, a file for each.
+"""Families of models: the conversion of each family's `config.json` to a `ModelConfig`, one file per family.
 
-Both styles of transformers, 4 (`rope_scaling`) and 5 (`rope_parameters`), are read. What an absent field
-means is what the family's own code takes it for. What would be computed wrongly is refused by name, never
-ignored.
+Both styles of transformers, 4 (`rope_scaling`) and 5 (`rope_parameters`), are read. An absent field has the
+default of the family's own code. A field that would be computed wrongly is refused by name, never ignored.
 """
 
 from dataclasses import replace
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.model.config import ModelConfig, expect
+from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families.deepseek import DEEPSEEK_V3, PANGU_ULTRA_MOE
 from cmx_jax.model.families.llama4 import LLAMA4
 from cmx_jax.model.families.palm import PALM
 from cmx_jax.model.families.qwen3 import QWEN3_MOE
 from cmx_jax.model.fields import Raw, mapping, only, read_json, token_ids
+from cmx_jax.model.limits import expect
 
 FAMILIES = {
     "deepseek_v3": DEEPSEEK_V3,
@@ -26,14 +26,14 @@ FAMILIES = {
     "llama4": LLAMA4,
     "palm": PALM,
 }
-"""By `model_type`."""
+"""Families by `model_type`."""
 
 
 def parse_config(raw: Raw) -> ModelConfig:
-    """A `config.json` object to a `ModelConfig`.
+    """Converts a `config.json` object to a `ModelConfig`.
 
     Raises:
-      CmxError: a field is missing, absurd, or asks for what is not implemented; the field is named.
+      CmxError: A field is missing, absurd or not implemented; the field is named.
     """
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -56,10 +56,10 @@ def parse_config(raw: Raw) -> ModelConfig:
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The config of a Hugging Face directory; end tokens are those of its `generation_config.json`, if any.
+    """Reads the config of a Hugging Face directory; a `generation_config.json` replaces its end tokens.
 
     Raises:
-      CmxError: no `config.json` there, not JSON, or refused by `parse_config`.
+      CmxError: There is no `config.json`, it is not JSON, or `parse_config` refuses it.
     """
     config = parse_config(read_json(Path(directory) / "config.json"))
     generation = Path(directory) / "generation_config.json"
@@ -68,7 +68,7 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def presets() -> dict[str, Path]:
-    """Full-size models by name: the file with their public `config.json`; no weights."""
+    """Files with the public `config.json` of full-size models, by name; there are no weights."""
     folder = Path(str(files("cmx_jax") / "model" / "presets"))
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
@@ -77,7 +77,7 @@ def preset(name: str) -> ModelConfig:
     """The config of a full-size model, to count, trace and predict.
 
     Raises:
-      CmxError: there is none of that name.
+      CmxError: The name is unknown.
     """
     known = presets()
     if name not in known:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from cmx_jax.model.config import LayerKind, MLAConfig, ModelConfig, expect
+from cmx_jax.model.config import LayerKind, MLAConfig, ModelConfig
 from cmx_jax.model.families.common import Family, common, number_of_layers, rope
 from cmx_jax.model.fields import Raw, flag, integer, number, optional_integer
+from cmx_jax.model.limits import expect
 
 
 def _leading_dense(raw: Raw, name: str) -> tuple[LayerKind, ...]:
@@ -14,7 +15,7 @@ def _leading_dense(raw: Raw, name: str) -> tuple[LayerKind, ...]:
 
 
 def _deepseek(raw: Raw, **family: Any) -> ModelConfig:
-    """What DeepSeek-V3 and Pangu Ultra MoE have in common."""
+    """Fields that DeepSeek-V3 and Pangu Ultra MoE have in common."""
     heads = integer(raw, "num_attention_heads")
     kv_heads = integer(raw, "num_key_value_heads", heads)
     expect(kv_heads == heads, "num_key_value_heads", kv_heads, f"num_attention_heads ({heads})")
@@ -49,7 +50,7 @@ def _deepseek_v3(raw: Raw) -> ModelConfig:
         n_group=integer(raw, "n_group", 1),
         topk_group=integer(raw, "topk_group", 1),
         router_bias=True,
-        latent_norm_eps=1e-6,  # whatever rms_norm_eps says, as in DeepSeek's and transformers' code
+        latent_norm_eps=1e-6,  # independent of rms_norm_eps, as in DeepSeek's and transformers' code
     )
 
 
@@ -91,7 +92,7 @@ PANGU_ULTRA_MOE = Family(
         "max_position_embeddings": 131072,
         "eos_token_id": 1,
     },
-    # of Pangu 2.0, which shares the model_type
+    # refuses Pangu 2.0, which has the same model_type
     {
         "scoring_func": ("sigmoid",),
         "n_group": (1,),

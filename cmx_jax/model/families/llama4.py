@@ -1,12 +1,13 @@
 """Llama 4: chunked attention, layers without rotation, experts weighted by input."""
 
-from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig, expect
+from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
 from cmx_jax.model.families.common import Family, common, number_of_layers, rope
 from cmx_jax.model.fields import Raw, flag, integer, integers, number, optional_integer
+from cmx_jax.model.limits import expect
 
 
 def _llama4(raw: Raw) -> ModelConfig:
-    """Llama 4's text model; of a multimodal directory the `text_config`."""
+    """Llama 4's text model; in a multimodal directory it is the `text_config`."""
     layers, hidden, heads = (
         number_of_layers(raw),
         integer(raw, "hidden_size"),
@@ -24,8 +25,8 @@ def _llama4(raw: Raw) -> ModelConfig:
     ]
     known = isinstance(types, list) and all(t in ("chunked_attention", "full_attention") for t in types)
     expect(known, "layer_types", str(types)[:80], "a list of chunked_attention and full_attention")
-    for name, given in (("no_rope_layers", turning), ("layer_types", types)):
-        expect(len(given) >= layers, name, f"{len(given)} long", f"one entry for each of {layers} layers")
+    for name, entries in (("no_rope_layers", turning), ("layer_types", types)):
+        expect(len(entries) >= layers, name, f"{len(entries)} long", f"one entry for each of {layers} layers")
     chunk = optional_integer(raw, "attention_chunk_size")
     chunked = [chunk is not None and t == "chunked_attention" for t in types]
     tuning = "attn_temperature_tuning"

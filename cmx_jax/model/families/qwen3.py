@@ -1,8 +1,9 @@
 """Qwen3-MoE: grouped-query attention with QK-norm, a softmax router, no shared expert."""
 
-from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig, expect
+from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
 from cmx_jax.model.families.common import Family, common, number_of_layers, rope
 from cmx_jax.model.fields import Raw, flag, integer, integers, optional_integer
+from cmx_jax.model.limits import expect
 
 
 def _qwen3_moe(raw: Raw) -> ModelConfig:
@@ -10,8 +11,8 @@ def _qwen3_moe(raw: Raw) -> ModelConfig:
     step, dense = integer(raw, "decoder_sparse_step"), integers(raw, "mlp_only_layers") or []
     expect(step > 0, "decoder_sparse_step", step, "a positive integer")
     experts = integer(raw, "num_experts", integer(raw, "num_local_experts", 128))
-    both = integer(raw, "num_local_experts", experts)
-    expect(both == experts, "num_local_experts", both, f"num_experts ({experts})")
+    local_experts = integer(raw, "num_local_experts", experts)
+    expect(local_experts == experts, "num_local_experts", local_experts, f"num_experts ({experts})")
     expect(heads > 0, "num_attention_heads", heads, "a positive integer")
     kinds = (
         LayerKind(moe=experts > 0 and i not in dense and (i + 1) % step == 0)

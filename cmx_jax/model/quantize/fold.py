@@ -76,7 +76,7 @@ def scale_readers(pieces: Pieces, paths: tuple[str, ...], s: np.ndarray) -> None
 def scale_writer(pieces: Pieces, path: str, s: np.ndarray) -> None:
     """Divides what is written by its reader's scale."""
     w = pieces[path]
-    if path == "attn.v_b":  # [H, V, C]
+    if path == "attn.v_b":  # [H, V, A]
         pieces[path] = w / s.reshape(*w.shape[:2], 1)
     elif path.endswith("gate_up"):  # [D, 2, F]: only up is a factor of what is read
         pieces[path] = np.stack([w[:, 0], w[:, 1] / s], axis=1)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from cmx_jax.mesh.exchange.methods import ExchangeStats
-from cmx_jax.model.attention import Where, local
+from cmx_jax.mesh.exchange import ExchangeStats
+from cmx_jax.model.attention import TokenPositions, data_parallel_attention
 from cmx_jax.model.config import LayerKind, ModelConfig
 from cmx_jax.model.decoder import Stream, layer
+from cmx_jax.model.leaf import Leaf
 from cmx_jax.model.quantize.fold import Pieces
-from cmx_jax.model.weights import Experts, Layer, Leaf, int8_fields, weight_tree
+from cmx_jax.model.weights import Experts, Layer, int8_fields, weight_tree
 from cmx_jax.quant import QTensor
 from cmx_jax.quant.matmul import Observed
 
@@ -72,7 +73,8 @@ def _run(
 
     length = x.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)[None]
-    stream = Stream(None, jnp.ones((1, length), bool), local(Where(positions), length, c))
+    attend = data_parallel_attention(TokenPositions(positions), length, c)
+    stream = Stream(None, jnp.ones((1, length), bool), attend)
     wanted = frozenset(path for _, path in int8_fields(c)) if noted else frozenset()
     marked = w.replace(
         attn=_observed(w.attn, wanted, inputs, "attn"), ffn=_observed(w.ffn, wanted, inputs, "ffn")

@@ -41,7 +41,7 @@ async def requests(request: Request) -> dict[str, Any]:
                 "state": r.state.value,
                 "priority": r.priority,
                 "prompt_tokens": len(r.prompt),
-                "cached_tokens": r.reused_tokens,
+                "cached_tokens": r.cached_tokens,
                 "generated_tokens": len(r.tokens),
                 "max_tokens": r.params.max_tokens,
             }

@@ -36,7 +36,7 @@ class Choice:
 
     def take(self, chunk: Chunk) -> Delta:
         """Goes on by a chunk, up to the token that completes a stop string."""
-        self.reused_tokens = chunk.request.reused_tokens
+        self.reused_tokens = chunk.request.cached_tokens
         text, taken = "", 0
         ended = len(chunk.tokens) - (chunk.finish_reason == "stop")  # the last one is an end token
         for token in chunk.tokens[:ended]:

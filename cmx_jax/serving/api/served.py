@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.schemas import Generate
 from cmx_jax.serving.api.template import ChatTemplate
-from cmx_jax.serving.deploy.deployment import Hosted
+from cmx_jax.serving.deploy.deployment import ModelInfo
 from cmx_jax.serving.http.errors import NotFound
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
 from cmx_jax.serving.service.frontend import Frontend
@@ -42,7 +42,7 @@ class Served:
     """A deployment behind a service or a router, and the name that clients know it by."""
 
     name: str
-    deployment: Hosted
+    deployment: ModelInfo
     service: Frontend
     template: ChatTemplate | None
     limits: Limits

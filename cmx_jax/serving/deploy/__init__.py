@@ -1,1 +1,1 @@
-"""From the name of a model to instances that run: weights, placement on the supernode, `LLM`, the demo."""
+"""Starts instances of a model by its name: weights, placement on the supernode, `LLM`, the demo."""

@@ -8,6 +8,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
 from cmx_jax.mesh.pools import Pools, carve
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
+from cmx_jax.serving.deploy.engine_args import POOL_DEFAULTS, POOL_MODEL_LEN, EngineArgs
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.deploy.site import Site
 from cmx_jax.serving.engine.engine import Engine
@@ -30,40 +31,36 @@ def run(
     prompts: tuple[str, ...] = PROMPTS,
     max_tokens: int = 32,
     prefill: int = 6,
-    kv_cache_dtype: str = "auto",
-    wire: str | None = None,
-    exchange: str = "hierarchical",
-    num_speculative_tokens: int = 1,
-    microbatches: int = 1,
-    redundant_slots: int = 0,
-    shared_slots: int = 0,
-    eplb_interval: int = 0,
     progress: Callable[[str], None] = lambda _: None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Serves the prompts and reports: pools, each request, the exchanges' bytes by rank and step.
+    """Serves prompts on a supernode and reports on pools, requests and exchanges.
 
     The programs of short sequences run once before the clock starts, so that times are of serving.
+
+    Args:
+      name_or_path: The model.
+      prompts: Texts to continue.
+      max_tokens: Number of tokens to generate for each prompt.
+      prefill: Number of prefill instances to start.
+      progress: Gets a line about what is being done.
+      options: Fields of `EngineArgs`; the defaults are those of pools, with one MTP draft.
+
+    Raises:
+      CmxError: The model is refused, an option does not fit it, or `prefill` exceeds the supernode.
     """
     enable_compilation_cache()
+    args = EngineArgs(**{**POOL_DEFAULTS, "num_speculative_tokens": 1, **options})
     progress("reading the model")
-    model = Model.read(name_or_path)
+    model = Model.read(name_or_path, args.dtype, args.quant)
     pools = carve(CLOUDMATRIX384)
     if not 1 <= prefill <= len(pools.prefill):
         raise CmxError(f"{prefill} prefill instances asked for, expected 1 to {len(pools.prefill)}")
     progress(f"starting {CLOUDMATRIX384.npus} devices, 1 decode and {prefill} prefill instance(s)")
-    site = Site(
-        model=model,
-        context=min(model.config.max_position_embeddings, 256),
-        kv_cache_dtype=kv_cache_dtype,
-        wire=wire,
-        exchange=exchange,
-        num_speculative_tokens=num_speculative_tokens,
-        microbatches=microbatches,
-        redundant_slots=redundant_slots,
-        shared_slots=shared_slots,
-    )
+    context = args.context(model.config.max_position_embeddings, POOL_MODEL_LEN)
+    site = Site(model=model, args=args, context=context)
     started = site.instances(replace(pools, prefill=pools.prefill[:prefill]))
-    engine = Engine(*started, eplb_interval=eplb_interval)
+    engine = Engine(*started, eplb_interval=args.eplb_interval)
     params = SamplingParams(max_tokens=max_tokens)
     warm = SamplingParams(max_tokens=2)
     for stage, stage_params in (("compiling (kept for the next time)", warm), ("serving", params)):

@@ -1,69 +1,48 @@
-"""Where `cmx serve` puts a model: on one instance that does everything, on the supernode's pools, or, as one
-role of several processes, on an instance that only prefills or only decodes."""
+"""The deployments of `cmx serve`: one instance that does everything, the supernode's pools, or, as one role
+of several processes, an instance that only prefills or only decodes."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
-from cmx_jax.model.checkpoint import open_checkpoint
+from cmx_jax.mesh.pools import DECODE_NPUS, PREFILL_NPUS
+from cmx_jax.serving.deploy.engine_args import POOL_DEFAULTS, POOL_MODEL_LEN, EngineArgs
 from cmx_jax.serving.deploy.llm import from_pretrained
-from cmx_jax.serving.deploy.model import Model, locate
-from cmx_jax.serving.deploy.site import Site
+from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.deploy.site import NpuRange, Site
 from cmx_jax.serving.ems import Fingerprint, Pool
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.stats import Traffic
 from cmx_jax.serving.kv import JaxTransport, Outbox
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import SamplingParams
-from cmx_jax.serving.scheduling.waiting import check_limits
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueueLimits:
-    """What may wait; see `Engine`.
-
-    Raises:
-      CmxError: one of them is not above zero.
-    """
-
-    max_num_queued_reqs: int | None = None
-    max_num_queued_tokens: int | None = None
-    queue_ttl_s: float | None = None
-
-    def __post_init__(self) -> None:
-        check_limits(**asdict(self))
-
-    def apply(self, engine: Engine) -> None:
-        """Holds an engine to them."""
-        for name, limit in asdict(self).items():
-            setattr(engine, name, limit)
 
 
 @dataclass(kw_only=True)
-class Hosted:
-    """A model that is served, here or by others.
+class ModelInfo:
+    """A model that is served, by this process or by workers.
 
     Attributes:
       name: `colocated`, `pools`, `router`, or the role of a worker.
-      model: config and tokenizer.
-      max_model_len: tokens of the longest sequence that there is room for.
-      npus: first NPU and number of them, by the instance's name.
+      model: Config and tokenizer.
+      max_model_len: Longest sequence that there is room for, in tokens.
+      npus: NPUs of each instance, by its name.
     """
 
     name: str
     model: Model
     max_model_len: int
-    npus: dict[str, tuple[int, int]] = field(default_factory=dict)
+    npus: dict[str, NpuRange] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
-class Deployment(Hosted):
+class Deployment(ModelInfo):
     """A model on instances of this process.
 
     Attributes:
-      engine: over them.
-      site: of pools, whose instances can change.
+      engine: Engine over the instances.
+      site: Site of the pools, whose instances can change; None for a single instance.
     """
 
     engine: Engine
@@ -71,23 +50,30 @@ class Deployment(Hosted):
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Of its pages."""
-        return self.engine.instances[0].fingerprint(self.model.id)
+        """Fingerprint of its pages."""
+        return self.engine.instances[0].programs.fingerprint(self.model.id)
 
     def cache(self, pool: Pool, block: int, generated: bool = False) -> None:
-        """Lets prompts begin behind what is found in a caching pool; `generated`: see `ContextCache`.
+        """Reuses the KV blocks of prompts from a caching pool, and stores new ones there.
+
+        Args:
+          pool: The caching pool.
+          block: Tokens per block.
+          generated: True to store generated text too; see `ContextCache`.
 
         Raises:
-          CmxError: a block is not whole pages.
+          CmxError: A block is not a whole number of pages.
         """
         one = self.engine.instances[0]
-        self.engine.context = ContextCache(pool, self.fingerprint.of(block), one.cache.pages, generated)
+        self.engine.mover.context = ContextCache(
+            pool, self.fingerprint.of(block), one.programs.cache.pages, generated
+        )
 
     def recarve(self, prefill: int, decode: int, grace_s: float) -> None:
-        """Serves with so many instances of each kind from now on; see `Engine.recarve`.
+        """Changes the number of prefill and decode instances; see `Engine.recarve`.
 
         Raises:
-          CmxError: there are no pools, or they do not fit the supernode.
+          CmxError: The deployment has no pools, or the instances do not fit the supernode.
         """
         if self.site is None:
             raise CmxError(f"deployment {self.name!r} has one instance, expected --deployment pools")
@@ -96,53 +82,48 @@ class Deployment(Hosted):
         self.npus.update(self.site.npus())
 
 
-def colocated(name_or_path: str, *, num_speculative_tokens: int | None = None, **options: Any) -> Deployment:
-    """One instance that prefills and decodes.
+def colocated(name_or_path: str, **options: Any) -> Deployment:
+    """Starts one instance that prefills and decodes.
 
     Args:
-      name_or_path: the model.
-      num_speculative_tokens: MTP drafts; None: one, if the model has an MTP layer.
-      options: further ones of `from_pretrained`.
+      name_or_path: The model.
+      options: Fields of `EngineArgs`. `num_speculative_tokens` is by default one, if the model has an MTP
+        layer.
 
     Raises:
-      CmxError: as `from_pretrained`.
+      CmxError: The reasons are those of `from_pretrained`.
     """
-    return _alone("colocated", name_or_path, num_speculative_tokens, options)
+    return _single_instance("colocated", name_or_path, options)
 
 
-def worker(
-    role: str, name_or_path: str, *, host: str, num_speculative_tokens: int | None = None, **options: Any
-) -> Deployment:
-    """One instance that only prefills, or only decodes, for others.
+def worker(role: str, name_or_path: str, *, host: str, **options: Any) -> Deployment:
+    """Starts one instance that only prefills, or only decodes, for other processes.
 
     Args:
       role: `prefill` or `decode`.
-      name_or_path: the model.
-      host: the address of this machine under which the others fetch pages.
-      num_speculative_tokens: see `colocated`.
-      options: further ones of `from_pretrained`.
+      name_or_path: The model.
+      host: Address of this machine from which other processes fetch pages.
+      options: Fields of `EngineArgs`, with the defaults of `colocated`.
 
     Raises:
-      CmxError: as `from_pretrained`.
+      CmxError: The reasons are those of `from_pretrained`.
     """
-    found = _alone(role, name_or_path, num_speculative_tokens, options)
-    [instance] = found.engine.instances
-    outbox = Outbox(JaxTransport(host), found.fingerprint)
+    deployment = _single_instance(role, name_or_path, options)
+    [instance] = deployment.engine.instances
+    outbox = Outbox(JaxTransport(host), deployment.fingerprint)
     pools = ([instance], []) if role == "prefill" else ([], [instance])
-    found.engine = Engine(*pools, outbox=outbox)
-    return found
+    deployment.engine = Engine(*pools, outbox=outbox)
+    return deployment
 
 
-def _alone(name: str, name_or_path: str, drafts: int | None, options: dict[str, Any]) -> Deployment:
-    if drafts is None:
-        drafts = int(open_checkpoint(locate(name_or_path)).mtp)
-    llm = from_pretrained(name_or_path, num_speculative_tokens=drafts, **options)
+def _single_instance(name: str, name_or_path: str, options: dict[str, Any]) -> Deployment:
+    llm = from_pretrained(name_or_path, **{"num_speculative_tokens": None, **options})
     return Deployment(
         name=name,
         model=llm.model,
         engine=llm.engine,
         max_model_len=llm.max_model_len,
-        npus={llm.instance.name: (0, llm.instance.layout.ranks)},
+        npus={llm.instance.name: NpuRange(0, llm.instance.layout.ranks)},
     )
 
 
@@ -151,43 +132,49 @@ def pools(
     *,
     prefill: int,
     decode: int = 1,
-    max_model_len: int | None = None,
-    dtype: str = "float32",
-    quant: str = "auto",
-    num_speculative_tokens: int | None = None,
-    eplb_interval: int = 0,
+    sequences: int = 1,
+    decode_npus: int = DECODE_NPUS,
+    prefill_npus: int = PREFILL_NPUS,
     **options: Any,
 ) -> Deployment:
-    """The paper's pools on the whole mesh: decode instances of 160 NPUs, prefill instances of 16.
+    """Starts the paper's pools on the whole mesh: decode instances of 160 NPUs, prefill instances of 16.
 
     Args:
-      name_or_path: the model.
-      prefill: prefill instances to start.
-      decode: decode instances to start.
-      max_model_len: tokens to make room for; None takes the model's context, at most 256.
-      dtype: see `from_pretrained`.
-      quant: see `from_pretrained`.
-      num_speculative_tokens: MTP drafts, if the model has an MTP layer; None: one.
-      eplb_interval: see `Engine`.
-      options: further ones of `serving.site.Site`.
+      name_or_path: The model.
+      prefill: Number of prefill instances.
+      decode: Number of decode instances.
+      sequences: Number of sequences per decode rank.
+      decode_npus: Number of NPUs per decode instance.
+      prefill_npus: Number of NPUs per prefill instance.
+      options: Fields of `EngineArgs`, with the defaults of `POOL_DEFAULTS`. `max_model_len` is by default the
+        model's context, at most 256.
 
     Raises:
-      CmxError: as `Model.read` and `Site`.
+      CmxError: The model is unknown or refused, or the instances do not fit it or the supernode.
     """
     enable_compilation_cache()
-    model = Model.read(name_or_path, dtype, quant)
-    length = min(model.config.max_position_embeddings, 256) if max_model_len is None else max_model_len
-    drafts = 1 if num_speculative_tokens is None else num_speculative_tokens
-    site = Site(model=model, context=length, num_speculative_tokens=drafts, **options)
-    engine = Engine(*site.instances(site.carve(prefill, decode)), eplb_interval=eplb_interval)
+    args = EngineArgs(**{**POOL_DEFAULTS, **options})
+    model = Model.read(name_or_path, args.dtype, args.quant)
+    length = args.context(model.config.max_position_embeddings, POOL_MODEL_LEN)
+    site = Site(
+        model=model,
+        args=args,
+        context=length,
+        sequences=sequences,
+        decode_npus=decode_npus,
+        prefill_npus=prefill_npus,
+    )
+    engine = Engine(*site.instances(site.carve(prefill, decode)), eplb_interval=args.eplb_interval)
     return Deployment(
         name="pools", model=model, engine=engine, max_model_len=length, npus=site.npus(), site=site
     )
 
 
 def warm_up(engine: Engine) -> None:
-    """Compiles the programs of short sequences, greedy and sampled, so that the first request need not. What
-    only decodes compiles with its first request: it has no pages to begin with."""
+    """Compiles the programs of short sequences, greedy and sampled, before the first request.
+
+    A decode-only engine compiles with its first request: it has no pages to begin with.
+    """
     for temperature in (0.0, 1.0) if engine.prefill else ():
         request = engine.submit([0], SamplingParams(max_tokens=2, temperature=temperature, ignore_eos=True))
         engine.run()
@@ -195,5 +182,5 @@ def warm_up(engine: Engine) -> None:
             engine.outbox.withdraw(ticket.transfer_id)
     for instance in engine.instances:
         instance.traffic = Traffic()
-        instance.prefill_tokens = 0
+        instance.computed_tokens = 0
     engine.steps, engine.step_s, engine.busy_s = 0, 0.0, 0.0

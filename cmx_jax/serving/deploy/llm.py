@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,25 +13,37 @@ from numpy.typing import ArrayLike
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.named_layouts import ready
+from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.model.rebalance import Move
+from cmx_jax.serving.deploy.engine_args import EngineArgs
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.scoring import device_logits
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.pages import pages_for
-from cmx_jax.serving.scheduling.ranks import Capacity
 from cmx_jax.serving.scheduling.request import Request, SamplingParams
+
+MAX_MODEL_LEN = 4096  # tokens to make room for at most, by default
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of one prompt; `str()` of it is its text."""
+    """Continuation of one prompt; `str()` of it is its text.
+
+    Attributes:
+      prompt_tokens: Token ids of the prompt.
+      tokens: Generated token ids.
+      text: Generated text.
+      finish_reason: `stop` at an end token, `length` at `max_new_tokens`.
+      ttft_s: Time to first token, in seconds.
+      tpot_s: Mean time per output token after the first, in seconds.
+    """
 
     prompt_tokens: list[int]
     tokens: list[int]
     text: str
-    finish_reason: str  # "stop" at an end token, "length" at max_new_tokens
+    finish_reason: str
     ttft_s: float
     tpot_s: float
 
@@ -42,57 +55,56 @@ class LLM:
     """A model on one instance that prefills and decodes.
 
     Attributes:
-      model: config, weights and tokenizer as read.
-      instance: the ranks it runs on; `instance.traffic` counts what the exchanges and drafts did.
-      engine: the serving loop over it.
-      max_model_len: tokens of the longest sequence that there is room for.
+      model: Config, weights and tokenizer as read.
+      instance: The instance; `instance.traffic` has counts of its exchanges and drafts.
+      engine: Serving loop over the instance.
+      max_model_len: Longest sequence that there is room for, in tokens.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        layout: Layout,
-        runner: str,
-        max_num_seqs: int,
-        max_model_len: int,
-        max_num_batched_tokens: int,
-        num_speculative_tokens: int,
-        eplb_interval: int,
-        kv_cache_dtype: str = "auto",
-    ):
+    def __init__(self, model: Model, layout: Layout, args: EngineArgs):
+        """Puts a model on the ranks of a layout.
+
+        Args:
+          model: Config, weights and tokenizer as read.
+          layout: Layout of the ranks, instead of the options of `args` that describe one.
+          args: Options of the engine.
+
+        Raises:
+          CmxError: The layout does not fit the model or the machine, or an option does not fit the model.
+        """
         width, parts = Capacity().page_width, layout.microbatches
-        sequences = -(-max_num_seqs // (layout.data_ranks * parts)) * parts
+        sequences = -(-args.max_num_seqs // (layout.data_ranks * parts)) * parts
+        self.model = model
+        self.max_model_len = args.context(model.config.max_position_embeddings, MAX_MODEL_LEN)
         capacity = Capacity(
             sequences=sequences,
-            pages=sequences * pages_for(max_model_len, width),
+            pages=sequences * pages_for(self.max_model_len, width),
             page_width=width,
-            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_batched_tokens=args.max_num_batched_tokens,
         )
-        self.model = model
-        self.max_model_len = max_model_len
         self.instance = model.instance(
-            runner,
+            args.runner,
             layout,
-            make_runner(runner, layout.axes),
+            make_runner(args.runner, layout.axes),
             capacity,
-            num_speculative_tokens,
-            kv_cache_dtype,
+            args.drafts(model.checkpoint.mtp),
+            args.kv_cache_dtype,
         )
-        self.engine = Engine([self.instance], self.instance, eplb_interval=eplb_interval)
+        self.engine = Engine([self.instance], self.instance, eplb_interval=args.eplb_interval)
 
     @property
     def moves(self) -> list[Move]:
-        """What each rebalancing of the experts did."""
+        """Results of the rebalancings of the experts."""
         return self.engine.moves
 
     def logits(self, tokens: ArrayLike) -> Float[np.ndarray, "B T O"]:
         """Float32 logits of every position: row `t` predicts token `t + 1`.
 
         Args:
-          tokens: integers [B, T].
+          tokens: Token ids, integers `[B, T]`.
 
         Raises:
-          CmxError: not [B, T] integers of the vocabulary, or longer than the context.
+          CmxError: The tokens are not `[B, T]` integers of the vocabulary, or exceed the context.
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
@@ -103,15 +115,19 @@ class LLM:
     def device_logits(
         self, tokens: Integer[np.ndarray, "B T"], lengths: Integer[np.ndarray, " B"]
     ) -> Float[jax.Array, "rows span O"]:
-        """As `logits`, but left on the devices, for sequences of unequal length.
+        """Returns the logits of sequences of unequal length, left on the devices.
 
-        Nothing is computed of the experts behind a sequence's length; logits there mean nothing.
+        Experts compute nothing after the end of a sequence, and the logits there are meaningless.
+
+        Args:
+          tokens: Token ids, padded to one length.
+          lengths: Number of tokens of each sequence.
 
         Returns:
-          More rows and positions than were given: few shapes, few programs.
+          Logits of at least the `B` rows and `T` positions, rounded up: few shapes, few programs.
 
         Raises:
-          CmxError: tokens that the vocabulary lacks, or more of them than the context holds.
+          CmxError: A token is outside the vocabulary, or the tokens exceed the context.
         """
         c = self.model.config
         if tokens.min() < 0 or tokens.max() >= c.vocab_size:
@@ -133,10 +149,19 @@ class LLM:
     ) -> list[Completion]:
         """Continues each prompt (text or token ids); greedy unless `temperature` is above 0.
 
-        The same seed gives the same continuation of a prompt in any company and on any runner.
+        The same seed gives the same continuation of a prompt in any batch and on any runner.
+
+        Args:
+          prompts: A text, or a sequence of texts and lists of token ids.
+          max_new_tokens: Largest number of tokens to generate for each prompt.
+          temperature: Temperature; 0 is greedy.
+          top_k: Number of most likely tokens to sample from; 0: all.
+          top_p: Probability mass of the most likely tokens to sample from.
+          seed: Seed of the draws.
+          ignore_eos: True to continue after the model's end tokens.
 
         Raises:
-          CmxError: a prompt or a parameter cannot be served; none is then.
+          CmxError: A prompt or a parameter cannot be served; no prompt is served then.
         """
         params = SamplingParams(
             max_tokens=max_new_tokens,
@@ -146,8 +171,8 @@ class LLM:
             seed=seed,
             ignore_eos=ignore_eos,
         )
-        given = [prompts] if isinstance(prompts, str) else prompts
-        requests = [self.engine.submit(self.model.encode(prompt), params) for prompt in given]
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        requests = [self.engine.submit(self.model.encode(prompt), params) for prompt in texts]
         try:
             self.engine.run()
         except BaseException:  # an interrupt, say: the next call must not find half-served requests
@@ -157,7 +182,7 @@ class LLM:
 
 
 def completion(request: Request, model: Model) -> Completion:
-    """The result of a finished request."""
+    """Returns the result of a finished request."""
     kept = request.tokens[:-1] if request.finish_reason == "stop" else request.tokens
     return Completion(
         prompt_tokens=list(request.prompt),
@@ -169,85 +194,32 @@ def completion(request: Request, model: Model) -> Completion:
     )
 
 
-def from_pretrained(
-    name_or_path: str | Path,
-    *,
-    runner: str = "lanes",
-    ranks: int = 8,
-    layout: str | Layout | None = None,
-    dtype: str = "float32",
-    quant: str = "auto",
-    kv_cache_dtype: str = "auto",
-    wire: str | None = None,
-    exchange: str = "flat",
-    max_num_seqs: int = 32,
-    max_model_len: int | None = None,
-    max_num_batched_tokens: int = 2048,
-    num_speculative_tokens: int = 0,
-    microbatches: int = 1,
-    redundant_slots: int = 0,
-    shared_slots: int = 0,
-    eplb_interval: int = 0,
-) -> LLM:
+def from_pretrained(name_or_path: str | Path, *, layout: str | Layout | None = None, **options: Any) -> LLM:
     """Loads a Hugging Face directory, or `tiny`, the model that ships.
 
     Args:
-      name_or_path: the model.
-      runner: `lanes` (any number of ranks on one device) or `devices` (one device a rank).
-      ranks: expert-parallel ranks.
-      layout: of other ranks than those: a `Layout`, or the name of a ready one such as `tp4` (see
-        `cmx_jax.mesh.named_layouts`). It has wire, exchange, microbatches and slots of its own, instead of
-        those below.
-      dtype: `float32` or `bfloat16`, of weights, cache and arithmetic.
-      quant: `int8` rounds the large matrices while they are loaded, with a scale for each output channel, and
-        computes with them in INT8 (W8A8: activations are rounded token by token); `auto` does so where the
-        checkpoint is stored like that; `none` computes in `dtype` whatever is stored.
-      kv_cache_dtype: of the cache alone: `auto` takes `dtype`; `int8`, `bfloat16` or `float32`. Attention
-        sees what is kept, in `logits` too.
-      wire: type of dispatched tokens, `float32`, `bfloat16` or `int8`; None takes `dtype`.
-      exchange: how they travel: `flat`, `hierarchical` (by node, then NPU), `allgather` (everywhere), or, on
-        accelerators, `ragged` (messages only).
-      max_num_seqs: sequences decoded at once, over all ranks; further ones wait.
-      max_model_len: longest sequence to make room for; None takes the model's context, at most 4,096.
-      max_num_batched_tokens: of a prefill step's row; longer prompts are prefilled in chunks.
-      num_speculative_tokens: drafts of the MTP layer that each decode step verifies; the text stays the same.
-      microbatches: streams in which a step's rows go through the layers.
-      redundant_slots: further replicas of busy experts, over all ranks.
-      shared_slots: slots for copies of the shared expert; with 0 every rank has it.
-      eplb_interval: decode steps after which experts are placed anew by their load; 0: never.
+      name_or_path: The model.
+      layout: Layout of the ranks: a `Layout`, or the name of one such as `tp4` (see
+        `cmx_jax.mesh.named_layouts`). It replaces the options `ranks`, `wire`, `exchange`, `microbatches`,
+        `redundant_slots` and `shared_slots`. None: expert parallelism by these options.
+      options: Fields of `EngineArgs`, such as `runner="devices"`. `max_model_len` is by default the model's
+        context, at most 4,096.
 
     Raises:
-      CmxError: the model is unknown or refused, or the layout does not fit it or the machine.
+      CmxError: The model is unknown or refused, or the layout does not fit it or the machine.
     """
     enable_compilation_cache()
-    if max_num_seqs < 1:
-        raise CmxError(f"max_num_seqs is {max_num_seqs}, expected at least 1")
-    model = Model.read(name_or_path, dtype, quant)
-    context = model.config.max_position_embeddings
-    length = min(context, 4096) if max_model_len is None else max_model_len
-    if not 1 <= length <= context:
-        raise CmxError(f"max_model_len is {length}, expected 1 to the model's context of {context}")
-    if max_num_batched_tokens < 1:
-        raise CmxError(f"max_num_batched_tokens is {max_num_batched_tokens}, expected at least 1")
+    args = EngineArgs(**options)
+    model = Model.read(name_or_path, args.dtype, args.quant)
     experts = model.config.n_routed_experts
     if layout is None:
         layout = expert_parallel(
-            ranks,
+            args.ranks,
             experts,
-            exchange=exchange,
-            wire=dtype if wire is None else wire,
-            microbatches=microbatches,
-            redundant_slots=redundant_slots,
-            shared_slots=shared_slots,
+            exchange=args.exchange,
+            wire=args.dtype if args.wire is None else args.wire,
+            microbatches=args.microbatches,
+            redundant_slots=args.redundant_slots,
+            shared_slots=args.shared_slots,
         )
-    return LLM(
-        model,
-        ready(layout).make(experts) if isinstance(layout, str) else layout,
-        runner,
-        max_num_seqs,
-        length,
-        max_num_batched_tokens,
-        num_speculative_tokens,
-        eplb_interval,
-        kv_cache_dtype,
-    )
+    return LLM(model, named_layout(layout).make(experts) if isinstance(layout, str) else layout, args)

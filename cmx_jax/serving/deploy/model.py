@@ -1,4 +1,4 @@
-"""A model on disk: found by name or path, read once, put on as many instances as wanted."""
+"""A model on disk: located by name or path, read once, and put on any number of instances."""
 
 import hashlib
 import json
@@ -24,30 +24,31 @@ from cmx_jax.model.decode import MAX_DRAFTS
 from cmx_jax.model.families import preset, presets, read_config
 from cmx_jax.model.weights import int8_fields
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.executor.programs import Programs
+from cmx_jax.serving.scheduling.allocator import Capacity
 
 SHIPPED = ("tiny",)
 DTYPES = ("float32", "bfloat16")
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """The directory of a model: one that ships with the package, or a path.
+    """Returns the directory of a model that ships with the package, or of a path.
 
     Raises:
-      CmxError: it is neither.
+      CmxError: The name is neither a shipped model nor a directory.
     """
     if str(name_or_path) in SHIPPED:
         return Path(str(files("cmx_jax") / "model" / "checkpoints" / str(name_or_path)))
     try:
         path = Path(name_or_path).expanduser()
-        found = path.is_dir()
+        exists = path.is_dir()
     except (RuntimeError, OSError, ValueError):  # an unknown ~user, an impossible name
-        found = False
-    if not found and str(name_or_path) in presets():
+        exists = False
+    if not exists and str(name_or_path) in presets():
         raise CmxError(
             f"{name_or_path} is a preset, a config without weights: give the directory that has them"
         )
-    if not found:
+    if not exists:
         raise CmxError(
             f"model {str(name_or_path)!r} is neither a directory nor a model that ships: {', '.join(SHIPPED)}"
         )
@@ -55,7 +56,7 @@ def locate(name_or_path: str | Path) -> Path:
 
 
 def located(name_or_path: str) -> str | Path:
-    """As `locate`, but the name of a preset is itself."""
+    """Returns the name of a preset unchanged, else the directory that `locate` returns."""
     return (
         name_or_path
         if name_or_path in presets() and not Path(name_or_path).exists()
@@ -64,18 +65,26 @@ def located(name_or_path: str) -> str | Path:
 
 
 def config_of(name_or_path: str) -> ModelConfig:
-    """The config of a preset, of a model that ships, or of a directory; no weights are looked at.
+    """Returns the config of a preset, of a shipped model, or of a directory, without reading weights.
 
     Raises:
-      CmxError: there is none.
+      CmxError: The name is unknown, or the config is refused.
     """
-    found = located(name_or_path)
-    return preset(found) if isinstance(found, str) else read_config(found)
+    location = located(name_or_path)
+    return preset(location) if isinstance(location, str) else read_config(location)
 
 
 @dataclass(frozen=True)
 class Model:
-    """Config, checkpoint and tokenizer of a directory. Weights are read when an instance is made."""
+    """Config, checkpoint and tokenizer of a directory. Weights are read when an instance is made.
+
+    Attributes:
+      directory: Directory of the model.
+      config: Config, with the matrices to compute in INT8.
+      checkpoint: Checkpoint with the weights.
+      tokenizer: Tokenizer, or None if the directory has none.
+      dtype: Type of weights that are floats, of the cache and of arithmetic.
+    """
 
     directory: Path
     config: ModelConfig
@@ -85,15 +94,15 @@ class Model:
 
     @classmethod
     def read(cls, name_or_path: str | Path, dtype: str = "float32", quant: str = "auto") -> "Model":
-        """Finds a model and checks its files.
+        """Locates a model and checks its files.
 
         Args:
-          name_or_path: the model.
-          dtype: of what is floats.
-          quant: see `cmx_jax.serving.deploy.llm.from_pretrained`.
+          name_or_path: The model.
+          dtype: Type of weights that are floats, of the cache and of arithmetic.
+          quant: Option `quant` of `EngineArgs`.
 
         Raises:
-          CmxError: there is none of that name, or it is refused; the field or tensor is named.
+          CmxError: The model is unknown, or refused; the message names the field or tensor.
         """
         if dtype not in DTYPES:
             raise CmxError(f"dtype {dtype!r} is unknown, expected one of {list(DTYPES)}")
@@ -104,24 +113,24 @@ class Model:
 
     @cached_property
     def id(self) -> str:
-        """Of weights and arithmetic: equal ids make equal rows in caches, but for their type."""
-        how = json.dumps([sorted(self.config.int8), self.config.int8_scales], default=str)
-        return hashlib.sha256(f"{digest(self.directory)} {how}".encode()).hexdigest()
+        """Id of weights and arithmetic: equal ids give equal cached rows, except for their type."""
+        arithmetic = json.dumps([sorted(self.config.int8), self.config.int8_scales], default=str)
+        return hashlib.sha256(f"{digest(self.directory)} {arithmetic}".encode()).hexdigest()
 
     @property
     def mtp_missing(self) -> bool:
-        """The config names MTP layers, but none is stored."""
+        """True if the config has MTP layers, but the checkpoint stores none."""
         return self.config.num_nextn_predict_layers > 0 and not self.checkpoint.mtp
 
     def encode(self, prompt: object, special: bool = True) -> list[int]:
-        """Token ids of a prompt; ids pass through.
+        """Returns the token ids of a prompt; ids pass through.
 
         Args:
-          prompt: text or ids.
-          special: whether text gets the tokens that the tokenizer puts around a sequence, if any.
+          prompt: Text or token ids.
+          special: True to add the tokens that the tokenizer puts around a sequence.
 
         Raises:
-          CmxError: text, and the model has no tokenizer; or neither text nor ids.
+          CmxError: The prompt is text and the model has no tokenizer, or it is neither text nor ids.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -137,7 +146,7 @@ class Model:
         return [int(token) for token in ids]
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of token ids, without special tokens (empty without a tokenizer)."""
+        """Returns the text of token ids without special tokens, or '' without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(tokens)
 
     def instance(
@@ -149,11 +158,19 @@ class Model:
         num_speculative_tokens: int = 0,
         kv_cache_dtype: str = "auto",
     ) -> Instance:
-        """This model on an instance; each rank's weights are read from the files.
+        """Starts an instance of the model; each rank's weights are read from the files.
+
+        Args:
+          name: Name of the instance.
+          layout: Layout of the ranks.
+          runner: Runner of the programs.
+          capacity: Capacity of each rank.
+          num_speculative_tokens: Number of MTP drafts of a decode step.
+          kv_cache_dtype: Type of the cached rows.
 
         Raises:
-          CmxError: a number in them is not finite, or the experts do not fit the slots, or there is no MTP
-            layer to draft with, or no such type of cache.
+          CmxError: A weight is not finite, the experts do not fit the slots, the model has no MTP layer to
+            draft with, or the cache type is unknown.
         """
         kept = cache_dtype(kv_cache_dtype, self.dtype)
         drafts = num_speculative_tokens
@@ -165,14 +182,15 @@ class Model:
             raise CmxError(f"num_speculative_tokens is {drafts}, expected {expected}")
         dtype = jnp.dtype(self.dtype)
         weights = load_weights(self.checkpoint, layout, runner, dtype, drafts > 0, self.config)
-        return Instance(name, self.config, layout, runner, weights, capacity, self.dtype, drafts, kept)
+        programs = Programs(name, self.config, layout, runner, weights, capacity, self.dtype, drafts, kept)
+        return Instance(programs)
 
 
 QUANTS = ("auto", "none", "int8")
 
 
 def _quantized(checkpoint: Checkpoint, quant: str) -> ModelConfig:
-    """The config, with what is to be computed in INT8."""
+    """Returns the config, with the matrices to compute in INT8."""
     if quant not in QUANTS:
         raise CmxError(f"quant {quant!r} is unknown, expected one of {list(QUANTS)}")
     possible, (stored, scales) = int8_fields(checkpoint.config), checkpoint.int8

@@ -1,6 +1,7 @@
-"""A model on a supernode: instances on the slices that pools are carved into."""
+"""Instances of a model on a supernode, on the slices that pools are carved into."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import host_devices
@@ -8,60 +9,56 @@ from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.mesh.pools import DECODE_NPUS, PREFILL_NPUS, Pools, Slice, carve
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
+from cmx_jax.serving.deploy.engine_args import EngineArgs
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.pages import pages_for
-from cmx_jax.serving.scheduling.ranks import Capacity
+
+
+class NpuRange(NamedTuple):
+    """Consecutive NPUs of a supernode.
+
+    Attributes:
+      first: Index of the first NPU.
+      size: Number of NPUs.
+    """
+
+    first: int
+    size: int
 
 
 @dataclass(kw_only=True)
 class Site:
-    """Makes instances of a model, and keeps those that it made.
+    """Makes instances of a model on a supernode, and keeps those that it started.
 
     Attributes:
-      model: what to serve.
-      context: longest sequence to make room for, tokens.
-      runner: `devices`, or `lanes` for the same ranks on one device.
-      sequences: of a decode rank.
-      max_num_batched_tokens: of a prefill step's row.
-      kv_cache_dtype: of all instances' pages.
-      wire: type of dispatched tokens; None takes the model's.
-      exchange: how they travel.
-      num_speculative_tokens: MTP drafts; 0 where the model has no MTP layer.
-      microbatches, redundant_slots, shared_slots: of decode instances.
-      decode_npus, prefill_npus: of each instance.
+      model: The model to serve.
+      args: Options of the instances. The ranks are those of the slices; `max_num_seqs` is not used.
+        `microbatches`, `redundant_slots` and `shared_slots` are for decode instances only.
+      context: Longest sequence to make room for, in tokens.
+      sequences: Number of sequences per decode rank.
+      decode_npus: Number of NPUs per decode instance.
+      prefill_npus: Number of NPUs per prefill instance.
     """
 
     model: Model
+    args: EngineArgs
     context: int
-    runner: str = "devices"
     sequences: int = 1
-    max_num_batched_tokens: int = Capacity().max_num_batched_tokens
-    kv_cache_dtype: str = "auto"
-    wire: str | None = None
-    exchange: str = "hierarchical"
-    num_speculative_tokens: int = 1
-    microbatches: int = 1
-    redundant_slots: int = 0
-    shared_slots: int = 0
     decode_npus: int = DECODE_NPUS
     prefill_npus: int = PREFILL_NPUS
-    _made: dict[Slice, Instance] = field(default_factory=dict, init=False)
+    _started: dict[Slice, Instance] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        longest = self.model.config.max_position_embeddings
-        if not 1 <= self.context <= longest:
-            raise CmxError(f"max_model_len is {self.context}, expected 1 to the model's context of {longest}")
-        if not self.model.checkpoint.mtp:
-            self.num_speculative_tokens = 0
-        if self.runner == "devices":
+        if self.args.runner == "devices":
             host_devices(CLOUDMATRIX384.npus)  # all of the supernode, not just what the first instance needs
 
     def carve(self, prefill: int, decode: int) -> Pools:
-        """The slices of so many instances.
+        """Returns the slices of this many prefill and decode instances.
 
         Raises:
-          CmxError: they do not fit the supernode, or there is none of a kind.
+          CmxError: The instances do not fit the supernode, or a number is below 1.
         """
         if prefill < 1 or decode < 1:
             raise CmxError(f"{prefill} prefill and {decode} decode instances, expected one of each at least")
@@ -70,33 +67,34 @@ class Site:
         )
 
     def instances(self, pools: Pools) -> tuple[list[Instance], list[Instance]]:
-        """Prefill and decode instances on these slices; what is there already stays."""
-        kept = {s: self._made.get(s) or self._start(s) for s in (*pools.prefill, *pools.decode)}
-        self._made = kept
+        """Returns prefill and decode instances on these slices; existing ones stay."""
+        kept = {s: self._started.get(s) or self._start(s) for s in (*pools.prefill, *pools.decode)}
+        self._started = kept
         return [kept[s] for s in pools.prefill], [kept[s] for s in pools.decode]
 
-    def npus(self) -> dict[str, tuple[int, int]]:
-        """First NPU and number of them, by the instance's name."""
-        return {s.name: (s.start, s.npus) for s in self._made}
+    def npus(self) -> dict[str, NpuRange]:
+        """Returns the NPUs of each instance, by its name."""
+        return {s.name: NpuRange(s.start, s.npus) for s in self._started}
 
     def _start(self, s: Slice) -> Instance:
-        c, width = self.model.config, Capacity().page_width
+        c, args, width = self.model.config, self.args, Capacity().page_width
         decodes = s.role == "decode"
         fields = ("microbatches", "redundant_slots", "shared_slots") if decodes else ()
         layout = expert_parallel(
             s.npus,
             c.n_routed_experts,
-            exchange=self.exchange,
-            wire=self.wire or self.model.dtype,
-            **{name: getattr(self, name) for name in fields},
+            exchange=args.exchange,
+            wire=self.model.dtype if args.wire is None else args.wire,
+            **{name: getattr(args, name) for name in fields},
         )
-        rows = max(self.sequences, self.microbatches) if decodes else 1
+        rows = max(self.sequences, args.microbatches) if decodes else 1
         capacity = Capacity(
             sequences=rows,
             pages=rows * pages_for(self.context, width),
             page_width=width,
-            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_batched_tokens=args.max_num_batched_tokens,
         )
-        runner = make_runner(self.runner, layout.axes, s.start if self.runner == "devices" else 0)
-        drafts = self.num_speculative_tokens
-        return self.model.instance(s.name, layout, runner, capacity, drafts, self.kv_cache_dtype)
+        runner = make_runner(args.runner, layout.axes, s.start if args.runner == "devices" else 0)
+        mtp = self.model.checkpoint.mtp
+        drafts = args.drafts(mtp) if mtp else 0
+        return self.model.instance(s.name, layout, runner, capacity, drafts, args.kv_cache_dtype)

@@ -1,39 +1,67 @@
 """The serving loop: requests wait, are prefilled on one instance, move their pages, decode on another.
 
-One `step` of the loop: admit what waits, run every prefill instance that has work, move finished prompts to
-decode instances, run one step of each of these. Requests join and leave the decode batch between steps. What
-goes where is `scheduler.py`'s, how pages come there `movement.py`'s.
+One `step` of the loop: admit waiting requests, run every prefill instance that has work, move finished
+prompts to decode instances, run one step of each of these. Requests join and leave the decode batch between
+steps. An engine has a `Scheduler`, which decides what runs where, and a `PageMover`, which brings the pages
+there.
 
 One thread at a time may use an engine.
 """
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.placement import check_slots
 from cmx_jax.model.rebalance import Move
-from cmx_jax.model.sharding import shared_in_slots
-from cmx_jax.serving.engine.movement import Movement, check_pages, decodes
+from cmx_jax.serving.engine.checks import check_context, check_pages, check_prompt, check_rebalanced
+from cmx_jax.serving.engine.page_mover import PageMover
+from cmx_jax.serving.engine.timeline import Timeline
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.kv import Outbox
+from cmx_jax.serving.kv import Local, Outbox, Parcel, Ticket
 from cmx_jax.serving.kv.prefix_cache import ContextCache
-from cmx_jax.serving.scheduling.request import Request, SamplingParams, State
-from cmx_jax.serving.scheduling.waiting import check_limits, check_queue
+from cmx_jax.serving.scheduling.request import Request, SamplingParams, State, TokenLogprob
+from cmx_jax.serving.scheduling.scheduler import Scheduler
+from cmx_jax.serving.scheduling.waiting import QueueLimits, Waiting
 
 
-class Engine(Movement):
-    """Prefill and decode instances; one may be both (`prefill == decode`).
+@dataclass(frozen=True)
+class Recarve:
+    """A change of instances that is pending.
 
     Attributes:
-      eplb_interval: decode steps after which decode instances' experts are rebalanced; 0: never.
-      moves: what that did.
-      max_num_queued_reqs: requests that may wait for a place; further ones are refused. None: any number.
-      max_num_queued_tokens: of prompts that wait, likewise.
-      queue_ttl_s: seconds that a request waits for its first place before it fails; None: for ever.
-      steps: decode turns so far.
-      step_s, busy_s: seconds in which a program ran, and of all turns in which one did.
+      prefill: Prefill instances after the change.
+      decoders: Decode instances after the change.
+      deadline: Clock time in seconds at which requests on leaving instances are preempted.
+    """
+
+    prefill: list[Instance]
+    decoders: list[Instance]
+    deadline: float
+
+
+class Engine:
+    """Serves requests with prefill and decode instances; one may be both (`prefill == decode`).
+
+    In a prefill-only or decode-only worker all instances are of that kind. Without decode instances a request
+    ends with its first token: its `finish_reason` is `transfer`, and `tickets` has the ticket with which
+    another process fetches its pages. Without prefill instances requests come by `receive`, and a preempted
+    one ends with the finish reason `preempted`.
+
+    Attributes:
+      scheduler: Decides which requests run on which instances.
+      mover: Moves KV pages between instances, and to and from the caching pool.
+      outbox: Lends pages from prefill to decode.
+      timeline: Events of requests and instances.
+      limits: Limits of the waiting queue; `submit` refuses requests that exceed them.
+      eplb_interval: Decode steps after which the experts of decode instances are rebalanced; 0: never.
+      moves: Results of the rebalancings so far.
+      steps: Number of decode turns so far.
+      step_s: Seconds in which a program ran.
+      busy_s: Seconds of all turns in which a program ran.
     """
 
     def __init__(
@@ -45,54 +73,83 @@ class Engine(Movement):
         context: ContextCache | None = None,
         outbox: Outbox | None = None,
         recompute: bool = True,
-        max_num_queued_reqs: int | None = None,
-        max_num_queued_tokens: int | None = None,
-        queue_ttl_s: float | None = None,
+        limits: QueueLimits | None = None,
     ):
         """Puts instances to work.
 
         Args:
-          prefill: those that take prompts.
-          decode: one or several that continue them.
-          eplb_interval: see above.
-          context: the cache of prompts' blocks.
-          outbox: what carries pages from prefill to decode; None: one within this process.
-          recompute: whether a prompt whose pages are lost on their way runs again; if not, it fails.
-          max_num_queued_reqs: see above.
-          max_num_queued_tokens: see above.
-          queue_ttl_s: see above.
+          prefill: Instances that take prompts.
+          decode: One or several instances that continue them.
+          eplb_interval: Decode steps between two rebalancings of the experts; 0: never.
+          context: Cache of prompts' KV blocks.
+          outbox: Lends pages from prefill to decode; None: within this process.
+          recompute: True if a prompt whose pages are lost in transfer runs again; otherwise it fails.
+          limits: Limits of the waiting queue; None: no limits.
 
         Raises:
-          CmxError: a number is out of range, or a layout's slots cannot be rebalanced, or instances do not
-            have the same pages, or there is none.
+          CmxError: `eplb_interval` is negative, a layout's slots cannot be rebalanced, instances do not have
+            the same pages, or there is no instance.
         """
         if eplb_interval < 0:
             raise CmxError(f"eplb_interval is {eplb_interval}, expected zero (never) or more")
-        check_limits(
-            max_num_queued_reqs=max_num_queued_reqs,
-            max_num_queued_tokens=max_num_queued_tokens,
-            queue_ttl_s=queue_ttl_s,
-        )
         decoders = [decode] if isinstance(decode, Instance) else list(decode)
+        instances = [*prefill, *decoders]
+        if not instances:
+            raise CmxError("an engine without instances, expected at least one that prefills or decodes")
         self.eplb_interval = eplb_interval
-        self.max_num_queued_reqs, self.max_num_queued_tokens = max_num_queued_reqs, max_num_queued_tokens
-        self.queue_ttl_s = queue_ttl_s
+        self.limits = limits or QueueLimits()
         self.moves: list[Move] = []
         self.steps = 0
         self.step_s = self.busy_s = 0.0
-        self._next: tuple[list[Instance], list[Instance], float] | None = None
-        self._check_slots(decoders)
-        super().__init__(list(prefill), decoders, context, outbox, recompute)
+        self._pending_recarve: Recarve | None = None
+        check_rebalanced(decoders if eplb_interval else ())
+        check_pages(instances)
+        lookahead = 1 + max(instance.programs.num_speculative_tokens for instance in instances)
+        self.scheduler = Scheduler(list(prefill), decoders, time.perf_counter, lookahead)
+        self.timeline = Timeline()
+        self.outbox = outbox or Outbox(Local(), instances[0].programs.fingerprint())
+        self.mover = PageMover(self.scheduler, self.timeline, self.outbox, context, recompute)
+        self.scheduler.subscribe(self.timeline.on_change)
 
-    def _check_slots(self, decoders: Sequence[Instance]) -> None:
-        for instance in decoders if self.eplb_interval else ():
-            c, layout = instance.config, instance.layout
-            check_slots(layout, c.n_routed_experts, shared_in_slots(c, layout))
+    @property
+    def prefill(self) -> list[Instance]:
+        """Prefill instances."""
+        return self.scheduler.prefill
+
+    @property
+    def decoders(self) -> list[Instance]:
+        """Decode instances."""
+        return self.scheduler.decoders
 
     @property
     def decode(self) -> Instance:
         """The first decode instance."""
         return self.decoders[0]
+
+    @property
+    def instances(self) -> list[Instance]:
+        """All instances, each once."""
+        return self.scheduler.instances
+
+    @property
+    def waiting(self) -> Waiting:
+        """Requests without a place."""
+        return self.scheduler.waiting
+
+    @property
+    def transfers(self) -> deque[tuple[Any, Request]]:
+        """Prefilled requests that wait for a decode rank; see `Scheduler.transfers`."""
+        return self.scheduler.transfers
+
+    @property
+    def tickets(self) -> dict[Request, Ticket]:
+        """Tickets of prompts that another process continues; the reader of a ticket removes it."""
+        return self.mover.tickets
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Returns the time in seconds that stamps the requests."""
+        return self.scheduler.clock
 
     def submit(
         self, prompt: list[int], params: SamplingParams, *, priority: int = 0, namespace: str = ""
@@ -100,42 +157,82 @@ class Engine(Movement):
         """Queues a prompt of token ids.
 
         Args:
-          prompt: at least one.
-          params: how it is continued.
-          priority: smaller ones go first.
-          namespace: of the context cache; requests share blocks with those of their own only.
+          prompt: Token ids, at least one.
+          params: Sampling parameters.
+          priority: Priority of the request; smaller numbers go first.
+          namespace: Namespace of the context cache; requests share blocks within their own only.
 
         Raises:
-          Overloaded: too many wait already.
-          CmxError: it is empty, holds an id outside the vocabulary, or cannot fit the context or the cache.
+          Overloaded: The waiting queue is full.
+          CmxError: The prompt is empty, holds an id outside the vocabulary, or cannot fit the context or the
+            cache.
         """
         if not self.prefill:
             raise CmxError("there is no prefill instance here: send prompts to a process that has one")
-        c = self.prefill[0].config
-        if not prompt:
-            raise CmxError("the prompt is empty, expected at least one token")
-        for token in prompt:
-            if not 0 <= token < c.vocab_size:
-                raise CmxError(f"the prompt holds token id {token}, expected ids in [0, {c.vocab_size})")
+        config = self.prefill[0].config
+        check_prompt(prompt, config)
         request = Request(list(prompt), params, priority=priority, namespace=namespace, arrived=self.clock())
-        if request.total_tokens > c.max_position_embeddings:
-            raise CmxError(
-                f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} exceed the context of "
-                f"{c.max_position_embeddings}: shorten the prompt or ask for fewer tokens"
-            )
-        if self.waiting:
-            counts = {
-                "max_num_queued_reqs": (self.max_num_queued_reqs, len(self.waiting) + 1),
-                "max_num_queued_tokens": (self.max_num_queued_tokens, self.waiting.tokens + len(prompt)),
-            }
-            check_queue(counts, lambda: self.clock() - self.waiting.first().arrived)
-        self._queue(request)
+        check_context(request, config)
+        waiting = self.waiting
+        if waiting:
+            oldest = waiting.first()
+            tokens = waiting.tokens + len(prompt)
+            self.limits.check(len(waiting) + 1, tokens, lambda: self.clock() - oldest.arrived)
+        self.scheduler.enqueue(request)
         return request
+
+    def receive(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        first: int,
+        drafts: list[int],
+        pages: Any,
+        priority: int = 0,
+        logprob: TokenLogprob | None = None,
+    ) -> Request:
+        """Continues a request that was prefilled in another process.
+
+        Args:
+          prompt: Token ids of the prompt.
+          params: Sampling parameters; `max_tokens` includes the first token.
+          first: The token after the prompt.
+          drafts: Draft tokens after `first`.
+          pages: Pages of the prompt, `[pages, L, W, C]` on the host.
+          priority: Priority of the request; smaller numbers go first.
+          logprob: Log-probability of the first token, where it was asked for.
+
+        Raises:
+          CmxError: There is no decode instance, or its cache is too small.
+        """
+        if not self.decoders:
+            raise CmxError("there is no decode instance here: send the request to a process that has one")
+        request = Request(list(prompt), params, priority=priority, state=State.TRANSFER)
+        request.tokens, request.drafts = [first], drafts
+        request.logprobs = [] if logprob is None else [logprob]
+        request.arrived = request.first_token = self.clock()
+        self.scheduler.enqueue_transfer(Parcel(pages), request)
+        return request
+
+    def cancel(self, request: Request, reason: str = "abort", error: str | None = None) -> None:
+        """Ends a request in any state and frees what it holds at once; a finished one stays as it is."""
+        self.scheduler.cancel(request, reason, error)
+
+    def reset(self) -> None:
+        """Forgets all requests, as after a step that was broken off."""
+        self.waiting.clear()
+        self.transfers.clear()
+        self.mover.reset()
+        self.timeline.forget()
+        for instance in self.instances:
+            instance.reset()
 
     @property
     def busy(self) -> bool:
-        placed = any(instance.places for instance in self.instances)
-        return bool(self.waiting or self.transfers or placed or self._next)
+        """True while a request is unfinished or a change of instances is pending."""
+        placed = any(instance.allocator.places for instance in self.instances)
+        return bool(self.waiting or self.transfers or placed or self._pending_recarve)
 
     def run(self) -> None:
         """Steps until every submitted request is finished."""
@@ -143,65 +240,66 @@ class Engine(Movement):
             self.step()
 
     def step(self) -> list[Request]:
-        """One turn of the loop; returns the requests that finished in it."""
+        """Runs one turn of the loop; returns the requests that finished in it."""
         began, before = time.perf_counter(), self.step_s
-        finished = self._expired()
-        self._turn_over()
-        for instance, request in self._admit():
-            self._look_up(instance, request)
-        self._fetched()
+        finished = self._expire()
+        self._apply_recarve()
+        for instance, request in self.scheduler.admit():
+            self.mover.fetch_blocks(instance, request)
+        self.mover.put_blocks()
         for instance in self.prefill:
-            finished += self._prefill(instance) if instance.prefilling else []
-        finished += self._move()
+            finished += self._prefill(instance) if instance.allocator.prefilling else []
+        finished += self.mover.move() if self.decoders else self.mover.hand_over()
         finished += self._decode()
         if self.step_s > before:
             self.busy_s += time.perf_counter() - began
         return finished
 
-    def _expired(self) -> list[Request]:
-        """Fails what has waited too long for its first place."""
-        if self.queue_ttl_s is None:
+    def _expire(self) -> list[Request]:
+        """Fails requests that have waited too long for their first place, and returns them."""
+        ttl_s = self.limits.queue_ttl_s
+        if ttl_s is None:
             return []
-        oldest = self.clock() - self.queue_ttl_s
-        late = [r for r in self.waiting if r.arrived < oldest and not r.preemptions]
-        for request in late:
-            self.cancel(request, "error", f"waited longer than {self.queue_ttl_s:g} s for a place")
-        return late
+        oldest = self.clock() - ttl_s
+        expired = [r for r in self.waiting if r.arrived < oldest and not r.preemptions]
+        for request in expired:
+            self.cancel(request, "error", f"waited longer than {ttl_s:g} s for a place")
+        return expired
 
     def _prefill(self, instance: Instance) -> list[Request]:
-        """One prefill step; returns those whose first token was their last."""
+        """Runs one prefill step; returns the requests whose first token was their last."""
         began, finished = time.perf_counter(), []
-        with self.timeline.step(instance.name, "prefill", requests=len(instance.prefilling)):
-            through = instance.prefill()
+        with self.timeline.step(instance.name, "prefill", requests=len(instance.allocator.prefilling)):
+            completed = instance.prefill()
         self.step_s += time.perf_counter() - began
-        ends = {request: request.add(request.first, instance.config.eos_token_ids) for request in through}
-        self._store(instance, [r for r in through if ends[r] or instance in self._both])
+        ends = {r: r.add(r.next_token, instance.config.eos_token_ids) for r in completed}
+        stay = [r for r in completed if ends[r] or instance in self.scheduler.both]
+        self.mover.store(instance, stay)
         for request, last in ends.items():
-            self._prefilled(instance, request, last)
+            self.scheduler.finish_prefill(instance, request, last)
             finished += [request] * last
         return finished
 
     def _decode(self) -> list[Request]:
-        """One step of each decode instance that has sequences; returns those that are through."""
+        """Runs one step of each decode instance that has sequences; returns the requests that finished."""
         finished: list[Request] = []
         for instance in self.decoders:
-            finished += self._grow(instance)
-        running = [instance for instance in self.decoders if decodes(instance)]
+            finished += self.scheduler.grow(instance)
+        running = [instance for instance in self.decoders if instance.allocator.decodes]
         began = time.perf_counter()
         with ExitStack() as steps:
             for instance in running:
-                sequences = sum(row is not None for row in instance.rows)
+                sequences = sum(row is not None for row in instance.allocator.rows)
                 steps.enter_context(self.timeline.step(instance.name, "decode", sequences=sequences))
                 instance.start_decode()
-            while self.later:
-                self.later.popleft()()
-            ended = [(instance, instance.end_decode()) for instance in running]
-        for instance, came in ended:
-            for request, tokens in came.items():
+            self.mover.run_deferred()
+            generated = [(instance, instance.end_decode()) for instance in running]
+        for instance, tokens_of in generated:
+            for request, tokens in tokens_of.items():
                 if any(request.add(token, instance.config.eos_token_ids) for token in tokens):
-                    del request.logprobs[len(request.tokens) :]  # what is behind the last token is void
-                    self._keep_generated(instance, request)
-                    self._finish(instance, request)
+                    del request.logprobs[len(request.tokens) :]  # those after the last token are void
+                    self.mover.store_generated(instance, request)
+                    self.scheduler.finish(instance, request)
                     finished.append(request)
         if running:
             self.step_s += time.perf_counter() - began
@@ -213,30 +311,37 @@ class Engine(Movement):
     def recarve(
         self, prefill: Sequence[Instance], decoders: Sequence[Instance], grace_s: float = 30.0
     ) -> None:
-        """Serves with other instances from now on (section 2: the ratio of prefill to decode changes while
-        serving). Those that leave get nothing new. When they are done, or `grace_s` seconds have passed, what
-        still runs there goes back to the queue with its tokens, and the new ones begin.
+        """Replaces the instances (section 2: the ratio of prefill to decode changes while serving).
+
+        Instances that leave get no further requests. When they are idle, or `grace_s` seconds have passed,
+        what still runs there goes back to the queue with its tokens, and the new instances begin.
 
         Raises:
-          CmxError: instances do not have the same pages, slots cannot be rebalanced, or there is none.
+          CmxError: Instances do not have the same pages, slots cannot be rebalanced, or there is no instance
+            of a kind.
         """
         if not prefill or not decoders:
             raise CmxError("expected at least one prefill and one decode instance")
         check_pages([*prefill, *decoders, *self.instances])
-        self._check_slots(decoders)
-        self._next = list(prefill), list(decoders), self.clock() + grace_s
-        self.leaving = set(self.instances) - {*prefill, *decoders}
+        check_rebalanced(decoders if self.eplb_interval else ())
+        self._pending_recarve = Recarve(list(prefill), list(decoders), self.clock() + grace_s)
+        self.scheduler.leaving = set(self.instances) - {*prefill, *decoders}
 
-    def _turn_over(self) -> None:
-        """Changes the instances, when those that leave are ready or their time is up."""
-        if self._next is None:
+    def _apply_recarve(self) -> None:
+        """Replaces the instances if those that leave are idle or their time is up."""
+        pending = self._pending_recarve
+        if pending is None:
             return
-        prefill, decoders, until = self._next
-        left = [(i, r) for i in self.leaving for r in i.places if r.state is not State.TRANSFER]
-        if left and self.clock() < until:
+        running = [
+            (i, r)
+            for i in self.scheduler.leaving
+            for r in i.allocator.places
+            if r.state is not State.TRANSFER
+        ]
+        if running and self.clock() < pending.deadline:
             return
-        for instance, request in left:
-            self._preempt(instance, request)
-        self._next = None
-        self.leaving = set()
-        self._carve(prefill, decoders)
+        for instance, request in running:
+            self.scheduler.preempt(instance, request)
+        self._pending_recarve = None
+        self.scheduler.leaving = set()
+        self.scheduler.set_instances(pending.prefill, pending.decoders)

@@ -1,7 +1,7 @@
-"""What happened to requests, and on which instance, for ui.perfetto.dev (the JSON form of trace events).
+"""Events of requests and instances, for ui.perfetto.dev (the JSON form of trace events).
 
-A track for each request, with its states one behind the other; a track for each instance, with its steps; an
-arrow where pages move. Times are of the wall clock, so that the timelines of several processes are one.
+Each request has a track with its states, each instance a track with its steps, and an arrow shows where pages
+move. Times are wall-clock times, so that timelines of several processes fit together.
 """
 
 import itertools
@@ -13,15 +13,15 @@ from typing import Any
 
 from cmx_jax.serving.scheduling.request import Request, State
 
-EVENTS = 100_000  # that are kept; older ones are forgotten
-REQUESTS = 1  # the process, in Perfetto's words, of requests' tracks
+EVENTS = 100_000  # largest number of events kept; older ones are dropped
+REQUESTS = 1  # process id, in Perfetto's terms, of the requests' tracks
 
 
 class Timeline:
-    """Events of one engine, the newest ones.
+    """The newest events of one engine.
 
     Attributes:
-      name: of the process.
+      name: Name of the process.
     """
 
     def __init__(self, name: str = "engine", events: int = EVENTS):
@@ -31,8 +31,24 @@ class Timeline:
         self._pids: dict[str, int] = {}
         self._arrows = itertools.count(1)
 
+    def on_change(self, request: Request, state: State, instance: Any) -> None:
+        """Notes that a request has entered a state, on an instance or None; see `Scheduler.subscribe`."""
+        if state is State.FINISHED:
+            self.ends(request)
+            return
+        about: dict[str, Any] = {} if instance is None else {"instance": instance.name}
+        if state is State.WAITING and request.preemptions:
+            about["preempted"] = request.preemptions
+        self.enters(request, state.value, **about)
+
     def enters(self, request: Request, state: str, **about: Any) -> None:
-        """A request is in a state from now on; the one before is over."""
+        """Begins a stretch of a request's track, and ends the one before.
+
+        Args:
+          request: The request.
+          state: Name of the stretch: a state of the request, or what it waits for.
+          about: Further values to show with it.
+        """
         now = _now()
         self._leaves(request, now)
         if request.state is not State.FINISHED:
@@ -45,25 +61,31 @@ class Timeline:
             self._add("X", REQUESTS, request.id, state, began, dur=now - began, args=args)
 
     def ends(self, request: Request) -> None:
-        """A request is finished."""
+        """Ends the track of a finished request."""
         now = _now()
         self._leaves(request, now)
         args = {"reason": request.finish_reason, "error": request.error}
         self._add("i", REQUESTS, request.id, f"finished: {request.finish_reason}", now, s="t", args=args)
 
     def forget(self) -> None:
-        """All requests are gone, as after a step that was broken off."""
+        """Forgets all requests, as after a step that was broken off."""
         self._since.clear()
 
     @contextmanager
     def step(self, instance: str, kind: str, **about: Any) -> Iterator[None]:
-        """A step of an instance."""
+        """Records a step of an instance, which is the block of the `with` statement.
+
+        Args:
+          instance: Name of the instance.
+          kind: `prefill` or `decode`.
+          about: Further values to show with it.
+        """
         began = _now()
         yield
         self._add("X", self._pid(instance), 1, kind, began, dur=_now() - began, args=about)
 
     def moved(self, request: Request, source: str, target: str, pages: int) -> None:
-        """Pages went from one instance to another."""
+        """Records that pages moved from one instance to another."""
         now, arrow = _now(), next(self._arrows)
         args = {"request": request.id, "pages": pages}
         for phase, instance in (("s", source), ("f", target)):
@@ -74,33 +96,35 @@ class Timeline:
     def _pid(self, instance: str) -> int:
         return self._pids.setdefault(instance, len(self._pids) + REQUESTS + 1)
 
-    def _add(self, ph: str, pid: int, tid: int, name: str, ts: float, **more: Any) -> None:
-        self._events.append({"ph": ph, "pid": pid, "tid": tid, "name": name, "ts": ts, "cat": "cmx", **more})
+    def _add(self, ph: str, pid: int, tid: int, name: str, ts: float, **fields: Any) -> None:
+        self._events.append(
+            {"ph": ph, "pid": pid, "tid": tid, "name": name, "ts": ts, "cat": "cmx", **fields}
+        )
 
     def events(self) -> list[dict[str, Any]]:
-        """All of them, and what the tracks are called."""
+        """Returns all events, and the names of the tracks."""
         pids = {REQUESTS: f"{self.name}: requests"} | {
             pid: f"{self.name}: {instance}" for instance, pid in self._pids.items()
         }
-        found = list(self._events)
-        tracks = sorted({e["tid"] for e in found if e["pid"] == REQUESTS})
+        events = list(self._events)
+        tracks = sorted({e["tid"] for e in events if e["pid"] == REQUESTS})
         names = [_meta("process_name", pid, 0, name) for pid, name in pids.items()]
         names += [_meta("thread_name", REQUESTS, tid, f"request {tid}") for tid in tracks]
-        return names + found
+        return names + events
 
 
 def together(timelines: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Timelines of several processes as one document."""
+    """Merges the timelines of several processes into one document."""
     events = []
-    for n, found in enumerate(timelines):
-        events += [{**event, "pid": event["pid"] + 1000 * n} for event in found]
+    for n, timeline in enumerate(timelines):
+        events += [{**event, "pid": event["pid"] + 1000 * n} for event in timeline]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _meta(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
-    return {"ph": "M", "pid": pid, "tid": tid, "name": what, "args": {"name": name}}
+def _meta(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "pid": pid, "tid": tid, "name": kind, "args": {"name": name}}
 
 
 def _now() -> float:
-    """Microseconds."""
+    """Returns the wall-clock time in microseconds."""
     return time.time() * 1e6

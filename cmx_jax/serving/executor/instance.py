@@ -1,66 +1,87 @@
-"""One instance: a model on the ranks of a sub-mesh, and the cache behind the pages that `Ranks` gives out."""
+"""One instance: a model on a sub-mesh, with its paged KV cache."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmx_jax.mesh.exchange.methods import message_bytes
+from cmx_jax.mesh.exchange import message_bytes
+from cmx_jax.model.batch import DecodeBatch, StepOutput
 from cmx_jax.model.cache import NO_PAGE
 from cmx_jax.model.rebalance import Move, balanced, describe
-from cmx_jax.model.steps import DecodeBatch, StepOutput
-from cmx_jax.serving.executor.programs import Programs
+from cmx_jax.serving.executor.programs import Op, Programs
 from cmx_jax.serving.executor.stats import Traffic
 from cmx_jax.serving.kv.mapping import prefill_tp_rank
+from cmx_jax.serving.scheduling.allocator import RankAllocator
 from cmx_jax.serving.scheduling.packing import bucket, pack, sampling
 from cmx_jax.serving.scheduling.pages import pages_for
-from cmx_jax.serving.scheduling.ranks import Ranks
 from cmx_jax.serving.scheduling.request import Request, State, TokenLogprob
 
-# A program is compiled for each length, so lengths are few: these many pages, doubled as often as needed.
+# A program is compiled for each length, so lengths are few: this many pages, doubled as often as needed.
 PREFILL_PAGES = 2
 DECODE_PAGES = 8
 
 
-@dataclass(eq=False)
-class Instance(Programs, Ranks):
-    """Prefill, decode or both on the ranks of one layout; `prefill_tokens` counts what prefill has run."""
+class Instance:
+    """Runs prefill, decode or both on the ranks of one layout.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    Attributes:
+      programs: Weights, KV cache and compiled programs on the devices.
+      allocator: Rows and pages of the requests that are placed here.
+      name: Name of the instance.
+      config: Config of the model.
+      layout: Layout of the ranks.
+      capacity: Capacity of each rank.
+      traffic: Counts of the exchanges and drafts so far.
+      computed_tokens: Number of tokens that prefill has run so far; cached ones do not count.
+    """
+
+    def __init__(self, programs: Programs):
+        self.programs = programs
+        self.name, self.config, self.layout = programs.name, programs.config, programs.layout
+        self.capacity = programs.capacity
+        self.allocator = RankAllocator(self.capacity, self.layout.data_ranks, self.layout.microbatches)
         self.traffic = Traffic()
-        self.prefill_tokens = 0
-        Ranks.__init__(self, self.name, self.capacity, self.layout.data_ranks, self.layout.microbatches)
+        self.computed_tokens = 0
 
     def reset(self) -> None:
         """Forgets all requests and makes a new cache, as after a step that was broken off."""
-        super().reset()
-        self.run("empty", ())
+        self.allocator.reset()
+        self.programs.run(Op.EMPTY, ())
+
+    def release(self, request: Request) -> None:
+        """Frees the pages and the row of a request."""
+        self.allocator.release(request)
 
     def prefill(self) -> list[Request]:
-        """Runs the next chunks of placed prompts; returns those that are through, with their first token and
-        drafts."""
-        pieces = self.next_pieces()
-        unit = math.lcm(PREFILL_PAGES * self.capacity.page_width, self.layout.sequence_ranks)
-        packed = pack(pieces, {r: p.pages for r, p in self.places.items()}, self.capacity.page_width, unit)
+        """Runs the next chunks of placed prompts.
+
+        Returns:
+          The requests whose prompts are complete, with their next token and drafts.
+        """
+        pieces = self.allocator.next_pieces()
+        width = self.capacity.page_width
+        unit = math.lcm(PREFILL_PAGES * width, self.layout.sequence_ranks)
+        pages = {request: place.pages for request, place in self.allocator.places.items()}
+        packed = pack(pieces, pages, width, unit)
         requests = [piece.request for row in pieces for piece in row]
-        output = self._result(self._start("prefill", packed.batch, requests, cached=packed.cached))
-        self.prefill_tokens += sum(piece.stop - piece.start for row in pieces for piece in row)
-        through = self.prefilled(pieces)
-        for request, row, n in through:
-            request.first = int(output.tokens[row, n])
-            request.drafts = [] if output.drafts is None else [int(output.drafts[row, n])]
-            _report(request, output, row, n)
-        return [request for request, _, _ in through]
+        output = self._result(self._start(Op.PREFILL, packed.batch, requests, cached=packed.cached))
+        self.computed_tokens += sum(piece.stop - piece.start for row in pieces for piece in row)
+        completed = self.allocator.mark_prefilled(pieces)
+        for request, row, index in completed:
+            request.next_token = int(output.tokens[row, index])
+            request.drafts = [] if output.drafts is None else [int(output.drafts[row, index])]
+            _add_logprob(request, output, row, index)
+        return [request for request, _, _ in completed]
 
     def start_decode(self) -> None:
-        """Starts a step for all that have a row and their first token; `end_decode` waits for it."""
-        running = [(row, r) for row, r in enumerate(self.rows) if r is not None and r.state is State.DECODE]
+        """Starts a step for all requests in state DECODE; `end_decode` waits for it."""
+        slots = self.allocator.rows
+        running = [(row, r) for row, r in enumerate(slots) if r is not None and r.state is State.DECODE]
         rows, requests = [row for row, _ in running], [r for _, r in running]
-        size, width, drafts = len(self.rows), self.capacity.page_width, self.num_speculative_tokens
+        size, width, drafts = len(slots), self.capacity.page_width, self.programs.num_speculative_tokens
         tokens, positions = np.full((size, 1 + drafts), -1, np.int32), np.full(size, -1, np.int32)
         for row, request in running:
             known = [request.tokens[-1], *request.drafts]
@@ -69,65 +90,73 @@ class Instance(Programs, Ranks):
         longest = bucket(int(positions.max()) + 1 + 2 * drafts, DECODE_PAGES * width)
         table = self._page_table(size, rows, requests, longest // width)
         batch = DecodeBatch(tokens, positions, table, sampling(size, rows, requests))
-        self._decoding = running, tokens, self._start("decode", batch, requests)
+        self._decoding = running, tokens, self._start(Op.DECODE, batch, requests)
 
     def end_decode(self) -> dict[Request, list[int]]:
-        """Tokens of every request that was in the step: one, and one for each draft that was right."""
+        """Waits for the decode step.
+
+        Returns:
+          New tokens of each request of the step: one, and one for each draft that was right.
+        """
         running, tokens, started = self._decoding
         output = self._result(started)
         self.traffic.drafted(tokens, output.accepted)
-        found = {}
+        generated = {}
         for row, request in running:
-            found[request] = output.tokens[row, : 1 + output.accepted[row]].tolist()
+            generated[request] = output.tokens[row, : 1 + output.accepted[row]].tolist()
             request.drafts = [] if output.drafts is None else output.drafts[row].tolist()
-            for n in range(len(found[request])):
-                _report(request, output, row, n)
-        return found
+            for index in range(len(generated[request])):
+                _add_logprob(request, output, row, index)
+        return generated
 
-    def _start(self, op: str, batch: Any, requests: list[Request], **flags: bool) -> StepOutput:
-        """Starts a step; what it returns may not be there yet."""
+    def _start(self, op: Op, batch: Any, requests: list[Request], **flags: bool) -> StepOutput:
+        """Starts a step; its output is asynchronous."""
         sampled = any(r.params.temperature > 0 for r in requests)
         logprobs = any(r.params.logprobs is not None for r in requests)
-        output: StepOutput = self.run(op, batch, sampled=sampled, logprobs=logprobs, **flags)
+        output: StepOutput = self.programs.run(op, batch, sampled=sampled, logprobs=logprobs, **flags)
         return output
 
     def _result(self, output: StepOutput) -> StepOutput:
-        output = self.fetched(output)
+        output = self.programs.fetched(output)
         self.traffic.add(output.stats, self.config.num_moe_layers)
         return output
 
     def rebalance(self) -> Move:
-        """EPLB: places the experts anew for the load measured since the last time, between two steps.
+        """Places the experts again (EPLB) by the load measured since the last time, between two steps.
 
         Raises:
-          CmxError: the experts do not fill the layout's slots.
+          CmxError: The experts do not fill the layout's slots.
         """
-        c, load = self.config, self.traffic.load_of(self.placement, self.config.n_routed_experts)
+        c, programs = self.config, self.programs
+        load = self.traffic.load_of(programs.placement, c.n_routed_experts)
         after = balanced(load, c, self.layout)
-        report = describe(load, self.placement, after, c, self.layout)
-        self.run("house", after)
+        report = describe(load, programs.placement, after, c, self.layout)
+        programs.run(Op.RELOCATE, after)
         self.traffic.load.clear()
         return report
 
     def _page_table(self, size: int, rows: list[int], requests: list[Request], pages: int) -> np.ndarray:
         table = np.full((size, pages), NO_PAGE, np.int32)
         for row, request in zip(rows, requests, strict=True):
-            held = self.places[request].pages[:pages]
-            table[row, : len(held)] = held
+            ids = self.allocator.places[request].pages[:pages]
+            table[row, : len(ids)] = ids
         return table
 
     def take_pages(self, requests: list[Request], receivers: list[int], ranks: int) -> list[Any]:
-        """The filled pages of each request, `[pages, L, W, C]` as the cache keeps them, copied to the host.
+        """Copies the filled pages of requests to the host.
 
         Args:
-          requests: placed here.
-          receivers: the decode rank that each goes to. Of ranks that share sequences or matrices, and so hold
-            the same pages, the one that `transfer.prefill_tp_rank` names sends.
-          ranks: of the decode instance.
+          requests: Requests placed here.
+          receivers: Decode rank that each request goes to. Of the ranks that share sequences or matrices, and
+            so hold the same pages, the one that `mapping.prefill_tp_rank` names sends.
+          ranks: Number of data ranks of the decode instance.
+
+        Returns:
+          Pages of each request, `[pages, L, W, C]`, as the cache keeps them.
         """
-        counts = [pages_for(len(r.inputs), self.capacity.page_width) for r in requests]
+        counts = [pages_for(len(r.prefill_tokens), self.capacity.page_width) for r in requests]
         ids, slots = self._page_ids(requests, counts)
-        pages = self.run("take", ids)
+        pages = self.programs.run(Op.TAKE_PAGES, ids)
         senders = [
             prefill_tp_rank(
                 receiver,
@@ -141,57 +170,62 @@ class Instance(Programs, Ranks):
         for sender in senders:
             self.traffic.sent[sender] = self.traffic.sent.get(sender, 0) + 1
         leaves, tree = jax.tree.flatten(pages)
-        taken = zip(*(_copied(leaf, slots, senders) for leaf in leaves), strict=True)
-        return [jax.tree.unflatten(tree, of) for of in taken]
+        copies = zip(*(_copied(leaf, slots, senders) for leaf in leaves), strict=True)
+        return [jax.tree.unflatten(tree, copy) for copy in copies]
 
     def put_pages(self, requests: list[Request], pages: list[Any]) -> None:
         """Puts pages copied from another instance into the first pages of each placed request."""
         ids, slots = self._page_ids(requests, [len(jax.tree.leaves(p)[0]) for p in pages])
 
-        def whole(held: Any, *parts: np.ndarray) -> np.ndarray:
-            array = np.zeros((ids.size, *held.shape[1:]), held.dtype)
+        def gather(cached: Any, *parts: np.ndarray) -> np.ndarray:
+            array = np.zeros((ids.size, *cached.shape[1:]), cached.dtype)
             for slot, part in zip(slots, parts, strict=True):
                 array[slot] = part
             return array
 
-        moved = jax.tree.map(whole, self.cache.pages, *pages)
-        self.run("put", (ids, moved))
+        gathered = jax.tree.map(gather, self.programs.cache.pages, *pages)
+        self.programs.run(Op.PUT_PAGES, (ids, gathered))
 
     def _page_ids(self, requests: list[Request], counts: list[int]) -> tuple[np.ndarray, list[list[int]]]:
-        """Page ids by rank, equally many for each (`NO_PAGE` behind the real ones), and where each
-        request's pages stand among them."""
-        by_rank: list[list[int]] = [[] for _ in self.pools]
-        where: list[tuple[int, range]] = []
+        """Returns the ids of the first `counts` pages of each request, and their indices in that array.
+
+        Each rank has equally many ids in the array, one rank after the other; `NO_PAGE` fills the rest.
+        """
+        by_rank: list[list[int]] = [[] for _ in self.allocator.pools]
+        spans: list[tuple[int, range]] = []
         for request, count in zip(requests, counts, strict=True):
-            place = self.places[request]
+            place = self.allocator.places[request]
             start = len(by_rank[place.rank])
             by_rank[place.rank] += place.pages[:count]
-            where.append((place.rank, range(start, start + count)))
-        room = bucket(max(len(ids) for ids in by_rank), 1)
-        whole = np.full((len(by_rank), room), NO_PAGE, np.int32)
+            spans.append((place.rank, range(start, start + count)))
+        length = bucket(max(len(ids) for ids in by_rank), 1)
+        array = np.full((len(by_rank), length), NO_PAGE, np.int32)
         for rank, ids in enumerate(by_rank):
-            whole[rank, : len(ids)] = ids
-        return whole.reshape(-1), [[rank * room + i for i in span] for rank, span in where]
+            array[rank, : len(ids)] = ids
+        return array.reshape(-1), [[rank * length + i for i in span] for rank, span in spans]
 
     def exchange_bytes(self) -> dict[str, Any]:
-        """What `Traffic.report` says of this instance."""
-        back = self.dtype if self.layout.wire == "float32" else "bfloat16"
+        """Returns `Traffic.report` of this instance."""
+        combine = self.programs.dtype if self.layout.wire == "float32" else "bfloat16"
         width, wire = self.config.hidden_size, self.layout.wire
-        sizes = message_bytes(width, wire), width * jnp.dtype(back).itemsize
+        sizes = message_bytes(width, wire), width * jnp.dtype(combine).itemsize
         return self.traffic.report(self.layout.ranks, *sizes)
 
 
-def _report(request: Request, output: StepOutput, row: int, n: int) -> None:
-    """Notes the logarithms of a token, if the request asks for them."""
+def _add_logprob(request: Request, output: StepOutput, row: int, index: int) -> None:
+    """Appends the log-probability of a token to its request, if the request asks for them."""
     if request.params.logprobs is not None:
-        said, count = output.logprobs, request.params.logprobs
-        top = zip(said.tokens[row, n, :count].tolist(), said.top[row, n, :count].tolist(), strict=True)
-        request.logprobs.append(TokenLogprob(float(said.chosen[row, n]), list(top)))
+        logprobs, count = output.logprobs, request.params.logprobs
+        tokens, top = logprobs.tokens[row, index, :count], logprobs.top[row, index, :count]
+        pairs = list(zip(tokens.tolist(), top.tolist(), strict=True))
+        request.logprobs.append(TokenLogprob(float(logprobs.chosen[row, index]), pairs))
 
 
 def _copied(pages: Any, slots: list[list[int]], senders: list[int]) -> list[np.ndarray]:
-    """The pages at each slot on the host, from the copy that its sender holds. Of ranks in several processes
-    they are on the host already, as one array."""
+    """Returns the pages at each list of slots on the host, from the copy that its sender holds.
+
+    Pages of ranks in several processes are on the host already, as one array.
+    """
     if isinstance(pages, np.ndarray):
         return [pages[slot] for slot in slots]
     copies: dict[int, list[Any]] = {}  # by the first row that a rank holds
@@ -199,7 +233,7 @@ def _copied(pages: Any, slots: list[list[int]], senders: list[int]) -> list[np.n
         copies.setdefault(shard.index[0].start or 0, []).append(shard.data)
     taken = []
     for slot, sender in zip(slots, senders, strict=True):
-        start = max(at for at in copies if at <= slot[0])
-        held = copies[start]
-        taken.append(np.asarray(held[sender % len(held)])[[row - start for row in slot]])
+        start = max(first for first in copies if first <= slot[0])
+        shards = copies[start]
+        taken.append(np.asarray(shards[sender % len(shards)])[[row - start for row in slot]])
     return taken

@@ -1,9 +1,10 @@
-"""What of an instance lies on devices: weights, cache, and the programs over them.
+"""The device side of an instance: weights, KV cache and compiled programs.
 
 Every call takes host arrays and goes through `run`. An instance may span several processes, each of which has
-some of its ranks (`spanning.py`): then one of them tells the others what it runs, and all run it.
+some of its ranks (`spanning.py`): then process 0 tells the others what it runs, and all run it.
 """
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,25 +16,48 @@ from jax.experimental import multihost_utils
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
+from cmx_jax.model.batch import DecodeBatch, PrefillBatch, StepOutput
 from cmx_jax.model.cache import PagedCache, abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.rebalance import Placement, initial, rehoused
+from cmx_jax.model.rebalance import Placement, initial, relocate_experts
 from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import DecodeBatch, PrefillBatch, StepOutput, compile_steps, step_specs
+from cmx_jax.model.steps import compile_steps, step_specs
 from cmx_jax.model.weights import Weights
 from cmx_jax.serving.ems.keys import Fingerprint
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 
-Tell = Callable[[str, list[np.ndarray], dict[str, bool]], None]
+
+class Op(enum.StrEnum):
+    """An operation on the devices; `Programs.run` runs it."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    TAKE_PAGES = "take_pages"
+    PUT_PAGES = "put_pages"
+    SCORE = "score"
+    RELOCATE = "relocate"
+    EMPTY = "empty"
+
+
+Tell = Callable[[Op, list[np.ndarray], dict[str, bool]], None]
 
 
 @dataclass(eq=False)
 class Programs:
     """A model on the ranks of one layout.
 
-    `weights` are whole arrays with their experts where `placement` says. With MTP layers among them every
-    decode step verifies `num_speculative_tokens` drafts. `kv_cache_dtype` is the type of the rows in pages.
-    `tell`, where it is set, tells other processes what runs.
+    Attributes:
+      name: Name of the instance.
+      config: Config of the model.
+      layout: Layout of the ranks.
+      runner: Places arrays on the ranks and runs programs there.
+      weights: Whole arrays with their experts at the slots of `placement`. With MTP layers every decode step
+        verifies `num_speculative_tokens` drafts.
+      capacity: Capacity of each rank.
+      dtype: Type of weights and arithmetic.
+      num_speculative_tokens: MTP drafts of a decode step; 0 without MTP layers.
+      kv_cache_dtype: Type of the rows in pages; `auto` is `dtype`.
+      tell: Tells other processes what runs; None: the instance is in this process alone.
     """
 
     name: str
@@ -67,6 +91,15 @@ class Programs:
         self.weights = self.runner.put(self.weights, self._specs.weights)
         self.placement = initial(c, self.layout, mtp)
         self.cache: PagedCache = self._zeros()
+        self._methods: dict[Op, Callable[..., Any]] = {
+            Op.PREFILL: self._prefill,
+            Op.DECODE: self._decode,
+            Op.TAKE_PAGES: self._take_pages,
+            Op.PUT_PAGES: self._put_pages,
+            Op.SCORE: self._score,
+            Op.RELOCATE: self._relocate,
+            Op.EMPTY: self._empty,
+        }
 
     @property
     def page(self) -> tuple[Any, ...]:
@@ -74,50 +107,55 @@ class Programs:
         return *self.cache.rows.shape[1:], str(self.cache.dtype)
 
     def fingerprint(self, model: str = "") -> Fingerprint:
-        """All that the bytes of its pages depend on, for others to compare; `model`: an id of the weights."""
-        *page, kept = self.page
-        return Fingerprint(model=model, page=tuple(page), dtype=self.dtype, kv_cache_dtype=kept)
-
-    @property
-    def here(self) -> bool:
-        """Whether all its ranks are in this process."""
-        return bool(self.cache.rows.is_fully_addressable)
-
-    def run(self, op: str, given: Any, **flags: bool) -> Any:
-        """Runs a program: `prefill`, `decode`, `take`, `put`, `score`, `house` or `empty`.
+        """Returns everything that the bytes of a page depend on, for comparison with other instances.
 
         Args:
-          op: which.
-          given: what it takes, on the host.
-          flags: of a step, see `cmx_jax.model.steps.Steps`.
+          model: An id of the weights.
+        """
+        *page, kv_cache_dtype = self.page
+        return Fingerprint(model=model, page=tuple(page), dtype=self.dtype, kv_cache_dtype=kv_cache_dtype)
+
+    @property
+    def is_local(self) -> bool:
+        """True if all its ranks are in this process."""
+        return bool(self.cache.rows.is_fully_addressable)
+
+    def run(self, op: Op, arguments: Any, **flags: bool) -> Any:
+        """Runs an operation, in all processes of the instance.
+
+        Args:
+          op: The operation.
+          arguments: Arguments of its method, on the host.
+          flags: Flags of a step; see `cmx_jax.model.steps.Steps`.
 
         Returns:
-          Of a step its output, which may not be there yet (`fetched` waits for it); pages, logits.
+          Step output (asynchronous; `fetched` waits until it is ready), pages, or logits, depending on `op`.
         """
         if self.tell is not None:
-            self.tell(op, jax.tree.leaves(given), flags)
-        return getattr(self, f"_{op}")(given, **flags)
+            self.tell(op, jax.tree.leaves(arguments), flags)
+        return self._methods[op](arguments, **flags)
 
-    def follow(self, op: str, leaves: list[np.ndarray], flags: dict[str, bool]) -> None:
-        """Runs what another process tells."""
-        n = 0
-        trees: dict[str, Any] = {
-            "prefill": PrefillBatch(n, n, n, n, n, n, n, Sampling(n, n, n, n)),
-            "decode": DecodeBatch(n, n, n, Sampling(n, n, n, n)),
-            "take": n,
-            "put": (n, self.cache.pages),
-            "score": (n, n),
-            "house": self.placement,
-            "empty": (),
+    def follow(self, op: Op, leaves: list[np.ndarray], flags: dict[str, bool]) -> None:
+        """Runs an operation that process 0 runs, with the leaves of its arguments."""
+        leaf = 0
+        sampling = Sampling(leaf, leaf, leaf, leaf)
+        trees: dict[Op, Any] = {
+            Op.PREFILL: PrefillBatch(leaf, leaf, leaf, leaf, leaf, leaf, leaf, sampling),
+            Op.DECODE: DecodeBatch(leaf, leaf, leaf, sampling),
+            Op.TAKE_PAGES: leaf,
+            Op.PUT_PAGES: (leaf, self.cache.pages),
+            Op.SCORE: (leaf, leaf),
+            Op.RELOCATE: self.placement,
+            Op.EMPTY: (),
         }
-        given = jax.tree.unflatten(jax.tree.structure(trees[op]), leaves)
-        output = getattr(self, f"_{op}")(given, **flags)
-        if op in ("prefill", "decode"):
+        arguments = jax.tree.unflatten(jax.tree.structure(trees[op]), leaves)
+        output = self._methods[op](arguments, **flags)
+        if op in (Op.PREFILL, Op.DECODE):
             self.fetched(output)
 
     def fetched(self, tree: Any) -> Any:
-        """Results on the host, those of other processes' ranks too."""
-        return jax.device_get(tree) if self.here else multihost_utils.process_allgather(tree, tiled=True)
+        """Returns results on the host, those of other processes' ranks included."""
+        return jax.device_get(tree) if self.is_local else multihost_utils.process_allgather(tree, tiled=True)
 
     def _prefill(self, batch: PrefillBatch, **flags: bool) -> StepOutput:
         placed = self.runner.put(batch, self._specs.prefill)
@@ -129,23 +167,27 @@ class Programs:
         self.cache, output = self.steps.decode(self.weights, self.cache, placed, **flags)
         return output
 
-    def _take(self, ids: np.ndarray) -> Any:
+    def _take_pages(self, ids: np.ndarray) -> Any:
         pages = self.steps.take_pages(self.cache, self.runner.put(ids, self._data))
-        return pages if self.here else self.fetched(pages)
+        return pages if self.is_local else self.fetched(pages)
 
-    def _put(self, given: tuple[np.ndarray, Any]) -> None:
-        self.cache = self.steps.put_pages(self.cache, *self.runner.put(given, (self._data, self._data)))
+    def _put_pages(self, ids_and_pages: tuple[np.ndarray, Any]) -> None:
+        placed = self.runner.put(ids_and_pages, (self._data, self._data))
+        self.cache = self.steps.put_pages(self.cache, *placed)
 
-    def _score(self, given: tuple[np.ndarray, np.ndarray]) -> Any:
-        logits = self.steps.score(self.weights, *self.runner.put(given, (self._data, self._data)))
-        return logits if self.here else self.fetched(logits)
+    def _score(self, tokens_and_lengths: tuple[np.ndarray, np.ndarray]) -> Any:
+        placed = self.runner.put(tokens_and_lengths, (self._data, self._data))
+        logits = self.steps.score(self.weights, *placed)
+        return logits if self.is_local else self.fetched(logits)
 
-    def _house(self, after: Placement) -> None:
+    def _relocate(self, after: Placement) -> None:
+        """Moves the experts' weights to another placement."""
         c, layout = self.config, self.layout
-        self.weights = rehoused(self.weights, self.placement, after, c, layout, self.runner)
+        self.weights = relocate_experts(self.weights, self.placement, after, c, layout, self.runner)
         self.placement = after
 
     def _empty(self, _: tuple[()]) -> None:
+        """Replaces the cache by zeros."""
         self.cache = self._zeros()
 
     def _zeros(self) -> PagedCache:

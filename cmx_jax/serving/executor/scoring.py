@@ -1,4 +1,4 @@
-"""What a model says of each token of a given text: the log-probabilities that `echo` reports."""
+"""Log-probabilities of the tokens of a text, as `echo` reports them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,28 +10,29 @@ from jaxtyping import Array, Float, Int, Integer
 from cmx_jax.errors import CmxError
 from cmx_jax.model.sampling import Logprobs, logprobs_of
 from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.executor.programs import Op
 from cmx_jax.serving.scheduling.packing import bucket
 from cmx_jax.serving.scheduling.request import TokenLogprob
 
-SCORE_LENGTH = 64  # scored sequences are padded to so many tokens, doubled as often as needed
-LOGITS = 2**24  # numbers that the logits of a batch have at most, if the ranks have one sequence each: 64 MiB
+SCORE_LENGTH = 64  # scored sequences are padded to this many tokens, doubled as often as needed
+LOGITS = 2**24  # largest number of logits of a batch, unless each rank has one sequence: 64 MiB
 
 
 def prompt_logprobs(
     instance: Instance, prompts: Sequence[Sequence[int]], top: int
 ) -> list[list[TokenLogprob | None]]:
-    """Log-probability of each token behind those before it, and of the likeliest ones there.
+    """Returns the log-probability of each token after the tokens before it, and of the likeliest ones there.
 
     Args:
-      instance: whose weights and cache type count.
-      prompts: token ids of the vocabulary, none empty.
-      top: how many of the likeliest.
+      instance: Instance whose weights and cache type are used.
+      prompts: Token ids of the vocabulary; no prompt is empty.
+      top: Number of likeliest tokens.
 
     Returns:
-      an entry for each token; the first one's is None: nothing stands before it.
+      An entry for each token of each prompt; None for the first token, which has none before it.
 
     Raises:
-      CmxError: a prompt exceeds the model's context.
+      CmxError: A prompt exceeds the model's context.
     """
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
@@ -40,27 +41,30 @@ def prompt_logprobs(
     logits = device_logits(instance, tokens, lengths)
     padded = np.zeros(logits.shape[:2], np.int32)
     padded[: len(prompts), : tokens.shape[1]] = tokens
-    said = jax.device_get(_of_next(logits, padded))
-    return [[None, *_tokens(said, row, length - 1, top)] for row, length in enumerate(lengths.tolist())]
+    logprobs = jax.device_get(_next_logprobs(logits, padded))
+    return [
+        [None, *_token_logprobs(logprobs, row, length - 1, top)]
+        for row, length in enumerate(lengths.tolist())
+    ]
 
 
 def device_logits(
     instance: Instance, tokens: Integer[np.ndarray, "B T"], lengths: Integer[np.ndarray, " B"]
 ) -> Float[jax.Array, "rows span O"]:
-    """Float32 logits of every position, left on the devices, for sequences of unequal length.
+    """Returns the float32 logits of every position, left on the devices, for sequences of unequal length.
 
-    Nothing is computed of the experts behind a sequence's length; logits there mean nothing.
+    Experts compute nothing after the end of a sequence, and the logits there are meaningless.
 
     Args:
-      instance: whose weights and cache type count.
-      tokens: of the vocabulary.
-      lengths: of the sequences.
+      instance: Instance whose weights and cache type are used.
+      tokens: Token ids of the vocabulary, padded to one length.
+      lengths: Number of tokens of each sequence.
 
     Returns:
-      More rows and positions than were given: few shapes, few programs.
+      Logits of at least the `B` rows and `T` positions, rounded up: few shapes, few programs.
 
     Raises:
-      CmxError: there are more tokens than the context holds.
+      CmxError: The tokens exceed the model's context.
     """
     (batch, length), context = tokens.shape, instance.config.max_position_embeddings
     if length > context:
@@ -68,24 +72,25 @@ def device_logits(
     shape = bucket(batch, instance.layout.data_ranks), bucket(length, SCORE_LENGTH)
     padded, counts = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
     padded[:batch, :length], counts[:batch] = tokens, lengths
-    logits: jax.Array = instance.run("score", (padded, counts))
+    logits: jax.Array = instance.programs.run(Op.SCORE, (padded, counts))
     return logits
 
 
 @jax.jit
-def _of_next(logits: Float[Array, "B T O"], tokens: Int[Array, "B T"]) -> Logprobs:
-    """At each position, of the token behind it (of the first one behind the last)."""
+def _next_logprobs(logits: Float[Array, "B T O"], tokens: Int[Array, "B T"]) -> Logprobs:
+    """Log-probability of the next token at each position; at the last one, of the first token."""
     return logprobs_of(logits, jnp.roll(tokens, -1, axis=1))
 
 
-def _tokens(said: Logprobs, row: int, count: int, top: int) -> list[TokenLogprob]:
-    chosen, best, which = (a[row, :count] for a in (said.chosen, said.top[..., :top], said.tokens[..., :top]))
-    pairs = zip(chosen.tolist(), which.tolist(), best.tolist(), strict=True)
-    return [TokenLogprob(c, list(zip(w, b, strict=True))) for c, w, b in pairs]
+def _token_logprobs(logprobs: Logprobs, row: int, count: int, top: int) -> list[TokenLogprob]:
+    chosen = logprobs.chosen[row, :count].tolist()
+    ids, values = logprobs.tokens[row, :count, :top].tolist(), logprobs.top[row, :count, :top].tolist()
+    likeliest = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+    return [TokenLogprob(c, pairs) for c, pairs in zip(chosen, likeliest, strict=True)]
 
 
 def batch_rows(instance: Instance, length: int) -> int:
-    """Sequences of a batch: as many as `LOGITS` has room for, at least one for each rank."""
+    """Returns the number of sequences per batch that `LOGITS` has room for, at least one per rank."""
     rows = instance.layout.data_ranks
     while 2 * rows * length * instance.config.vocab_size <= LOGITS:
         rows *= 2
@@ -93,10 +98,10 @@ def batch_rows(instance: Instance, length: int) -> int:
 
 
 def batches(instance: Instance, lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of sequences that are padded to the same length, as many at a time as their logits may take."""
+    """Yields batches of indices of sequences that are padded to the same length."""
     by_length: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
         by_length.setdefault(bucket(length, SCORE_LENGTH), []).append(row)
     for length, rows in sorted(by_length.items(), reverse=True):
-        most = batch_rows(instance, length)
-        yield from (rows[start : start + most] for start in range(0, len(rows), most))
+        size = batch_rows(instance, length)
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))

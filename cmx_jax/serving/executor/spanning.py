@@ -1,13 +1,13 @@
 """An instance that spans processes, on one host or many: JAX makes one mesh of all their devices.
 
     span(...)            in each process, before anything else: `jax.distributed`
-    one deployment       made alike in each of them
+    one deployment       made in each of them with the same options
     Leader(...)          in process 0, which serves; `Programs.tell` sends what it runs, with its host arrays
     follow(...)          in the others, until the leader ends
 
-All processes must start the same programs in the same order, as collectives wait for all ranks: so one
-decides and the others run what it says. A process that dies breaks the collectives of all: the leader's step
-fails, its requests end with an error, and all have to be started again.
+All processes must start the same programs in the same order, as collectives wait for all ranks: so process 0
+decides, and the others run what it sends. A process that dies breaks the collectives of all: the leader's
+step fails, its requests end with an error, and all processes have to be started again.
 """
 
 import contextlib
@@ -22,10 +22,11 @@ import numpy as np
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.ems import frames
 from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.executor.programs import Op
 
-JOIN_S = 120.0  # that processes wait for each other
-SEND_S = 30.0
-LIMIT = 1 << 34
+JOIN_S = 120.0  # longest wait for the other processes
+SEND_S = 30.0  # longest time to send or receive a frame
+LIMIT = 1 << 34  # largest frame, bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,12 @@ class Span:
     """One of several processes.
 
     Attributes:
-      coordinator: `HOST:PORT` of process 0, for JAX; the next port is for what it tells.
-      processes: how many there are.
-      index: which this one is.
+      coordinator: `HOST:PORT` of process 0, for JAX; the leader listens at the next port.
+      processes: Number of processes.
+      index: Index of this process; 0 leads.
+
+    Raises:
+      CmxError: The address is malformed, or the index is not one of two or more processes.
     """
 
     coordinator: str
@@ -53,15 +57,16 @@ class Span:
 
     @property
     def control(self) -> tuple[str, int]:
-        """Where process 0 tells the others."""
+        """Address at which process 0 sends its operations to the others."""
         host, _, port = self.coordinator.rpartition(":")
         return host, int(port) + 1
 
     def start(self, ranks: int) -> None:
-        """Makes one mesh of the processes' devices, `ranks` of them; before JAX has computed anything.
+        """Joins the devices of all processes, `ranks` in total; to be called before JAX computes anything.
 
         Raises:
-          CmxError: ranks do not divide, JAX has started, or the other processes do not come.
+          CmxError: The ranks do not divide into the processes, JAX has started already, or another process
+            does not join in time.
         """
         if ranks % self.processes:
             raise CmxError(f"{ranks} ranks do not divide into {self.processes} processes")
@@ -80,13 +85,17 @@ class Span:
 
 
 class Leader:
-    """Process 0's ends of the connections to the others."""
+    """Process 0's connections to the others."""
 
     def __init__(self, span: Span, secret: str):
-        """Waits for all of them.
+        """Waits until all processes have joined.
+
+        Args:
+          span: Span of the instance, with index 0.
+          secret: Secret that all processes share.
 
         Raises:
-          CmxError: the port is taken, or they do not come in time.
+          CmxError: The port is taken, or a process does not join in time.
         """
         self._peers: list[socket.socket] = []
         until = time.monotonic() + JOIN_S
@@ -104,16 +113,16 @@ class Leader:
                 f"{span.control[0]}:{span.control[1]}: the other processes did not join ({error})"
             ) from None
 
-    def tell(self, op: str, leaves: list[Any], flags: dict[str, bool]) -> None:
-        """Tells all of them what runs now (`Programs.tell`)."""
+    def tell(self, op: Op, leaves: list[Any], flags: dict[str, bool]) -> None:
+        """Sends an operation to all other processes (`Programs.tell`)."""
         arrays = [np.ascontiguousarray(leaf) for leaf in leaves]
-        meta = {"op": op, "flags": flags, "arrays": [[str(a.dtype), a.shape] for a in arrays]}
+        meta = {"op": op.value, "flags": flags, "arrays": [[str(a.dtype), a.shape] for a in arrays]}
         body = b"".join(a.tobytes() for a in arrays)
         for peer in self._peers:
             frames.send(peer, meta, body, SEND_S)
 
     def close(self) -> None:
-        """Lets the others end."""
+        """Closes the connections, which ends the other processes."""
         for peer in self._peers:
             peer.close()
 
@@ -122,15 +131,15 @@ def follow(span: Span, secret: str, instance: Instance) -> None:
     """Runs what process 0 runs, until it ends.
 
     Raises:
-      CmxError: it cannot be reached, or has another secret.
+      CmxError: Process 0 cannot be reached, or has another secret.
     """
-    until = time.monotonic() + JOIN_S
+    deadline = time.monotonic() + JOIN_S
     while True:
         try:
             peer = socket.create_connection(span.control, SEND_S)
             break
         except OSError as error:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise CmxError(f"process 0 is not at {span.control[0]}:{span.control[1]} ({error})") from None
             time.sleep(0.2)
     with peer, contextlib.suppress(EOFError, ConnectionError):
@@ -138,11 +147,11 @@ def follow(span: Span, secret: str, instance: Instance) -> None:
             raise CmxError("process 0 has another secret: give all the same --cluster-secret")
         while True:
             meta, body = _next(peer)
-            instance.follow(meta["op"], _arrays(meta["arrays"], body), meta["flags"])
+            instance.programs.follow(Op(meta["op"]), _arrays(meta["arrays"], body), meta["flags"])
 
 
 def _next(peer: socket.socket) -> tuple[dict[str, Any], bytes]:
-    """The next frame, however long that takes."""
+    """Waits for the next frame without a time limit, and returns it."""
     peer.settimeout(None)
     if not peer.recv(1, socket.MSG_PEEK):
         raise EOFError
@@ -150,9 +159,9 @@ def _next(peer: socket.socket) -> tuple[dict[str, Any], bytes]:
 
 
 def _arrays(shapes: list[Any], body: bytes) -> list[np.ndarray]:
-    found, at = [], 0
+    arrays, offset = [], 0
     for name, shape in shapes:
         dtype, count = np.dtype(name), int(np.prod(shape))
-        found.append(np.frombuffer(body, dtype, count, at).reshape(shape))
-        at += count * dtype.itemsize
-    return found
+        arrays.append(np.frombuffer(body, dtype, count, offset).reshape(shape))
+        offset += count * dtype.itemsize
+    return arrays

@@ -1,4 +1,4 @@
-"""What the exchanges and the drafts of an instance did, summed over steps."""
+"""Counts of the exchanges and drafts of an instance, summed over steps."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +13,17 @@ class Traffic:
     """Sums over steps.
 
     Attributes:
-      steps: how many.
-      layers: MoE layers that ran in them, MTP's included.
-      messages: that were sent, over all layers and ranks.
-      rounds: of the exchanges, over all layers.
-      most_rounds: of one layer.
-      imbalance: of each layer the messages of the busiest rank over the mean, summed.
-      load: how often each expert was chosen, `[L, E]` of each stack, since experts were last placed.
-      proposed, accepted: drafts by position.
-      sent: prompts whose pages each of the ranks that share sequences has sent on.
+      steps: Number of steps.
+      layers: Number of MoE layers that ran in them, MTP layers included.
+      messages: Number of messages sent, over all layers and ranks.
+      rounds: Number of exchange rounds, over all layers.
+      most_rounds: Largest number of exchange rounds of one layer.
+      imbalance: Sum over layers of the busiest rank's messages divided by the mean of all ranks.
+      load: Number of times that each expert was chosen since the experts were last placed, `[L, E]` for each
+        stack of layers.
+      proposed: Number of drafts proposed, by position.
+      accepted: Number of drafts accepted, by position.
+      sent: Number of prompts whose pages a rank has sent, by its index among ranks that share sequences.
     """
 
     steps: int = 0
@@ -36,7 +38,7 @@ class Traffic:
     sent: dict[int, int] = field(default_factory=dict)
 
     def add(self, stats: MoEStats | None, moe_layers: int) -> None:
-        """Counts a step; the stats of `moe_layers` layers stand before those of the MTP layer's runs."""
+        """Counts a step; its statistics have `moe_layers` layers, then those of the MTP layer's runs."""
         self.steps += 1
         if stats is None:
             return
@@ -58,16 +60,16 @@ class Traffic:
         self.load[stack] = self.load.get(stack, 0) + load
 
     def load_of(self, placement: dict[str, np.ndarray], experts: int) -> dict[str, np.ndarray]:
-        """The load of all layers of a placement; ones where nothing was measured."""
-        found = {}
+        """Returns the load of all layers of a placement; ones where nothing was measured."""
+        loads = {}
         for stack, table in placement.items():
-            found[stack] = np.ones((len(table), experts))
+            loads[stack] = np.ones((len(table), experts))
             if stack in self.load and self.load[stack].any():
-                found[stack][: len(self.load[stack])] = self.load[stack]
-        return found
+                loads[stack][: len(self.load[stack])] = self.load[stack]
+        return loads
 
     def drafted(self, tokens: np.ndarray, accepted: np.ndarray) -> None:
-        """Counts the drafts of a step: `tokens [B, 1 + k]` that went in, `accepted [B]`."""
+        """Counts the drafts of a step by its input tokens `[B, 1 + k]` and its accepted drafts `[B]`."""
         if tokens.shape[1] == 1:
             return
         proposed = (tokens[:, 1:] >= 0).sum(axis=0)
@@ -77,15 +79,19 @@ class Traffic:
         self.proposed, self.accepted = self.proposed + proposed, self.accepted + right
 
     def report(self, ranks: int, dispatch: int, combine: int) -> dict[str, Any]:
-        """For JSON: of a mean step the bytes that one rank dispatched and combined, of a mean layer the
-        rounds and the busiest rank's share.
+        """Returns means for JSON: bytes per rank and step, rounds and load of the busiest rank per layer.
 
-        Payload: real messages of `dispatch` and `combine` bytes, also where `allgather` moves every token
-        everywhere. The mailboxes around them move more: see `Layout.mailbox_rows`. Rounds are summed over
-        microbatches.
+        Bytes are payload: messages times `dispatch` and `combine` bytes, also where `allgather` moves every
+        token everywhere. The mailboxes around them move more: see `Layout.mailbox_rows`. Rounds are summed
+        over microbatches.
+
+        Args:
+          ranks: Number of ranks.
+          dispatch: Bytes per dispatched message.
+          combine: Bytes per combined message.
         """
         per_rank, layers = self.messages / max(self.steps, 1) / ranks, max(self.layers, 1)
-        found: dict[str, Any] = {
+        report: dict[str, Any] = {
             "dispatch_bytes": per_rank * dispatch,
             "combine_bytes": per_rank * combine,
             "rounds_mean": self.rounds / layers,
@@ -94,8 +100,8 @@ class Traffic:
             "steps": self.steps,
         }
         if len(self.sent) > 1:
-            found["prompts_sent_by_rank"] = dict(sorted(self.sent.items()))
+            report["prompts_sent_by_rank"] = dict(sorted(self.sent.items()))
         if self.proposed.size:
-            found["drafts_proposed"] = self.proposed.tolist()
-            found["acceptance"] = (self.accepted / np.maximum(self.proposed, 1)).round(4).tolist()
-        return found
+            report["drafts_proposed"] = self.proposed.tolist()
+            report["acceptance"] = (self.accepted / np.maximum(self.proposed, 1)).round(4).tolist()
+        return report

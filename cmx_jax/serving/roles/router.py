@@ -239,7 +239,7 @@ class Router:
         )
         sender, answer = await self._prefill(body)
         if not request.tokens:
-            request.reused_tokens = answer.reused_tokens
+            request.cached_tokens = answer.reused_tokens
         logprobs = heard([answer.logprob]) if answer.logprob else []
         self._give(job, [answer.token], logprobs, answer.finish_reason)
         if answer.finish_reason is None:

@@ -145,7 +145,7 @@ async def prefill(body: PrefillRequest, request: Request) -> Response:
         return of
 
     try:
-        generation = await service.adopt(submit)
+        generation = await service.submit_all(submit)
         chunk = await unless_gone(request, _prefilled(generation))
         if await request.is_disconnected():
             raise Gone
@@ -158,7 +158,7 @@ async def prefill(body: PrefillRequest, request: Request) -> Response:
         token=chunk.tokens[0],
         logprob=said(chunk.logprobs)[0] if chunk.logprobs else None,
         drafts=chunk.request.drafts,
-        reused_tokens=chunk.request.reused_tokens,
+        reused_tokens=chunk.request.cached_tokens,
         finish_reason=None if ticket else chunk.finish_reason,
         kv_transfer_params=ticket.as_dict() if ticket else None,
     )
@@ -200,7 +200,7 @@ async def decode(body: DecodeRequest, request: Request) -> Response:
     params, ticket = body.params.sampling(), Ticket.from_dict(body.kv_transfer_params)
     pages = await unless_gone(request, _fetched(worker, body.control, ticket))
     engine = worker.service.engine
-    generation = await worker.service.adopt(
+    generation = await worker.service.submit_all(
         lambda: engine.receive(
             body.prompt,
             params,
@@ -210,7 +210,7 @@ async def decode(body: DecodeRequest, request: Request) -> Response:
             priority=body.priority,
             logprob=heard([body.logprob])[0] if body.logprob else None,
         ),
-        told=1,
+        already_sent=1,
     )
     return Stream(_lines(generation), generation, "application/x-ndjson")
 
@@ -218,7 +218,7 @@ async def decode(body: DecodeRequest, request: Request) -> Response:
 async def _fetched(worker: Worker, control: str, ticket: Ticket) -> Any:
     """Pages, and the news to their sender that it may free them."""
     engine, sender = worker.service.engine, worker.sender(control)
-    tree = jax.tree.structure(engine.decode.cache.pages)
+    tree = jax.tree.structure(engine.decode.programs.cache.pages)
     try:
         there = await sender.kv(ticket.transfer_id, "renew")
     except PeerError as error:

@@ -1,4 +1,4 @@
-"""Prompts of unequal length, packed into the rows of a prefill batch; long ones in chunks."""
+"""Packs prompts of unequal length into the rows of a prefill batch; long ones in chunks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cmx_jax.model.batch import PrefillBatch
 from cmx_jax.model.cache import NO_PAGE
 from cmx_jax.model.sampling import Sampling
-from cmx_jax.model.steps import PrefillBatch
 from cmx_jax.serving.scheduling.pages import pages_for
 from cmx_jax.serving.scheduling.request import Request
 
@@ -24,19 +24,19 @@ class Piece(NamedTuple):
 def schedule(
     requests: Iterable[tuple[Request, int]], ranks: int, rows: int, budget: int, width: int
 ) -> list[list[Piece]]:
-    """The pieces that each batch row runs in a step.
+    """Chooses the pieces of prompts that each batch row runs in a step.
 
-    In order, every prompt takes what is left to it of the emptiest row of its rank.
+    In order, every prompt takes what is left of the emptiest row of its rank.
 
     Args:
-      requests: what is to be prefilled, and the rank where it lies.
-      ranks: of the instance.
-      rows: of each rank.
-      budget: tokens of a row, rounded to pages; a chunk that does not end its prompt ends with a page.
-      width: tokens of a page.
+      requests: Requests to prefill, each with its rank.
+      ranks: Number of ranks of the instance.
+      rows: Number of batch rows per rank.
+      budget: Tokens per row, rounded down to pages; a chunk that does not end its prompt ends with a page.
+      width: Tokens per page.
 
     Returns:
-      `ranks * rows` lists.
+      Pieces of each of the `ranks * rows` rows.
     """
     budget = max(budget // width, 1) * width
     pieces: list[list[Piece]] = [[] for _ in range(ranks * rows)]
@@ -44,8 +44,8 @@ def schedule(
     for request, rank in requests:
         row = max(range(rank * rows, (rank + 1) * rows), key=lambda row: left[row])
         start = request.prefilled
-        stop = min(len(request.inputs), start + left[row])
-        if stop < len(request.inputs):
+        stop = min(len(request.prefill_tokens), start + left[row])
+        if stop < len(request.prefill_tokens):
             stop = stop // width * width
         if stop > start:
             pieces[row].append(Piece(request, start, stop))
@@ -57,60 +57,66 @@ def schedule(
 
 @dataclass(frozen=True)
 class Packed:
-    """A prefill batch; `cached`: whether a piece begins behind an earlier chunk."""
+    """A prefill batch.
+
+    Attributes:
+      batch: Arrays of the batch.
+      cached: True if a piece follows an earlier chunk of its prompt.
+    """
 
     batch: PrefillBatch
     cached: bool
 
 
 def pack(pieces: list[list[Piece]], pages: dict[Request, list[int]], width: int, unit: int) -> Packed:
-    """Rows of pieces as arrays.
+    """Packs pieces of prompts into arrays.
 
-    Each sequence's addresses begin with a page. While no piece has a past, each token stands at the index
-    that is its address; else tokens stand close together.
+    The addresses of each sequence begin with a page. If no piece follows an earlier chunk, each token stands
+    at the index that is its address; otherwise tokens stand close together.
 
     Args:
-      pieces: of each row.
-      pages: that each request holds.
-      width: tokens of a page.
-      unit: rows are `unit * 2^n` tokens long: few lengths, few programs.
+      pieces: Pieces of each row.
+      pages: Pages of each request.
+      width: Tokens per page.
+      unit: Unit of row lengths, which are `unit * 2^n` tokens: few lengths, few programs.
     """
     cached = any(piece.start for row in pieces for piece in row)
-    room = [sum(pages_for(p.stop, width) * width for p in row) for row in pieces]
-    span = bucket(max(room), unit)
+    spans = [sum(pages_for(p.stop, width) * width for p in row) for row in pieces]
+    span = bucket(max(spans), unit)
     fresh = [sum(pages_for(p.stop - p.start, width) * width for p in row) for row in pieces]
     length = bucket(max(fresh), unit) if cached else span
-    most, rows = length // width, len(pieces)
+    sequences, rows = length // width, len(pieces)
     tokens, begins = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     positions, following = np.full((rows, length), -1, np.int32), np.full((rows, length), -1, np.int32)
     table = np.full((rows, span // width), NO_PAGE, np.int32)
-    last, lengths = np.full((rows, most), -1, np.int32), np.zeros((rows, most), np.int32)
+    last, lengths = np.full((rows, sequences), -1, np.int32), np.zeros((rows, sequences), np.int32)
     slots: list[int] = []
-    for row, of in enumerate(pieces):
-        at = address = 0
-        for n, piece in enumerate(of):
-            prompt, size = piece.request.inputs, piece.stop - piece.start
-            here = slice(at, at + size)
-            tokens[row, here] = prompt[piece.start : piece.stop]
-            positions[row, here] = np.arange(piece.start, piece.stop)
-            begins[row, here] = address
-            behind = prompt[piece.start + 1 : piece.stop + 1]
-            following[row, at : at + len(behind)] = behind
-            held = pages[piece.request][: pages_for(piece.stop, width)]
-            table[row, address // width : address // width + len(held)] = held
-            last[row, n], lengths[row, n] = at + size - 1, piece.stop
-            slots.append(row * most + n)
-            at += pages_for(size, width) * width
-            address += len(held) * width
-    params = sampling(rows * most, slots, [piece.request for of in pieces for piece in of])
+    for row, row_pieces in enumerate(pieces):
+        index = address = 0
+        for n, piece in enumerate(row_pieces):
+            prompt, size = piece.request.prefill_tokens, piece.stop - piece.start
+            indices = slice(index, index + size)
+            tokens[row, indices] = prompt[piece.start : piece.stop]
+            positions[row, indices] = np.arange(piece.start, piece.stop)
+            begins[row, indices] = address
+            next_tokens = prompt[piece.start + 1 : piece.stop + 1]
+            following[row, index : index + len(next_tokens)] = next_tokens
+            ids = pages[piece.request][: pages_for(piece.stop, width)]
+            table[row, address // width : address // width + len(ids)] = ids
+            last[row, n], lengths[row, n] = index + size - 1, piece.stop
+            slots.append(row * sequences + n)
+            index += pages_for(size, width) * width
+            address += len(ids) * width
+    requests = [piece.request for row_pieces in pieces for piece in row_pieces]
+    params = sampling(rows * sequences, slots, requests)
     by_row = Sampling(
-        *(a.reshape(rows, most) for a in (params.temperature, params.top_k, params.top_p, params.seed))
+        *(a.reshape(rows, sequences) for a in (params.temperature, params.top_k, params.top_p, params.seed))
     )
     return Packed(PrefillBatch(tokens, positions, begins, following, table, last, lengths, by_row), cached)
 
 
 def bucket(count: int, unit: int) -> int:
-    """The smallest `unit * 2^n` that holds `count`: few shapes, few programs."""
+    """Returns the smallest `unit * 2^n` that is at least `count`: few shapes, few programs."""
     size = unit
     while size < count:
         size *= 2
@@ -118,7 +124,7 @@ def bucket(count: int, unit: int) -> int:
 
 
 def sampling(size: int, rows: list[int], requests: list[Request]) -> Sampling:
-    """Sampling parameters of each row; rows without a request are greedy."""
+    """Returns the sampling parameters of each row; rows without a request are greedy."""
     s = Sampling(
         temperature=np.zeros(size, np.float32),
         top_k=np.zeros(size, np.int32),

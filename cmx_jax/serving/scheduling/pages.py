@@ -1,4 +1,4 @@
-"""Who owns which page of a rank's cache: a free list, and nothing else."""
+"""Allocates the pages of a rank's cache from a free list."""
 
 from cmx_jax.errors import CmxError
 
@@ -7,8 +7,8 @@ class PagePool:
     """The pages of one rank.
 
     * Every page is either free or held by exactly one sequence.
-    * `take` gives all that was asked for, or raises and changes nothing.
-    * The page freed last is given first.
+    * `take` allocates all pages of a call, or raises and changes nothing.
+    * The page freed last is allocated first.
     """
 
     def __init__(self, pages: int):
@@ -17,23 +17,25 @@ class PagePool:
 
     @property
     def free(self) -> int:
+        """Number of free pages."""
         return len(self._free)
 
     @property
     def held(self) -> int:
+        """Number of allocated pages."""
         return len(self._held)
 
     def take(self, count: int) -> list[int]:
-        """`count` pages.
+        """Allocates `count` pages.
 
         Raises:
-          CmxError: there are not as many.
+          CmxError: Fewer pages are free.
         """
         if count < 0 or count > len(self._free):
             raise CmxError(f"{count} pages asked for, {len(self._free)} are free")
-        rest = len(self._free) - count
-        taken = self._free[rest:][::-1]
-        del self._free[rest:]
+        start = len(self._free) - count
+        taken = self._free[start:][::-1]
+        del self._free[start:]
         self._held.update(taken)
         return taken
 
@@ -41,15 +43,15 @@ class PagePool:
         """Frees pages.
 
         Raises:
-          CmxError: one of them is not held, or named twice; nothing is freed then.
+          CmxError: A page is not held, or appears twice. Nothing is freed then.
         """
-        given = set(pages)
-        if len(given) != len(pages) or not given <= self._held:
+        unique = set(pages)
+        if len(unique) != len(pages) or not unique <= self._held:
             raise CmxError(f"pages {pages} are not all held: freed twice?")
-        self._held -= given
+        self._held -= unique
         self._free.extend(reversed(pages))
 
 
 def pages_for(tokens: int, width: int) -> int:
-    """Pages that hold `tokens` tokens at `width` a page."""
+    """Returns the number of pages for `tokens` tokens at `width` tokens per page."""
     return -(-tokens // width)

@@ -1,17 +1,17 @@
-"""A request and the states it goes through.
+"""A request and its states.
 
-    WAITING    in the queue: it has neither pages nor a rank
-    PREFILL    it has pages on a rank of a prefill instance; its prompt runs there, in chunks if it is long
-    TRANSFER   its first token is known; its pages wait for room on a decode rank
-    DECODE     it has a row and pages on a decode rank; every step gives it one token, and one for each
-             draft that was right
-    FINISHED   it reached its length or an end token, was cancelled, or failed; it holds nothing
+    WAITING    in the queue, with neither pages nor a rank
+    PREFILL    has pages on a rank of a prefill instance; its prompt runs there, in chunks if it is long
+    TRANSFER   has its first token; its pages wait for room on a decode rank
+    DECODE     has a row and pages on a decode rank; every step generates one token, and one for each draft
+               that was right
+    FINISHED   reached its length or an end token, was cancelled, or failed; it holds nothing
 
 On an instance that does both, PREFILL goes to DECODE directly: the pages stay where they are.
 
 From every state but the last a request may go back to WAITING: it was preempted, or its instance leaves. It
-keeps its tokens, and what prefill runs the next time (`inputs`) is the prompt and these. From every state it
-may go to FINISHED, when it is cancelled.
+keeps its tokens, and the next prefill runs the prompt and these (`prefill_tokens`). From every state it may
+go to FINISHED, when it is cancelled.
 """
 
 import enum
@@ -44,7 +44,11 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 
 class Overloaded(CmxError):
-    """A queue is full; it may have room after `retry_after_s` seconds."""
+    """A queue is full.
+
+    Attributes:
+      retry_after_s: Seconds after which it may have room.
+    """
 
     def __init__(self, message: str, retry_after_s: float):
         super().__init__(message)
@@ -53,15 +57,21 @@ class Overloaded(CmxError):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a request is continued; vLLM's names.
+    """Sampling parameters of a request, with vLLM's names.
 
     Attributes:
-      logprobs: how many of the likeliest tokens are reported at each position, beside the one taken; None:
-        nothing is.
-      stop_token_ids: tokens that end it, as the model's own end tokens do.
+      max_tokens: Largest number of tokens to generate.
+      temperature: Temperature; 0 is greedy.
+      top_k: Number of most likely tokens to sample from; 0: all.
+      top_p: Probability mass of the most likely tokens to sample from.
+      seed: Seed of the draws.
+      ignore_eos: True if the model's end tokens do not end the text.
+      logprobs: Number of most likely tokens to report at each position, beside the sampled one; None: no
+        log-probabilities.
+      stop_token_ids: Tokens that end the text, as the model's own end tokens do.
 
     Raises:
-      CmxError: a value is outside its range.
+      CmxError: A value is outside its range.
     """
 
     max_tokens: int = 64
@@ -90,7 +100,12 @@ _ids = itertools.count()
 
 
 class TokenLogprob(NamedTuple):
-    """The logarithm of a token's probability, before temperature; and the likeliest tokens with theirs."""
+    """Log-probability of a token, before temperature.
+
+    Attributes:
+      logprob: Log-probability of the token.
+      top: Most likely tokens at its position, with their log-probabilities.
+    """
 
     logprob: float
     top: list[tuple[int, float]]
@@ -98,21 +113,31 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way; times are seconds of the scheduler's clock.
+    """One prompt and its course; times are seconds of the scheduler's clock.
 
     Attributes:
-      priority: smaller ones go first (vLLM's order), and are preempted last.
-      namespace: of the caching pool; nothing is shared between two.
-      inputs: what prefill runs: the prompt, and behind a preemption what was generated before it.
-      prefilled: tokens of `inputs` that lie in pages.
-      first: the token behind `inputs`, once it is known.
-      drafts: what the MTP layer expects behind `tokens`.
-      logprobs: of each token, where they were asked for.
-      reused_tokens: of the prompt, that came out of the caching pool.
-      kept_tokens: from the first on, whose blocks are there.
-      transfer_id: of its pages' ticket, if they go to another process; 0: any.
-      finish_reason: `stop`, `length`, `abort` (cancelled) or `error`.
-      error: what went wrong.
+      prompt: Token ids of the prompt.
+      params: Sampling parameters.
+      id: Number of the request, unique in the process.
+      priority: Priority; smaller numbers go first (vLLM's order), and are preempted last.
+      namespace: Namespace of the caching pool; nothing is shared between two of them.
+      state: State of the request.
+      tokens: Generated tokens.
+      prefill_tokens: Tokens that prefill runs: the prompt and, after a preemption, the generated tokens.
+      prefilled: Number of `prefill_tokens` that have KV rows in pages.
+      next_token: The token after `prefill_tokens`; -1 until prefill has run.
+      drafts: Tokens that the MTP layer expects after `tokens`.
+      logprobs: Log-probability of each generated token, where it was asked for.
+      cached_tokens: Number of prompt tokens that came from the caching pool.
+      stored_tokens: Number of leading tokens whose blocks are in the caching pool.
+      preemptions: Number of times that the request was preempted.
+      transfer_id: Id for the ticket of its pages, if they go to another process; 0: any.
+      finish_reason: `stop`, `length`, `abort` (cancelled), `error`, `transfer` (another process continues) or
+        `preempted` (its sender prefills it again); None while it runs.
+      error: Error message, or None.
+      arrived: Time of arrival.
+      first_token: Time of the first token, or None.
+      finished: Time at which it finished, or None.
     """
 
     prompt: Sequence[int]
@@ -123,11 +148,11 @@ class Request:
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
     prefilled: int = 0
-    first: int = -1
+    next_token: int = -1
     drafts: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    reused_tokens: int = 0
-    kept_tokens: int = 0
+    cached_tokens: int = 0
+    stored_tokens: int = 0
     preemptions: int = 0
     transfer_id: int = 0
     finish_reason: str | None = None
@@ -137,26 +162,26 @@ class Request:
     finished: float | None = None
 
     def __post_init__(self) -> None:
-        self.inputs = self.prompt
+        self.prefill_tokens = self.prompt
 
     def to(self, state: State) -> None:
-        """Moves on, along `TRANSITIONS` only."""
+        """Enters a state, along `TRANSITIONS` only."""
         if state not in TRANSITIONS[self.state]:
             raise RuntimeError(f"request {self.id}: {self.state.name} cannot become {state.name}")
         self.state = state
 
     @property
     def total_tokens(self) -> int:
-        """Prompt and the most that may follow."""
+        """Number of tokens of the prompt and the longest answer."""
         return len(self.prompt) + self.params.max_tokens
 
     @property
-    def cached_tokens(self) -> int:
-        """Tokens that the cache must hold at most: the last one is never attended to."""
+    def max_kv_tokens(self) -> int:
+        """Largest number of tokens with KV rows: the last token is never attended to."""
         return self.total_tokens - 1
 
     def add(self, token: int, eos: tuple[int, ...]) -> bool:
-        """Takes the next token; True when it was the last."""
+        """Appends a generated token; returns whether it was the last."""
         self.tokens.append(token)
         if (token in eos and not self.params.ignore_eos) or token in self.params.stop_token_ids:
             self.finish_reason = "stop"
@@ -165,20 +190,20 @@ class Request:
         return self.finish_reason is not None
 
     def requeue(self) -> None:
-        """Goes back to the queue with what it has; its pages are released by whoever calls this."""
-        self.inputs = [*self.prompt, *self.tokens] if self.tokens else self.prompt
-        self.prefilled, self.first, self.drafts = 0, -1, []
+        """Goes back to WAITING and keeps its tokens; the caller frees its pages."""
+        self.prefill_tokens = [*self.prompt, *self.tokens] if self.tokens else self.prompt
+        self.prefilled, self.next_token, self.drafts = 0, -1, []
         self.preemptions += 1
         self.to(State.WAITING)
 
     @property
     def ttft_s(self) -> float:
-        """Time to first token, from arrival, seconds."""
+        """Time to first token in seconds, from arrival."""
         return (self.first_token or self.arrived) - self.arrived
 
     @property
     def tpot_s(self) -> float:
-        """Mean time of each further token, seconds (0 with a single one)."""
+        """Mean time per output token after the first in seconds; 0 with a single token."""
         if self.finished is None or self.first_token is None or len(self.tokens) < 2:
             return 0.0
         return (self.finished - self.first_token) / (len(self.tokens) - 1)

@@ -1,17 +1,18 @@
-"""Requests that wait for a place: by priority, then in the order in which they came; and how many may."""
+"""The queue of requests that wait for a place, by priority and then in order of arrival; and its limits."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.scheduling.request import Overloaded, Request
 
 
 def check_limits(**limits: float | None) -> None:
-    """Whether limits let anything in; None is no limit.
+    """Checks that limits let something in; None is no limit.
 
     Raises:
-      CmxError: one is not above zero.
+      CmxError: A limit is not above zero.
     """
     for name, limit in limits.items():
         if limit is not None and not limit > 0:
@@ -19,26 +20,61 @@ def check_limits(**limits: float | None) -> None:
 
 
 def check_queue(counts: Mapping[str, tuple[int | None, int]], waited_s: Callable[[], float]) -> None:
-    """Whether something more may wait. Who is told to come again is told to do so after as long as the first
-    of those who wait has waited: that is what the queue takes at present.
+    """Checks that the queue has room for another request.
+
+    A client that is refused is told to retry after as long as the oldest request has waited, an estimate of
+    the current queueing time.
 
     Args:
-      counts: by the limit's name, the limit and what there would be.
-      waited_s: seconds that the first one has waited.
+      counts: The limit (None: no limit) and the count with the new request, by the limit's name.
+      waited_s: Returns the seconds that the oldest request has waited.
 
     Raises:
-      Overloaded: it is too much.
+      Overloaded: A count is above its limit.
     """
     for name, (limit, count) in counts.items():
         if limit is not None and count > limit:
-            raise Overloaded(f"the queue is full ({name} {limit}), come again later", max(waited_s(), 1.0))
+            raise Overloaded(f"the queue is full ({name} {limit}), retry later", max(waited_s(), 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueLimits:
+    """Limits of the waiting queue; None is no limit.
+
+    Attributes:
+      max_num_queued_reqs: Number of requests that may wait for a place; further ones are refused.
+      max_num_queued_tokens: Number of prompt tokens that may wait; further prompts are refused.
+      queue_ttl_s: Seconds that a request waits for its first place before it fails.
+
+    Raises:
+      CmxError: A limit is not above zero.
+    """
+
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    queue_ttl_s: float | None = None
+
+    def __post_init__(self) -> None:
+        check_limits(**asdict(self))
+
+    def check(self, requests: int, tokens: int, waited_s: Callable[[], float]) -> None:
+        """Checks that a queue of `requests` requests with `tokens` prompt tokens is within the limits.
+
+        Raises:
+          Overloaded: A limit is exceeded; see `check_queue`.
+        """
+        counts = {
+            "max_num_queued_reqs": (self.max_num_queued_reqs, requests),
+            "max_num_queued_tokens": (self.max_num_queued_tokens, tokens),
+        }
+        check_queue(counts, waited_s)
 
 
 class Waiting:
     """A queue for each priority; the smallest number goes first, as in vLLM.
 
     Attributes:
-      tokens: of all inputs here.
+      tokens: Number of tokens of all waiting requests that prefill has to run.
     """
 
     def __init__(self) -> None:
@@ -52,33 +88,33 @@ class Waiting:
         self._count = self.tokens = 0
 
     def push(self, request: Request, front: bool = False) -> None:
-        """Puts a request behind the others of its priority, or before them."""
+        """Adds a request after the others of its priority, or before them with `front`."""
         queue = self._queues.get(request.priority)
         if queue is None:
             queue = self._queues[request.priority] = deque()
             self._order = sorted(self._queues)
         (queue.appendleft if front else queue.append)(request)
         self._count += 1
-        self.tokens += len(request.inputs)
+        self.tokens += len(request.prefill_tokens)
 
     def first(self) -> Request:
-        """Whose turn it is."""
+        """Returns the request whose turn it is."""
         return self._queues[self._order[0]][0]
 
     def pop(self) -> Request:
-        """Takes the first one out."""
+        """Removes the first request and returns it."""
         request = self._queues[self._order[0]].popleft()
-        self._took(request)
+        self._removed(request)
         return request
 
     def remove(self, request: Request) -> None:
-        """Takes a certain one out."""
+        """Removes a request from anywhere in the queue."""
         self._queues[request.priority].remove(request)
-        self._took(request)
+        self._removed(request)
 
-    def _took(self, request: Request) -> None:
+    def _removed(self, request: Request) -> None:
         self._count -= 1
-        self.tokens -= len(request.inputs)
+        self.tokens -= len(request.prefill_tokens)
         if not self._queues[request.priority]:
             del self._queues[request.priority]
             self._order.remove(request.priority)

@@ -1,1 +1,1 @@
-"""Lets the threads of a server use one engine: calls between steps, answers as they grow."""
+"""Serves an event loop with one engine: calls run between its steps, and answers grow chunk by chunk."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.deploy.site import NpuRange
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
 from cmx_jax.serving.service.generation import Chunk, Generation
 
@@ -22,8 +23,8 @@ class Frontend(Protocol):
 
     Attributes:
       live: Requests that are not finished.
-      draining: Whether new requests are refused.
-      broken: Why no request can be served at the moment, or None.
+      draining: True while new requests are refused.
+      broken: Reason why no request can be served at the moment, or None.
       watchers: Functions that get each chunk of an answer, on the event loop.
     """
 
@@ -53,9 +54,9 @@ class Frontend(Protocol):
           namespace: Namespace of the caching pool.
 
         Raises:
-          Unavailable: no request is taken now.
-          Overloaded: a queue is full.
-          CmxError: one of them cannot be served.
+          Unavailable: No request is taken now.
+          Overloaded: A queue is full.
+          CmxError: One of them cannot be served.
         """
         ...
 
@@ -63,8 +64,8 @@ class Frontend(Protocol):
         """Returns the log-probability of each token of prompts, with the `top` most likely tokens beside it.
 
         Raises:
-          Unavailable: nothing is served any more.
-          CmxError: a prompt exceeds the model's context.
+          Unavailable: Nothing is served any more.
+          CmxError: A prompt exceeds the model's context.
         """
         ...
 
@@ -76,7 +77,7 @@ class Frontend(Protocol):
         """Returns the result of a function that is called between two steps.
 
         Raises:
-          Unavailable: nothing is served any more.
+          Unavailable: Nothing is served any more.
         """
         ...
 
@@ -100,10 +101,10 @@ class Frontend(Protocol):
         """Returns the counters of the caching pool, or {} if there is none."""
         ...
 
-    def instances(self, npus: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    def instances(self, npus: Mapping[str, NpuRange]) -> list[dict[str, Any]]:
         """Returns the load of each instance.
 
         Args:
-          npus: First NPU and number of NPUs of each instance, by its name.
+          npus: NPUs of each instance, by its name.
         """
         ...

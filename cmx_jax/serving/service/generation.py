@@ -1,4 +1,4 @@
-"""Requests that an event loop waits for: what each step gave to them, and why they ended."""
+"""Requests as an event loop sees them: chunks of tokens from each step, and the reason of their end."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,23 +12,23 @@ class Interrupted(Exception):
 
 
 class StepFailed(Interrupted):
-    """It was in the engine when a step failed."""
+    """A request was in the engine when a step failed."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a step gave to one request.
+    """Tokens that a step generated for one request.
 
     Attributes:
-      index: of the request within its `Generation`.
-      request: only what does not change any more may be read: its prompt, `arrived`, `reused_tokens`.
-      tokens: new ones; with MTP a step gives several.
-      logprobs: of each of them, where they were asked for.
-      finish_reason: with the last chunk.
-      error: why it ended, if that is its fault or the service's: `Interrupted`, or what a worker says.
-      first: whether it has the first token.
-      gap_s: seconds since the chunk before, or since arrival.
-      age_s: seconds since arrival.
+      index: Index of the request within its `Generation`.
+      request: The request. Read only what no longer changes: its prompt, `arrived`, `cached_tokens`.
+      tokens: New tokens; with MTP a step may give several.
+      logprobs: Log-probability of each of them, where it was asked for.
+      finish_reason: Finish reason of the request, in its last chunk; otherwise None.
+      error: Error that ended the request: `Interrupted`, or the error of a worker; None if it did not fail.
+      first: True if the chunk has the first token.
+      gap_s: Seconds since the chunk before, or since arrival.
+      age_s: Seconds since arrival.
     """
 
     index: int
@@ -43,7 +43,7 @@ class Chunk:
 
 
 class Generation:
-    """Requests that belong together: an asynchronous iterator of their `Chunk`s, as they come.
+    """Requests of one call: an asynchronous iterator of their `Chunk`s, as they come.
 
     It ends when all have finished, and raises `Interrupted` as soon as one of them was ended by the service.
     """
@@ -59,7 +59,7 @@ class Generation:
     async def __anext__(self) -> Chunk:
         while self.running:
             chunk = await self._chunks.get()
-            if chunk.index not in self.running:  # it came while the request was being ended
+            if chunk.index not in self.running:  # it arrived while the request was being ended
                 continue
             if chunk.error is not None:
                 raise chunk.error
@@ -69,7 +69,7 @@ class Generation:
         raise StopAsyncIteration
 
     def put(self, chunk: Chunk) -> None:
-        """Takes the next chunk (the service does so)."""
+        """Adds the next chunk; the service calls this."""
         self._chunks.put_nowait(chunk)
 
     def stop(self, index: int) -> None:
@@ -79,31 +79,41 @@ class Generation:
             self._cancel(self, {index}, "stop")
 
     def close(self) -> None:
-        """Ends all that still run, at whatever stage they are; may be called twice."""
-        left, self.running = self.running, set()
-        if left:
-            self._cancel(self, left, "abort")
+        """Ends all requests that still run, in any state; may be called twice."""
+        running, self.running = self.running, set()
+        if running:
+            self._cancel(self, running, "abort")
 
 
-Cancel = Callable[[Generation, set[int], str], None]  # some of its requests, for a reason
+Cancel = Callable[[Generation, set[int], str], None]
+"""Ends the requests with these indices, with a finish reason."""
 
 
 @dataclass(eq=False)
-class Live:
-    """A request in the engine, and how much of it was handed over; `ended`: its client was told an error."""
+class ActiveRequest:
+    """A request in the engine, with the state of its delivery.
+
+    Attributes:
+      generation: Generation that the request belongs to.
+      index: Index of the request in it.
+      request: The request.
+      sent: Number of tokens that were delivered.
+      ended: True if the service has ended the request with an error.
+      delivered_at: Clock time in seconds of the last delivery, or of the arrival.
+    """
 
     generation: Generation
     index: int
     request: Request
     sent: int = 0
     ended: bool = False
-    at: float = field(init=False)
+    delivered_at: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.at = self.request.arrived
+        self.delivered_at = self.request.arrived
 
     def chunk(self, now: float) -> Chunk | None:
-        """What is new, if anything is."""
+        """Returns the new tokens, or None if there are none and the request has not finished."""
         request, sent = self.request, self.sent
         tokens = request.tokens[sent:]
         if self.ended or (not tokens and request.finish_reason is None):
@@ -112,14 +122,14 @@ class Live:
         reason, error = request.finish_reason, None
         if reason in ("abort", "error"):
             error = Interrupted(request.error or "the request was cancelled")
-        return self._made(now, tokens, request.logprobs[sent:], reason, error)
+        return self._chunk(now, tokens, request.logprobs[sent:], reason, error)
 
     def end(self, now: float, error: Interrupted) -> Chunk:
-        """The last chunk of a request that the service ends."""
+        """Returns the last chunk of a request that the service ends."""
         self.ended = True
-        return self._made(now, [], [], "error", error)
+        return self._chunk(now, [], [], "error", error)
 
-    def _made(
+    def _chunk(
         self,
         now: float,
         tokens: list[int],
@@ -127,6 +137,6 @@ class Live:
         reason: str | None,
         error: Interrupted | None,
     ) -> Chunk:
-        first, gap, age = self.sent == len(tokens) > 0, now - self.at, now - self.request.arrived
-        self.at = now
+        first, gap, age = self.sent == len(tokens) > 0, now - self.delivered_at, now - self.request.arrived
+        self.delivered_at = now
         return Chunk(self.index, self.request, tokens, logprobs, reason, error, first, gap, age)

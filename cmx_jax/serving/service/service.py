@@ -1,11 +1,11 @@
-"""An engine that serves an event loop: one thread owns it, everyone else asks that thread.
+"""An engine that serves an event loop: one thread owns it, and all others send calls to that thread.
 
     event loop                                   engine thread
     Service.generate --- a call, and it waits -> between two steps: Engine.submit
     Generation       <-- all chunks of a step -- Engine.step, while there is work; else it sleeps
     Generation.close --- a call ---------------> between two steps: Engine.cancel
 
-A step hands over what it made as one batch and waits for nobody: text is made of tokens on the loop. A step
+A step hands over its chunks as one batch and waits for nothing: the event loop turns tokens into text. A step
 that fails ends every request with an error, the engine forgets them, and the next request is served.
 """
 
@@ -19,11 +19,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from cmx_jax.serving.deploy.site import NpuRange
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.scoring import batches, prompt_logprobs
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
+from cmx_jax.serving.service.counters import engine_counters, instance_loads
 from cmx_jax.serving.service.frontend import Unavailable
-from cmx_jax.serving.service.generation import Chunk, Generation, Interrupted, Live, StepFailed
+from cmx_jax.serving.service.generation import ActiveRequest, Chunk, Generation, Interrupted, StepFailed
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -33,17 +35,17 @@ class Service:
     """Serves an engine on a thread of its own.
 
     Attributes:
-      engine: what that thread owns; others may look at counts, nothing else.
-      live: requests that are not finished, as the engine's thread has them.
-      draining: whether new requests are refused.
-      broken: why no request can be served any more, or None.
-      watchers: are told each chunk, on the event loop.
-      busy_s: seconds with work, in steps and between them; less the engine's `step_s` they are its overhead.
+      engine: The engine, which that thread owns; other threads may read its counters only.
+      live: Requests that are not finished, as the engine's thread has them.
+      draining: True while new requests are refused.
+      broken: Reason why no request can be served any more, or None.
+      watchers: Functions that get each chunk, on the event loop.
+      busy_s: Seconds with work, in steps and between them. The engine's overhead is this less its `step_s`.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.live: dict[Request, Live] = {}
+        self.live: dict[Request, ActiveRequest] = {}
         self.draining = False
         self.broken: str | None = None
         self.watchers: list[Callable[[Chunk], None]] = []
@@ -68,17 +70,17 @@ class Service:
         """Submits prompts of token ids, all or none.
 
         Args:
-          requests: each prompt, and how it is continued.
-          priority: smaller ones go first.
-          namespace: of the caching pool.
+          requests: Token ids of each prompt, and its sampling parameters.
+          priority: Priority of the requests; smaller numbers go first.
+          namespace: Namespace of the caching pool.
 
         Raises:
-          Unavailable: no request is taken now.
-          Overloaded: a queue is full.
-          CmxError: one of them cannot be served.
+          Unavailable: No request is taken now.
+          Overloaded: A queue is full.
+          CmxError: One of them cannot be served.
         """
         submit = self.engine.submit
-        return await self.adopt(
+        return await self.submit_all(
             *(
                 lambda prompt=prompt, params=params: submit(
                     prompt, params, priority=priority, namespace=namespace
@@ -87,94 +89,58 @@ class Service:
             )
         )
 
-    async def adopt(self, *calls: Callable[[], Request], told: int = 0) -> Generation:
-        """Hands out the tokens of requests that calls give to the engine, all or none.
+    async def submit_all(self, *submit: Callable[[], Request], already_sent: int = 0) -> Generation:
+        """Submits requests to the engine, all or none, and returns the generation of their tokens.
 
         Args:
-          calls: each gives one, on the engine's thread.
-          told: tokens of each that whoever asks has already.
+          submit: Functions that each submit one request to the engine, on the engine's thread.
+          already_sent: Number of tokens of each request that the client has already.
 
         Raises:
-          Unavailable: no request is taken now.
-          CmxError: a call says why not.
+          Unavailable: No request is taken now.
+          CmxError: One of them cannot be served.
         """
         if self.draining:
             raise Unavailable("the server is shutting down: ask again later, or another one")
-        generation = Generation(len(calls), self.cancel)
+        generation = Generation(len(submit), self.cancel)
         try:
-            await self.call(lambda: self._submit(generation, calls, told))
+            await self.call(lambda: self._submit(generation, submit, already_sent))
         except asyncio.CancelledError:
-            generation.close()  # the call may have been under way
+            generation.close()  # the call may have run
             raise
         return generation
 
     async def score(self, prompts: Sequence[Sequence[int]], top: int) -> list[list[TokenLogprob | None]]:
-        """`prompt_logprobs`, a batch at a time between the engine's steps.
+        """Returns `prompt_logprobs`, computed a batch at a time between the engine's steps.
 
         Raises:
-          Unavailable: the engine is broken, or the service has stopped.
-          CmxError: a prompt exceeds the model's context.
+          Unavailable: The engine is broken, or the service has stopped.
+          CmxError: A prompt exceeds the model's context.
         """
         instance = self.engine.instances[0]
-        found: dict[int, list[TokenLogprob | None]] = {}
+        results: dict[int, list[TokenLogprob | None]] = {}
         for rows in batches(instance, [len(prompt) for prompt in prompts]):
-            some = [prompts[row] for row in rows]
-            scores = await self.call(lambda some=some: prompt_logprobs(instance, some, top))  # type: ignore[misc]
-            found.update(zip(rows, scores, strict=True))
-        return [found[row] for row in range(len(prompts))]
+            batch = [prompts[row] for row in rows]
+            scores = await self.call(lambda batch=batch: prompt_logprobs(instance, batch, top))  # type: ignore[misc]
+            results.update(zip(rows, scores, strict=True))
+        return [results[row] for row in range(len(prompts))]
 
     async def timelines(self) -> list[list[dict[str, Any]]]:
-        """What happened, for `timeline.together`."""
+        """Returns the events of the engine, for `timeline.together`."""
         return [self.engine.timeline.events()]
 
     def counts(self) -> dict[str, Any]:
-        """Numbers of the whole engine. They are read while it runs: each is right, but they may be a step
-        apart."""
-        engine, instances, context = self.engine, self.engine.instances, self.engine.context
-        drafts = [i.traffic for i in engine.decoders]
-        pages = sum(i.capacity.pages * i.ranks for i in instances)
-        return {
-            "waiting": len(engine.waiting),
-            "transfers": len(engine.transfers),
-            "running": sum(len(i.places) for i in instances),
-            "kv_cache_usage": sum(i.load for i in instances) / pages,
-            "prefix_queries": context.queries if context else 0,
-            "prefix_hits": context.hits if context else 0,
-            "drafts": sum(int(t.proposed.sum()) for t in drafts),
-            "accepted": sum(int(t.accepted.sum()) for t in drafts),
-            "busy_s": self.busy_s,
-            "step_s": engine.step_s,
-            "steps": engine.steps,
-            "preemptions": engine.preempted,
-            "kv_moved": engine.outbox.counts["acknowledged"],
-            "kv_lost": engine.lost + engine.outbox.counts["expired"],
-            "eplb_moves": len(engine.moves),
-        }
+        """Returns counters and gauges of the engine, by name; see `engine_counters`."""
+        return {**engine_counters(self.engine), "busy_s": self.busy_s}
 
     def cache(self) -> dict[str, Any]:
-        """Counters of the caching pool, if there is one; asks its servers."""
-        context = self.engine.context
+        """Returns the counters of the caching pool and its servers, or {} if there is none."""
+        context = self.engine.mover.context
         return context.stats() if context else {}
 
-    def instances(self, npus: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
-        """What each instance has to do; `npus`: first NPU and number of them, by name."""
-        engine, found = self.engine, []
-        for i in engine.instances:
-            first, count = npus[i.name]
-            roles = {"prefill": engine.prefill, "decode": engine.decoders}
-            found.append(
-                {
-                    "name": i.name,
-                    "roles": [role for role, of in roles.items() if i in of],
-                    "first_npu": first,
-                    "npus": count,
-                    "requests": len(i.places),
-                    "prefilling": len(i.prefilling),
-                    "pages_used": i.load,
-                    "pages": i.capacity.pages * i.ranks,
-                }
-            )
-        return found
+    def instances(self, npus: Mapping[str, NpuRange]) -> list[dict[str, Any]]:
+        """Returns the load of each instance; `npus` has the NPUs of each, by its name."""
+        return instance_loads(self.engine, npus)
 
     def cancel(self, generation: Generation, indices: set[int], reason: str) -> None:
         """Ends requests of a generation, between two steps."""
@@ -187,10 +153,10 @@ class Service:
             self._post(cancel)
 
     async def call(self, function: Callable[[], T]) -> T:
-        """What a function returns that the engine's thread runs between two steps.
+        """Returns the result of a function that the engine's thread calls between two steps.
 
         Raises:
-          Unavailable: the engine is broken, or the service has stopped.
+          Unavailable: The engine is broken, or the service has stopped.
         """
         return await asyncio.wrap_future(self._post(function))
 
@@ -204,23 +170,28 @@ class Service:
         return future
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes no new request, and waits for those that run, and until others have fetched what they come
-        for; after `timeout_s` seconds it ends them with an error."""
+        """Takes no new request, and waits until all have finished and their pages have been fetched.
+
+        After `timeout_s` seconds the remaining requests end with an error.
+        """
         self.draining = True
-        until = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
         try:
-            while (self.live or self.engine.outbox.waiting) and time.monotonic() < until:
+            while (self.live or self.engine.outbox.waiting) and time.monotonic() < deadline:
                 await asyncio.sleep(0.02)
-        finally:  # also when nobody wants to wait any more
+        finally:  # also when the wait is cancelled
             self._end(Interrupted("the server is shutting down: the request was not finished"))
 
     async def close(self) -> None:
-        """Stops, behind what runs."""
+        """Stops the thread after the step that runs."""
         await asyncio.to_thread(self.stop)
 
     def stop(self, timeout_s: float = 10.0) -> bool:
-        """Ends the thread behind its step; False if it still runs after `timeout_s` seconds, as it may while
-        a program is compiled."""
+        """Stops the thread after the step that runs.
+
+        Returns:
+          False if it still runs after `timeout_s` seconds, as it may while a program is compiled.
+        """
         with self._wakeup:
             self._stopping = True
             self._wakeup.notify()
@@ -230,7 +201,7 @@ class Service:
     # on the engine's thread
 
     def _serve(self) -> None:
-        ended: float | None = None  # of the last step, while there is work
+        ended: float | None = None  # time at which the last step ended, while there is work
         while True:
             with self._wakeup:
                 while not (self._calls or self._stopping or self.engine.busy):
@@ -252,13 +223,13 @@ class Service:
     def _submit(
         self,
         generation: Generation,
-        calls: Sequence[Callable[[], Request]],
-        told: int,
+        submit: Sequence[Callable[[], Request]],
+        already_sent: int,
     ) -> None:
-        submitted: list[Live] = []
+        submitted: list[ActiveRequest] = []
         try:
-            for index, call in enumerate(calls):
-                submitted.append(Live(generation, index, call(), told))
+            for index, call in enumerate(submit):
+                submitted.append(ActiveRequest(generation, index, call(), already_sent))
         except BaseException:
             for live in submitted:
                 self.engine.cancel(live.request)
@@ -280,7 +251,7 @@ class Service:
                 self.broken = "the engine failed and cannot be reset: restart the server"
 
     def _hand_over(self) -> None:
-        """Gives the event loop what is new, all of it at once."""
+        """Sends all new chunks to the event loop, as one batch."""
         now = self.engine.clock()
         chunks = []
         for request, live in list(self.live.items()):
@@ -290,22 +261,22 @@ class Service:
             if request.finish_reason is not None:
                 del self.live[request]
         if chunks:
-            self._tell(chunks)
+            self._publish(chunks)
 
     def _end(self, error: Interrupted) -> None:
-        """Ends all requests for their clients; also from the event loop, while a step runs."""
+        """Ends all requests with an error for their clients; the event loop may call it during a step."""
         now, live = self.engine.clock(), list(self.live.values())
-        self._tell([(x.generation, x.end(now, error)) for x in live if not x.ended])
+        self._publish([(x.generation, x.end(now, error)) for x in live if not x.ended])
 
-    def _tell(self, chunks: list[tuple[Generation, Chunk]]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-            self._loop.call_soon_threadsafe(self._told, chunks)
+    def _publish(self, chunks: list[tuple[Generation, Chunk]]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._deliver, chunks)
 
-    def _told(self, chunks: list[tuple[Generation, Chunk]]) -> None:
+    def _deliver(self, chunks: list[tuple[Generation, Chunk]]) -> None:
         for generation, chunk in chunks:
             generation.put(chunk)
-            for watch in self.watchers:
-                watch(chunk)
+            for watcher in self.watchers:
+                watcher(chunk)
 
     def _refuse(self, calls: list[tuple["concurrent.futures.Future[Any]", Callable[[], Any]]]) -> None:
         for future, _ in calls:
@@ -318,5 +289,5 @@ def _answer(future: "concurrent.futures.Future[Any]", function: Callable[[], Any
         return
     try:
         future.set_result(function())
-    except BaseException as error:  # whoever called decides what becomes of it
+    except BaseException as error:  # for the caller to handle
         future.set_exception(error)

@@ -15,6 +15,7 @@ from serving.api.running import Running, serving
 
 from cmx_jax.cli import main
 from cmx_jax.serving.ems import MPServer, Pool
+from cmx_jax.serving.scheduling.waiting import QueueLimits
 
 SHORT = [
     "--random-input-len",
@@ -170,7 +171,7 @@ def test_trace_is_replayed_at_its_times(capsys, server: Running, tmp_path: Path)
 
 def test_warm_prefix_cache_is_a_warning(capsys, deployment, tmp_path: Path) -> None:
     engine = deployment.engine
-    block, before = engine.instances[0].capacity.page_width, engine.context
+    block, before = engine.instances[0].capacity.page_width, engine.mover.context
     pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 24, disk=1 << 26)})
     deployment.cache(pool, block)
     try:
@@ -192,14 +193,12 @@ def test_warm_prefix_cache_is_a_warning(capsys, deployment, tmp_path: Path) -> N
             text = bench(capsys, running.url, *options)
             assert "\nwarning: " in text
     finally:
-        engine.context = before
+        engine.mover.context = before
         pool.close()
 
 
-def test_overload_counts_as_failures_and_in_no_mean(
-    capsys, server: Running, monkeypatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(server.served.deployment.engine, "max_num_queued_reqs", 2)
+def test_overload_counts_as_failures(capsys, server: Running, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(server.served.deployment.engine, "limits", QueueLimits(max_num_queued_reqs=2))
     options = [*SHORT, "--num-prompts", "30", "--plot-timeline", str(tmp_path / "timeline.png")]
     d = measured(capsys, server.url, *options)
     check(d)
@@ -308,7 +307,7 @@ def test_flags_that_do_not_fit_the_server_are_one_line(capsys, server, arguments
         (("--burstiness", "-1"), "burstiness is -1, expected above zero"),
         (("--random-range-ratio", "1"), "range_ratio is 1, expected zero or more, below 1"),
         (("--random-input-len", "0"), "a prompt's length is 0, expected at least 1"),
-        (("--prefix-len", "3"), "--prefix-len is of --dataset-name shared-prefix: leave it out"),
+        (("--prefix-len", "3"), "--prefix-len is for --dataset-name shared-prefix: leave it out"),
         (("--dataset-name", "mooncake"), "needs --dataset-path FILE"),
         (("--dataset-name", "mooncake", "--dataset-path", "/no"), "--dataset-path /no: No such file"),
         (("--dataset-name", "mooncake", "--dataset-path", "/no", "--request-rate", "1"), "has its own times"),
@@ -317,8 +316,8 @@ def test_flags_that_do_not_fit_the_server_are_one_line(capsys, server, arguments
         (("--percentile-metrics", "x"), "percentile_metrics is 'x', expected some of ttft,tpot,itl,e2el"),
         (("--metric-percentiles", "101"), "metric_percentiles is '101', expected numbers from 0 to 100"),
         (("--result-dir", "/"), "--result-dir is given without --save-result: give both"),
-        (("--save-result", "--result-dir", "/no"), "/no is no directory: make it first"),
-        (("--plot-timeline", "/no/x.png"), "/no is no directory: make it first"),
+        (("--save-result", "--result-dir", "/no"), "/no is not a directory: make it first"),
+        (("--plot-timeline", "/no/x.png"), "/no is not a directory: make it first"),
         (("--plot-timeline", "x.pdf"), "--plot-timeline x.pdf: expected a file that ends with .png or .svg"),
     ],
 )

@@ -33,7 +33,11 @@ class Running:
         """Whether nothing is left in the engine; what is cancelled may take a step to go."""
         engine, until = self.served.deployment.engine, time.monotonic() + 20
         while time.monotonic() < until:
-            if not (self.served.service.live or engine.waiting or any(i.places for i in engine.instances)):
+            if not (
+                self.served.service.live
+                or engine.waiting
+                or any(i.allocator.places for i in engine.instances)
+            ):
                 return True
             time.sleep(0.02)
         return False

@@ -10,6 +10,8 @@ import openai
 import pytest
 from serving.api.running import Running, serving
 
+from cmx_jax.serving.scheduling.waiting import QueueLimits
+
 LONG = {"model": "tiny", "prompt": "The", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
 SHORT = LONG | {"max_tokens": 4}
 
@@ -75,7 +77,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(server, monkeypatch) ->
     with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 33}) as answer:
         lines = answer.iter_lines()
         next(lines)
-        monkeypatch.setattr(engine, "max_num_queued_reqs", 1)
+        monkeypatch.setattr(engine, "limits", QueueLimits(max_num_queued_reqs=1))
         refused = server.http.post("/v1/completions", json=SHORT)
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
@@ -88,7 +90,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(server, monkeypatch) ->
 
 def test_prompts_of_a_refused_call_are_not_served_in_part(server, monkeypatch) -> None:
     engine = server.served.deployment.engine
-    monkeypatch.setattr(engine, "max_num_queued_reqs", 2)
+    monkeypatch.setattr(engine, "limits", QueueLimits(max_num_queued_reqs=2))
     refused = server.http.post("/v1/completions", json=LONG | {"n": 5})
     assert refused.status_code == 429
     assert not engine.busy
@@ -99,7 +101,7 @@ def test_who_waits_too_long_gets_an_error(server, monkeypatch) -> None:
     with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 32}) as answer:
         lines = answer.iter_lines()
         next(lines)
-        monkeypatch.setattr(engine, "queue_ttl_s", 0.05)
+        monkeypatch.setattr(engine, "limits", QueueLimits(queue_ttl_s=0.05))
         late = server.http.post("/v1/completions", json=SHORT)
         assert late.status_code == 503
         assert "waited longer than 0.05 s" in late.json()["error"]["message"]

@@ -62,8 +62,8 @@ def test_calls_run_between_steps_on_one_thread(deployment) -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_who_leaves_while_he_submits_leaves_nothing(deployment, monkeypatch, begun) -> None:
-    """Whether his call waits for the engine's thread, or is just being made."""
+def test_client_that_leaves_while_submitting_leaves_nothing(deployment, monkeypatch, begun) -> None:
+    """The call waits for the engine's thread, or is just being made."""
     engine, blocked, go = deployment.engine, threading.Event(), threading.Event()
     submit = engine.submit
 
@@ -86,7 +86,7 @@ def test_who_leaves_while_he_submits_leaves_nothing(deployment, monkeypatch, beg
         await other
         await service.call(lambda: None)
         assert not engine.busy
-        await service.call(lambda: None)  # behind the turn in which it was told
+        await service.call(lambda: None)  # after the turn in which it was cancelled
         assert not service.live
 
     with_service(engine, test)

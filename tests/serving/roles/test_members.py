@@ -21,13 +21,13 @@ from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.app import make_app
 from cmx_jax.serving.api.served import Limits, Served
-from cmx_jax.serving.deploy.deployment import Hosted
+from cmx_jax.serving.deploy.deployment import ModelInfo
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.http.server import Server, bind, url
 from cmx_jax.serving.roles import members as module
 from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.router import Router
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.service.frontend import Unavailable
 
 
@@ -37,7 +37,7 @@ def workers(base: Model) -> Iterator[dict[str, Running]]:
     plain = [instance(base, name, 1, sequences=2, pages=32) for name in ("prefill", "decode", "stranger")]
     of = plain[1]
     capacity = Capacity(page_width=8, sequences=2, pages=32)
-    int8 = base.instance("int8", of.layout, of.runner, capacity, kv_cache_dtype="int8")
+    int8 = base.instance("int8", of.layout, of.programs.runner, capacity, kv_cache_dtype="int8")
     with contextlib.ExitStack() as stack:
         yield {
             "prefill": stack.enter_context(running("prefill", plain[0], base)),
@@ -141,7 +141,7 @@ def test_what_hangs_is_given_up_with_all_that_it_has(workers, prompts, monkeypat
 def test_a_router_without_workers_says_so(base: Model) -> None:
     urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
     router = Router(Members(urls[:1], urls[1:], SECRET, patience_s=0.2))
-    hosted = Hosted(name="router", model=base, max_model_len=CONTEXT)
+    hosted = ModelInfo(name="router", model=base, max_model_len=CONTEXT)
     served = Served(name="base", deployment=hosted, service=router, template=None, limits=Limits())
     server, ready = Server(make_app(served), router, shutdown_timeout_s=1), threading.Event()
     with bind("127.0.0.1", 0) as sock:

@@ -12,6 +12,7 @@ from serving.ems.stores import eventually
 
 from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.deploy.site import NpuRange
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.http.server import Server, bind, url
@@ -42,8 +43,8 @@ class Running:
     def left(self) -> tuple[int, ...]:
         """What it has to do, or keeps: all zeros when it is idle."""
         engine, service = self.engine, self.worker.service
-        held = (engine.waiting, engine.transfers, engine.fetching, engine.tickets, service.live)
-        loads = [len(i.places) + i.load for i in engine.instances]
+        held = (engine.waiting, engine.transfers, engine.mover.fetching, engine.tickets, service.live)
+        loads = [len(i.allocator.places) + i.allocator.load for i in engine.instances]
         published = getattr(engine.outbox.transport, "_published", ())
         return (*map(len, held), *loads, engine.outbox.waiting, len(published))
 
@@ -60,7 +61,7 @@ def running(
         name=role,
         model=model,
         max_model_len=CONTEXT,
-        npus={one.name: (0, one.ranks)},
+        npus={one.name: NpuRange(0, one.allocator.ranks)},
         engine=Engine([one], []),
     )
     deployment.engine = Engine(

@@ -1,4 +1,4 @@
-"""What one collective instruction of HLO moves, and among whom."""
+"""Reads one collective instruction of HLO: its operands, and the ranks that take part."""
 
 import math
 
@@ -27,10 +27,16 @@ COLLECTIVES = {
 
 
 def collectives_of(instruction: Instruction, machine: Machine, op_name: str) -> list[Collective]:
-    """One for each type of operand, executed once."""
+    """Returns a collective for each type of operand, executed once.
+
+    Args:
+      instruction: Collective instruction.
+      machine: Replicas, partitions and mesh axes of the program.
+      op_name: Name that JAX gives the operation; its scope is read from it.
+    """
     op = COLLECTIVES[instruction.op.removesuffix("-start")]
     if op == "all_reduce" and instruction.home.name.startswith("all-reduce-scatter"):
-        op = "reduce_scatter"  # how TPU writes it: a fusion that sums, and keeps its own part
+        op = "reduce_scatter"  # on TPU: a fusion that sums and keeps its own part
     share, pairs = 1.0, None
     if op == "permute":
         pairs = pairs_of(instruction, machine)
@@ -47,16 +53,30 @@ def collectives_of(instruction: Instruction, machine: Machine, op_name: str) -> 
         by_type.setdefault(dtype, []).append(shape)
     scope = scopes(op_name)
     return [
-        Collective(op, axes, size, dtype, _together(shapes), 1, scope, share, groups, pairs)
+        Collective(
+            op=op,
+            axes=axes,
+            group_size=size,
+            dtype=dtype,
+            shape=_combined(shapes),
+            count=1,
+            scope=scope,
+            share=share,
+            groups=groups,
+            pairs=pairs,
+        )
         for dtype, shapes in by_type.items()
     ]
 
 
 def starts_here(instruction: Instruction) -> bool:
-    """TPU spreads a collective over several fusions, each of which names it: the first starts it."""
+    """Returns whether an instruction starts its collective.
+
+    TPU spreads a collective over several fusions, each of which names it; the first one starts it.
+    """
     if '"async_collective_fusion_config"' not in instruction.rest:
         return True
-    return any('"AsyncCollectiveStart"' in other.rest for other in instruction.home.notable)
+    return any('"AsyncCollectiveStart"' in sibling.rest for sibling in instruction.home.notable)
 
 
 def _largest(groups: Groups) -> int:
@@ -64,12 +84,15 @@ def _largest(groups: Groups) -> int:
 
 
 def _operands(op: str, instruction: Instruction) -> list[Array]:
-    """What a rank sends from. The results of a start would be operands and results."""
+    """Returns the arrays that a rank sends.
+
+    They are read from the operands: the type of a `-start` has operands and results.
+    """
     first = arrays(instruction.operand(0).type)
-    if op == "ragged_all_to_all":  # the others: where to, and how much
+    if op == "ragged_all_to_all":  # the other operands: result buffer, offsets and sizes
         return first
     parts = instruction.attribute(r"slice_sizes=\{(\{.*?\})\}")
-    if op == "permute" and parts:  # the others: a buffer for the result, and where parts are in both
+    if op == "permute" and parts:  # the other operands: result buffer, offsets in both
         sizes = [part.split(",") for part in parts.strip("{}").split("},{")]
         return [(first[0][0], tuple(map(int, size))) for size in sizes]
     return [
@@ -77,8 +100,8 @@ def _operands(op: str, instruction: Instruction) -> list[Array]:
     ]
 
 
-def _together(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    first, *others = shapes
-    if not others:
-        return first
-    return (len(shapes), *first) if set(others) == {first} else (sum(map(math.prod, shapes)),)
+def _combined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns one shape for several arrays: `(N, *shape)`, or `(elements,)` where shapes differ."""
+    if len(shapes) == 1:
+        return shapes[0]
+    return (len(shapes), *shapes[0]) if len(set(shapes)) == 1 else (sum(map(math.prod, shapes)),)

@@ -1,6 +1,7 @@
-"""Who takes part in a collective: HLO's replica groups as devices, and the mesh axes that make such groups.
+"""The groups of a collective: HLO's replica groups as devices, and the mesh axes that make such groups.
 
-A device's number is its place in the mesh, row-major. With `R` replicas of `P` partitions it is `r P + p`.
+A device's number is its position in the mesh, row-major. With `P` partitions, replica `r` of partition `p` is
+device `r P + p`.
 """
 
 import itertools
@@ -23,7 +24,14 @@ PAIRS = r"source_target_pairs=(\{(?:\s*\{[\d,\s]*\},?)*\s*\})"
 
 
 class Machine(NamedTuple):
-    """Replicas of partitions; how many devices that is, as far as is known; the mesh's axes, if they are."""
+    """The devices that a program runs on.
+
+    Attributes:
+      replicas: Number of replicas.
+      partitions: Number of partitions of each replica.
+      devices: Number of devices, by the mesh if the text does not tell.
+      axes: Names and sizes of the mesh axes; empty if unknown.
+    """
 
     replicas: int
     partitions: int
@@ -32,47 +40,60 @@ class Machine(NamedTuple):
 
 
 def groups_of(instruction: Instruction, machine: Machine) -> Groups:
-    """Devices of each group."""
-    given = read_groups(instruction.attribute(GROUPS) or "{}")
-    groups = devices_of(given, *_ids(instruction), machine.replicas, machine.partitions)
+    """Returns the devices of each group."""
+    groups = read_groups(instruction.attribute(GROUPS) or "{}")
+    groups = devices_of(groups, *_ids(instruction), machine.replicas, machine.partitions)
     return groups or (tuple(range(machine.devices)),)
 
 
 def pairs_of(instruction: Instruction, machine: Machine) -> Groups:
-    """(source, target) of a permute, as devices."""
-    given = read_groups(instruction.attribute(PAIRS) or "{}")
-    return devices_of(given, *_ids(instruction), machine.replicas, machine.partitions) if given else ()
+    """Returns the pairs (source, target) of a permute, as devices."""
+    pairs = read_groups(instruction.attribute(PAIRS) or "{}")
+    return devices_of(pairs, *_ids(instruction), machine.replicas, machine.partitions) if pairs else ()
 
 
 def _ids(instruction: Instruction) -> tuple[bool, bool | None]:
-    """Whether it has a channel and global ids (None: this op never says), by which XLA tells what ids are."""
-    says = re.match(r"all-gather|all-reduce|reduce-scatter", instruction.op)
-    ids = instruction.attribute(r"(use_global_device_ids=true)") is not None if says else None
+    """Returns the two attributes by which XLA tells the kind of ids in groups.
+
+    Returns:
+      Whether the instruction has a channel, and whether its ids are global (None: this op has no such flag).
+    """
+    has_flag = re.match(r"all-gather|all-reduce|reduce-scatter", instruction.op)
+    ids = instruction.attribute(r"(use_global_device_ids=true)") is not None if has_flag else None
     return instruction.attribute(r"(\bchannel_id=)") is not None, ids
 
 
 @cache
-def devices_of(
-    given: Groups, channel: bool, global_ids: bool | None, replicas: int, partitions: int
-) -> Groups:
-    """Groups of replicas, of partitions or of devices, all as devices; none where nobody says how many."""
+def devices_of(ids: Groups, channel: bool, global_ids: bool | None, replicas: int, partitions: int) -> Groups:
+    """Returns groups of replicas, partitions or devices as groups of devices.
+
+    Args:
+      ids: Groups as written in the instruction; empty for one group of all.
+      channel: True if the instruction has a channel.
+      global_ids: True if its ids are global; None if this op has no such flag.
+      replicas: Number of replicas.
+      partitions: Number of partitions of each replica.
+
+    Returns:
+      Groups of devices; empty if there are no groups and the number of devices is unknown.
+    """
     rs, ps = range(replicas), range(partitions)
     if replicas * partitions == 1 or (channel and global_ids):
-        return given or (() if replicas * partitions == 1 else (tuple(range(replicas * partitions)),))
+        return ids or (() if replicas * partitions == 1 else (tuple(range(replicas * partitions)),))
     of_partitions = channel and global_ids is None
-    given = given or (tuple(ps if of_partitions else rs),)
-    if max(map(max, given)) >= (partitions if of_partitions else replicas):
-        return given  # devices, whatever else it says
+    ids = ids or (tuple(ps if of_partitions else rs),)
+    if max(map(max, ids)) >= (partitions if of_partitions else replicas):
+        return ids  # too large for replicas or partitions: these are devices
     if of_partitions:
-        return tuple(tuple(r * partitions + p for p in group) for r in rs for group in given)
+        return tuple(tuple(r * partitions + p for p in group) for r in rs for group in ids)
     if channel:
-        return tuple(tuple(r * partitions + p for r in group for p in ps) for group in given)
-    return tuple(tuple(r * partitions + p for r in group) for p in ps for group in given)
+        return tuple(tuple(r * partitions + p for r in group for p in ps) for group in ids)
+    return tuple(tuple(r * partitions + p for r in group) for p in ps for group in ids)
 
 
 @cache
 def read_groups(text: str) -> Groups:
-    """Groups as they are written: listed, iota, or axes of a mesh."""
+    """Reads groups in any of their forms: a list, an iota, or axes of a mesh."""
     if text.startswith("mesh"):
         return _read_mesh(text)
     if text.startswith("["):
@@ -82,14 +103,14 @@ def read_groups(text: str) -> Groups:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[2,4]T(1,0)`: numbers in that shape, transposed."""
+    """Reads `[2,4]T(1,0)`: the numbers from 0 in that shape, transposed."""
     sizes, _, order = text.partition("T")
     numbers = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
     return numbers.transpose(_numbers(order)) if order else numbers
 
 
 def _read_mesh(text: str) -> Groups:
-    """`mesh['a'=2,'b'=8] {'a','b':(2)4}`: axes, of which `(2)4` is a part: 4 after the first 2."""
+    """Reads `mesh['a'=2,'b'=8] {'a','b':(2)4}`: axes, where `(2)4` is the part of 4 after the first 2."""
     mesh, ids, chosen = re.match(  # type: ignore[union-attr]
         r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}$", text
     ).groups()
@@ -112,7 +133,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @cache
 def axes_of_groups(groups: Groups, mesh_axes: Axes) -> tuple[str, ...]:
-    """The axes over which a collective has these groups, outermost first; () if there are none such."""
+    """Returns the axes over which a collective has these groups, outermost first; () if there are none."""
     sizes = [size for _, size in mesh_axes]
     if not groups or sum(map(len, groups)) != math.prod(sizes):
         return ()
@@ -125,7 +146,7 @@ def axes_of_groups(groups: Groups, mesh_axes: Axes) -> tuple[str, ...]:
 
 @cache
 def axes_of_pairs(pairs: Groups, mesh_axes: Axes) -> tuple[str, ...]:
-    """The axes along which messages travel, outermost first."""
+    """Returns the axes along which the messages of these pairs travel, outermost first."""
     sizes = [size for _, size in mesh_axes]
     if max(itertools.chain((0,), *pairs)) >= math.prod(sizes):
         return ()
@@ -133,18 +154,18 @@ def axes_of_pairs(pairs: Groups, mesh_axes: Axes) -> tuple[str, ...]:
 
 
 def _varying(groups: Groups | list[tuple[int, ...]], sizes: list[int]) -> list[int]:
-    """Axes in which members of some group differ."""
-    found = set()
+    """Returns the indices of the axes in which members of some group differ."""
+    varying = set()
     for group in groups:
         if max(group) >= math.prod(sizes):
             return []
-        places = np.array(np.unravel_index(np.array(group), sizes)).reshape(len(sizes), -1)
-        found |= set(np.flatnonzero((places != places[:, :1]).any(1)).tolist())
-    return sorted(found)
+        positions = np.array(np.unravel_index(np.array(group), sizes)).reshape(len(sizes), -1)
+        varying |= set(np.flatnonzero((positions != positions[:, :1]).any(1)).tolist())
+    return sorted(varying)
 
 
 def connected(pairs: Groups) -> Groups:
-    """Devices between which there is a way."""
+    """Returns the groups of devices that pairs connect."""
     group_of: dict[int, set[int]] = {}
     for source, target in pairs:
         joined = group_of.get(source, {source}) | group_of.get(target, {target})

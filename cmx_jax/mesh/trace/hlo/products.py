@@ -1,4 +1,4 @@
-"""HLO's matrix products and convolutions: two FLOPs for each product that is summed."""
+"""Matrix products and convolutions of HLO: two FLOPs for each product that is summed."""
 
 import math
 import re
@@ -15,7 +15,7 @@ PRODUCTS = frozenset(("dot", "scaled-dot", "convolution"))
 
 
 def product_of(instruction: Instruction) -> Product:
-    """As one rank sees it, executed once; its type is the wider, if its inputs have two."""
+    """Returns a product as one rank sees it, executed once; its type is the wider one of its inputs."""
     (result,) = arrays(instruction.type)
     left, right = (arrays(instruction.operand(number).type)[0] for number in (0, 1))
     sizes = {array: math.prod(array[1]) * jnp.dtype(array[0]).itemsize for array in (left, right, result)}
@@ -26,14 +26,20 @@ def product_of(instruction: Instruction) -> Product:
         contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
         summed = math.prod(left[1][int(axis)] for axis in contracted.split(",") if axis)
         products = math.prod(result[1]) * summed
-    moved = sum(sizes[array] for array in (left, right, result))
-    return Product(dtype, 2 * products, moved, 1, scopes(instruction.op_name()), 1)
+    return Product(
+        dtype=dtype,
+        flops=2 * products,
+        bytes=sum(sizes[array] for array in (left, right, result)),
+        count=1,
+        scope=scopes(instruction.op_name()),
+        known=1,
+    )
 
 
 def _convolution(instruction: Instruction, out: tuple, left: tuple, right: tuple) -> int:
-    """Products of a convolution: those with padding and with holes between elements are none.
+    """Returns the number of products of a convolution, without those with padding or dilation zeros.
 
-    Compilers write batched matrix products in this form, a batch axis as a window that meets itself only.
+    Compilers write batched matrix products in this form: a batch axis is a window that meets only itself.
     """
     labels = instruction.attribute(r"dim_labels=(\w+_\w+->\w+)") or "bf_io->bf"
     of_left, of_right, of_out = re.split(r"_|->", labels)
@@ -42,9 +48,11 @@ def _convolution(instruction: Instruction, out: tuple, left: tuple, right: tuple
     products = out[of_out.index("b")] * math.prod(right[of_right.index(label)] for label in "io")
     spatial = sorted(label for label in of_left if label.isdigit())
     for label in spatial:
-        own = {key: value.split("x")[int(label)] for key, value in fields.items()}
-        low = int(own.get("pad", "0_0").split("_")[0])
-        stride, holes, spread = (int(own.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        axis_fields = {key: value.split("x")[int(label)] for key, value in fields.items()}
+        low = int(axis_fields.get("pad", "0_0").split("_")[0])
+        stride, holes, spread = (
+            int(axis_fields.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate")
+        )
         sizes = (left[of_left.index(label)], right[of_right.index(label)], out[of_out.index(label)])
         products *= _meetings(*sizes, stride, low, holes, spread)
     return products
@@ -52,12 +60,12 @@ def _convolution(instruction: Instruction, out: tuple, left: tuple, right: tuple
 
 @cache
 def _meetings(size: int, kernel: int, out: int, stride: int, low: int, holes: int, spread: int) -> int:
-    """Pairs of a place of the window and an element under it, along one axis."""
+    """Returns the number of pairs of a window position and an element under it, along one axis."""
     if holes == 1 and low <= 0 and (out - 1) * stride + (kernel - 1) * spread - low < size:
         return kernel * out
-    places = np.arange(out) * stride - low
-    found = 0
+    starts = np.arange(out) * stride - low
+    pairs = 0
     for step in range(kernel):
-        at = places + step * spread
-        found += int(((at >= 0) & (at % holes == 0) & (at // holes < size)).sum())
-    return found
+        index = starts + step * spread
+        pairs += int(((index >= 0) & (index % holes == 0) & (index // holes < size)).sum())
+    return pairs

@@ -1,7 +1,7 @@
-"""Collectives and products of a compiled program, read from its optimised HLO.
+"""Reads collectives and products of a compiled program from its optimised HLO.
 
-This is what the compiler made of a program for one target: it combines, splits, moves and widens collectives
-(CPU sends bfloat16 as float32, for example). The program's jaxpr has what was asked for.
+HLO is the compiler's output for one target: it combines, splits, moves and widens collectives (CPU sends
+bfloat16 as float32, for example). The program's jaxpr has them as written.
 """
 
 import itertools
@@ -23,7 +23,7 @@ CALLS = frozenset(("while", "conditional", "call", "fusion", "async", "custom-ca
 STARTED = {f"{op}-start" for op in (*COLLECTIVES, *CALLS)}
 DONE = {op.replace("-start", "-done") for op in STARTED}
 NOTABLE = frozenset((*COLLECTIVES, *CALLS, *STARTED, *DONE, *PRODUCTS, "send", "ragged-dot"))
-# these place data, choose among them, check indices or mark parts of a collective: no products, nothing sent
+# these place, select or check data, or mark parts of a collective: they compute no products and send nothing
 PLAIN_CUSTOM_CALLS = (
     "Sharding",
     "SPMD",
@@ -44,12 +44,12 @@ class Program:
     """A program as one rank runs it, once.
 
     Attributes:
-      devices: that run it together.
-      collectives: in the order in which they are started. One that moves several arrays of a type (combined
-        all-reduces, an all-to-all with an operand for each peer) is one with all of them: `(N, *shape)`, or
-        `(elements,)` where shapes differ; arrays of several types are one each.
-      products: matrix products and convolutions.
-      notes: what these do not know.
+      devices: Number of devices that run it together.
+      collectives: Collectives in the order in which they start. A collective of several arrays of a type
+        (combined all-reduces, an all-to-all with an operand for each peer) has one shape for all of them:
+        `(N, *shape)`, or `(elements,)` where shapes differ. Arrays of several types are a collective each.
+      products: Matrix products and convolutions.
+      notes: Sentences on what the collectives and products do not include.
     """
 
     devices: int
@@ -59,28 +59,30 @@ class Program:
 
     @property
     def flops(self) -> dict[str, int]:
-        """Of products by their inputs' type, loops counted, without those that data decide on."""
+        """Operations of products by the type of their inputs, loops counted, without data-dependent ones."""
         return self._flops(lambda product: product.count or 0)
 
     @property
     def flops_once(self) -> dict[str, int]:
-        """Of products that data decide on, as if what they decide on ran once, all branches included."""
+        """Operations of data-dependent products by type, each loop body and branch counted once."""
         return self._flops(lambda product: product.known if product.count is None else 0)
 
     def _flops(self, times: Callable[[Product], int]) -> dict[str, int]:
-        found: Counter[str] = Counter()
+        total: Counter[str] = Counter()
         for product in self.products:
-            found[product.dtype] += product.flops * times(product)
-        return {dtype: flops for dtype, flops in found.items() if flops}
+            total[product.dtype] += product.flops * times(product)
+        return {dtype: flops for dtype, flops in total.items() if flops}
 
 
 Content = dict[Instruction, tuple[int | None, int]]
-"""Collectives and products in one execution of a computation and of all that it calls: how often, and how
-often if what data decide on ran once."""
+"""Collectives and products in one execution of a computation and of all that it calls.
+
+The values are the number of executions (None: data decide), and that number if all data-dependent loops and
+branches ran once."""
 
 
 def add(content: Content, other: Content, times: int | None) -> None:
-    """Adds what is run so many times (None: data decide)."""
+    """Adds to `content` what runs `times` times (None: data decide)."""
     for instruction, (count, known) in other.items():
         before, known_before = content.get(instruction, (0, 0))
         unknown = before is None or count is None or times is None
@@ -89,20 +91,21 @@ def add(content: Content, other: Content, times: int | None) -> None:
 
 
 def read_hlo(text: str, mesh_axes: Axes | None = None) -> Program:
-    """The collectives and products of optimised HLO.
+    """Reads the collectives and products of optimised HLO.
 
     Args:
-      text: `compiled.as_text()`, or a dump of it.
-      mesh_axes: names and sizes, outermost first: a device's number is its place in that mesh, row-major.
+      text: Text of the program: `compiled.as_text()`, or a dump of it.
+      mesh_axes: Names and sizes of the mesh axes, outermost first; a device's number is its position in that
+        mesh, row-major.
 
     Raises:
-      CmxError: it is not optimised HLO, or cut short.
+      CmxError: The text is not optimised HLO, or is cut short.
     """
     return _Reader(text, mesh_axes).program()
 
 
 def _started(instruction: Instruction) -> Instruction:
-    """What a `-done` awaits, past updates."""
+    """Returns the instruction that a `-done` awaits, past its updates."""
     while instruction.op.endswith(("-done", "-update")):
         instruction = instruction.operand(0)
     return instruction
@@ -121,7 +124,7 @@ class _Reader:
                     for name in itertools.chain(*instruction.called().values()):
                         self.callers.setdefault(name, []).append(instruction)
         self.loops = Loops(self.module, self.callers)
-        self.starts: dict[Instruction, Instruction] = {}  # of collectives in computations of their own
+        self.starts: dict[Instruction, Instruction] = {}  # of collectives inside `async` computations
 
     def _machine(self, axes: Axes) -> Machine:
         replicas, partitions = (
@@ -140,49 +143,50 @@ class _Reader:
         collectives: list[Collective] = []
         products: list[Product] = []
         content = self.content(self.module.entry)
-        awaited = {_started(i): at for at, i in enumerate(content) if i.op in DONE}
-        for at, (instruction, (count, known)) in enumerate(content.items()):
+        awaited = {_started(i): position for position, i in enumerate(content) if i.op in DONE}
+        for position, (instruction, (count, known)) in enumerate(content.items()):
             for one in self._described(instruction):
+                one = replace(one, count=count, known=known, position=position)
                 if isinstance(one, Collective):
-                    done = awaited.get(self.starts.get(instruction, instruction))
-                    collectives.append(replace(one, count=count, known=known, at=at, done=done))
+                    awaited_at = awaited.get(self.starts.get(instruction, instruction))
+                    collectives.append(replace(one, awaited_at=awaited_at))
                 else:
-                    products.append(replace(one, count=count, known=known, at=at))
-        self._note_others()
+                    products.append(one)
+        self._note_uncounted()
         return Program(self.machine.devices, collectives, products, self.notes)
 
     def content(self, computation: Computation) -> Content:
-        """Bottom up, each computation once."""
+        """Returns the content of a computation; each is read once, bottom up."""
         if computation.name in self.contents:
             return self.contents[computation.name]
-        found: Content = {}
-        self.contents[computation.name] = found
+        content: Content = {}
+        self.contents[computation.name] = content
         for instruction in computation.notable:
             with reading(instruction):
-                self._add(found, instruction)
-        return found
+                self._add(content, instruction)
+        return content
 
-    def _add(self, found: Content, instruction: Instruction) -> None:
+    def _add(self, content: Content, instruction: Instruction) -> None:
         op = instruction.op.removesuffix("-start")
         if op == "while":
-            self._add_loop(found, instruction)
+            self._add_loop(content, instruction)
         elif op == "conditional":
-            self._add_branches(found, instruction)
+            self._add_branches(content, instruction)
         elif instruction.op in DONE:
-            found[instruction] = 1, 1
+            content[instruction] = 1, 1
         elif op in CALLS or "calls" in instruction.called():
-            # a custom call decides for itself how often it calls
+            # nothing tells how often a custom call calls
             times = None if op == "custom-call" else 1
             for key in ("calls", "called_computations") if op != "call" else ("to_apply",):
                 for name in instruction.called().get(key, []):
                     inner = self.content(self.module.computation(name))
-                    add(found, inner, times)
+                    add(content, inner, times)
                     if op == "async":
                         self.starts |= dict.fromkeys(inner, instruction)
         elif op in PRODUCTS or (op in COLLECTIVES and starts_here(instruction)):
-            found[instruction] = 1, 1
+            content[instruction] = 1, 1
 
-    def _add_loop(self, found: Content, loop: Instruction) -> None:
+    def _add_loop(self, content: Content, loop: Instruction) -> None:
         called = loop.called()
         condition, body = (
             self.content(self.module.computation(called.get(key, [f"{key} of {loop.name}"])[0]))
@@ -191,12 +195,16 @@ class _Reader:
         if condition or body:
             count = self.loops.trip_count(loop)
             if count is None:
-                self.notes.append(f"loop {loop.name}: unknown how often it runs, data decide")
-            add(found, body, count)
-            add(found, condition, None if count is None else count + 1)
+                self.notes.append(f"loop {loop.name}: data decide how often it runs")
+            add(content, body, count)
+            add(content, condition, None if count is None else count + 1)
 
-    def _add_branches(self, found: Content, choice: Instruction) -> None:
-        """What all branches have alike runs for certain."""
+    def _add_branches(self, content: Content, choice: Instruction) -> None:
+        """Adds the branches of a condition; what they do not all have in the same way is data-dependent.
+
+        Collectives and products are compared separately: if all branches have the same ones, these are added
+        once with their counts, otherwise those of every branch are added with count None.
+        """
         called = choice.called()
         names = called.get("branch_computations") or [
             name for key in ("true_computation", "false_computation") for name in called.get(key, [])
@@ -204,14 +212,14 @@ class _Reader:
         branches = [self.content(self.module.computation(name)) for name in names]
         for kind, computes in (("collectives", False), ("products", True)):
             parts = [{i: runs for i, runs in b.items() if (i.op in PRODUCTS) == computes} for b in branches]
-            alike = all(self._facts(part) == self._facts(parts[0]) for part in parts)
-            for part in parts[:1] if alike else parts:
-                add(found, part, 1 if alike else None)
-            if not alike:
+            same = all(self._facts(part) == self._facts(parts[0]) for part in parts)
+            for part in parts[:1] if same else parts:
+                add(content, part, 1 if same else None)
+            if not same:
                 self.notes.append(f"branches of {choice.name}: data decide which {kind} run")
 
     def _facts(self, content: Content) -> Counter[tuple]:
-        """What branches are compared by."""
+        """Returns the facts by which branches are compared."""
         return Counter(
             (replace(one, scope=""), runs) for i, runs in content.items() for one in self._described(i)
         )
@@ -222,21 +230,22 @@ class _Reader:
                 return []
             if instruction.op in PRODUCTS:
                 return [product_of(instruction)]
-            # in a computation of its own only what calls that may be named
+            # in a computation of its own a collective may have no name, but its caller has one
             named = (instruction, *self.callers.get(instruction.home.name, []))
             return collectives_of(
                 instruction, self.machine, next(filter(None, (i.op_name() for i in named)), "")
             )
 
-    def _note_others(self) -> None:
-        others: Counter[str] = Counter()
+    def _note_uncounted(self) -> None:
+        """Adds notes on instructions whose products and messages are not counted."""
+        uncounted: Counter[str] = Counter()
         for computation in self.module.computations.values():
             for instruction in computation.notable:
                 if instruction.op in ("send", "ragged-dot"):
-                    others[instruction.op] += 1
+                    uncounted[instruction.op] += 1
                 elif instruction.op == "custom-call":
                     target = instruction.attribute(r'custom_call_target="([^"]*)"') or "?"
-                    others[f"custom call {target}"] += not target.startswith(PLAIN_CUSTOM_CALLS)
-        for name, count in others.items():
+                    uncounted[f"custom call {target}"] += not target.startswith(PLAIN_CUSTOM_CALLS)
+        for name, count in uncounted.items():
             if count:
                 self.notes.append(f"{count} x {name}: what it computes and sends is not counted")

@@ -1,4 +1,4 @@
-"""HLO text as computations and instructions; what they mean is for others.
+"""Parses HLO text into computations and instructions; other files interpret them.
 
 Optimised HLO has one instruction a line:
 
@@ -30,12 +30,12 @@ CALLED = re.compile(
 )
 LONG = {"s": "int", "u": "uint", "f": "float", "bf": "bfloat", "c": "complex"}
 
-Array = tuple[str, tuple[int, ...]]  # NumPy's name of a type, and a shape
+Array = tuple[str, tuple[int, ...]]  # type by NumPy's name, and shape
 
 
 @dataclass(slots=True, eq=False)
 class Instruction:
-    """`name = type op(rest`, in computation `home`."""
+    """One instruction: `name = type op(rest`, in computation `home`."""
 
     name: str
     type: str
@@ -44,8 +44,8 @@ class Instruction:
     home: "Computation"
 
     def operands(self) -> list[str]:
-        """Names of what it is given; the literal of a constant, the number of a parameter."""
-        depth, start, found = 0, 0, []
+        """Returns the names of the operands; the literal of a constant, the number of a parameter."""
+        depth, start, names = 0, 0, []
         for match in BRACKETS.finditer(self.rest):
             mark = match.group()
             if mark in "([{":
@@ -54,44 +54,53 @@ class Instruction:
                 depth -= 1
             elif not depth:
                 words = COMMENT.sub("", self.rest[start : match.start()]).split()  # a type may come first
-                found += [words[-1].removeprefix("%")] if words else []
+                names += [words[-1].removeprefix("%")] if words else []
                 start = match.end()
                 if mark != ",":
                     break
-        return found
+        return names
 
     def operand(self, number: int) -> "Instruction":
-        """The instruction that makes an operand."""
+        """Returns the instruction that produces an operand."""
         names = self.operands()
         if number >= len(names) or names[number] not in self.home.instructions:
             missing = names[number] if number < len(names) else f"operand {number}"
-            raise CmxError(f"HLO text: {missing} of {self.name} is not in {self.home.name}: part is lost")
+            raise CmxError(
+                f"HLO text: {missing} of {self.name} is not in {self.home.name}: part of the text is lost"
+            )
         return self.home.instructions[names[number]]
 
     def attributes(self) -> str:
-        """Operands and what follows them, without what people and backends add, which may hold any text."""
-        cuts = [at for key in (", metadata={", ", backend_config=") if (at := self.rest.find(key)) >= 0]
+        """Returns operands and attributes, without metadata and backend config, which may hold any text."""
+        cuts = [cut for key in (", metadata={", ", backend_config=") if (cut := self.rest.find(key)) >= 0]
         return self.rest[: min(cuts)] if cuts else self.rest
 
     def attribute(self, pattern: str) -> str | None:
-        """What the first group of a pattern found."""
-        found = re.search(pattern, self.attributes())
-        return found.group(1) if found else None
+        """Returns the first group of a pattern's match among the attributes; None without a match."""
+        match = re.search(pattern, self.attributes())
+        return match.group(1) if match else None
 
     def op_name(self) -> str:
-        """What JAX calls it."""
+        """Returns JAX's name of the operation; '' if it has none."""
         name = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', self.rest)
         return name.group(1) if name else ""
 
     def called(self) -> dict[str, list[str]]:
-        """Computations that it calls, by what for."""
-        found = CALLED.findall(self.attributes())
-        return {key: [name.strip(" %{}") for name in names.split(",")] for key, names in found}
+        """Returns the names of the computations that it calls, by attribute such as `body`."""
+        matches = CALLED.findall(self.attributes())
+        return {key: [name.strip(" %{}") for name in names.split(",")] for key, names in matches}
 
 
 @dataclass(slots=True, eq=False)
 class Computation:
-    """Instructions by name; `root` is the one marked so, or the last; `notable` are of the ops asked for."""
+    """One computation.
+
+    Attributes:
+      name: Name of the computation.
+      instructions: Instructions by name, in order.
+      root: Instruction marked as ROOT, or the last one.
+      notable: Instructions of the ops that `read_module` was asked to list.
+    """
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -99,6 +108,7 @@ class Computation:
     notable: list[Instruction] = field(default_factory=list)
 
     def result(self) -> Instruction:
+        """Returns the root."""
         if not self.root:
             raise CmxError(f"HLO text: computation {self.name} is empty: part of the text is lost")
         return self.root
@@ -106,50 +116,57 @@ class Computation:
 
 @dataclass(slots=True, eq=False)
 class Module:
-    """A program: what its first line says, its computations by name, and the one that it starts with."""
+    """A program.
+
+    Attributes:
+      header: First line, with the number of replicas and partitions.
+      computations: Computations by name.
+      entry: Computation that the program starts with.
+    """
 
     header: str
     computations: dict[str, Computation]
     entry: Computation
 
     def computation(self, name: str) -> Computation:
+        """Returns a computation by name."""
         if name not in self.computations:
-            raise CmxError(f"HLO text: computation {name} is called but not there: part of the text is lost")
+            raise CmxError(f"HLO text: computation {name} is called but missing: part of the text is lost")
         return self.computations[name]
 
 
 def read_module(text: str, notable: frozenset[str]) -> Module:
-    """Text to computations.
+    """Parses HLO text.
 
     Args:
-      text: HLO as `compiled.as_text()` or a dump has it.
-      notable: ops whose instructions are listed in `Computation.notable`.
+      text: HLO of `compiled.as_text()` or of a dump.
+      notable: Ops whose instructions are listed in `Computation.notable`.
 
     Raises:
-      CmxError: it is not HLO text, or cut short.
+      CmxError: The text is not HLO, or is cut short.
     """
     if not (begin := re.match(r"(?:\s|//.*\n)*HloModule.*", text)):
         raise CmxError(f"no HLO text: expected 'HloModule ...' at its start, found {_looks_like(text)}")
     computations: dict[str, Computation] = {}
     entry = home = last = None
-    for at, end in _lines(text, begin.end()):
+    for start, end in _lines(text, begin.end()):
         if home is None:
-            if head := HEAD.match(text, at, end):
+            if head := HEAD.match(text, start, end):
                 home = computations[head.group(2)] = Computation(head.group(2))
                 entry = home if head.group(1) else entry
-        elif found := INSTRUCTION.match(text, at, end):
-            root, name, type_, op = found.groups()
-            last = Instruction(name, type_, op, text[found.end() : end], home)
+        elif match := INSTRUCTION.match(text, start, end):
+            root, name, type_, op = match.groups()
+            last = Instruction(name, type_, op, text[match.end() : end], home)
             home.instructions[name] = last
             if root:
                 home.root = last
             if op in notable:
                 home.notable.append(last)
-        elif END.match(text, at, end):
+        elif END.match(text, start, end):
             home.root = home.root or last
             home = last = None
-        elif last and last.op != "constant" and not text.startswith("//", at):
-            last.rest += text[at:end]  # written by hand, over several lines
+        elif last and last.op != "constant" and not text.startswith("//", start):
+            last.rest += text[start:end]  # an instruction over several lines, written by hand
     if home:
         raise CmxError(f"HLO text: computation {home.name} has no end: the text is cut short")
     if not entry:
@@ -159,10 +176,10 @@ def read_module(text: str, notable: frozenset[str]) -> Module:
 
 @contextmanager
 def reading(instruction: Instruction) -> Iterator[None]:
-    """Says which instruction it is that cannot be understood.
+    """Turns errors of the block into one that names the instruction.
 
     Raises:
-      CmxError: it could not.
+      CmxError: The block could not interpret the instruction.
     """
     try:
         yield
@@ -170,19 +187,20 @@ def reading(instruction: Instruction) -> Iterator[None]:
         raise
     except (LookupError, TypeError, ValueError, ZeroDivisionError):
         line = f"{instruction.name} = {instruction.type} {instruction.op}({instruction.rest}"
-        raise CmxError(f"HLO text: no sense in {line[:90]!r}: damaged, or of an unknown form") from None
+        raise CmxError(f"HLO text: {line[:90]!r} is not understood: damaged, or of an unknown form") from None
 
 
-def _lines(text: str, at: int) -> Iterator[tuple[int, int]]:
-    """Where lines begin and end: no copy of a text of hundreds of MB."""
-    while at < len(text):
-        end = text.find("\n", at)
+def _lines(text: str, start: int) -> Iterator[tuple[int, int]]:
+    """Yields the start and end of each line: a text may have hundreds of MB and is not copied."""
+    while start < len(text):
+        end = text.find("\n", start)
         end = len(text) if end < 0 else end
-        yield at, end
-        at = end + 1
+        yield start, end
+        start = end + 1
 
 
 def _looks_like(text: str) -> str:
+    """Describes the beginning of a text that is not HLO."""
     start = text[:4096].lstrip()
     if not start:
         return "nothing"
@@ -194,18 +212,17 @@ def _looks_like(text: str) -> str:
 
 
 def arrays(type_: str) -> list[Array]:
-    """The arrays of a type, tuples flattened; dynamic sizes at their bound."""
-    found = ARRAY.findall(type_)
+    """Returns the arrays of a type, tuples flattened; dynamic sizes are their bounds."""
     return [
         (numpy_dtype(dtype), tuple(map(int, re.findall(r"\d+", sizes))))
-        for dtype, sizes in found
+        for dtype, sizes in ARRAY.findall(type_)
         if dtype not in ("token", "opaque")
     ]
 
 
 @cache
 def numpy_dtype(name: str) -> str:
-    """HLO's name of a type to NumPy's: `bf16` to `bfloat16`, `f8e4m3fn` to `float8_e4m3fn`."""
+    """Returns NumPy's name of a type of HLO: `bfloat16` for `bf16`, `float8_e4m3fn` for `f8e4m3fn`."""
     if name == "pred":
         return "bool"
     try:

@@ -1,1 +1,1 @@
-"""Records that all readers of programs make: collectives, products, scopes, places on the machine."""
+"""Records that all readers of programs return: collectives, products, scopes, places on the machine."""

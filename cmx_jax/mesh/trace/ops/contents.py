@@ -1,4 +1,4 @@
-"""What a reader finds in a program, and where it is while it reads."""
+"""The result of reading a program, and the state of a reader on its way through it."""
 
 import itertools
 from collections import Counter
@@ -10,8 +10,18 @@ from cmx_jax.mesh.trace.ops.collective import Collective
 
 @dataclass(frozen=True)
 class Product:
-    """A matmul or convolution as one rank sees it: type of its operands, operations and bytes once; `at` is
-    its place in the order of the program, among collectives too; `shape` of a matmul `(batch, m, k, n)`."""
+    """A matrix product or convolution as one rank sees it.
+
+    Attributes:
+      dtype: Type of the operands, by NumPy's name.
+      flops: Operations in one execution.
+      bytes: Bytes of operands and result in one execution.
+      count: Executions in one run of the program, loops counted; None if data decide.
+      scope: Names of the enclosing `named_scope`s, outermost first, separated by `/`.
+      known: Executions counting only loops of known length.
+      position: Position in the program, counted among collectives too.
+      shape: Sizes `(batch, m, k, n)` of a matrix product, where the source has them.
+    """
 
     dtype: str
     flops: int
@@ -19,24 +29,24 @@ class Product:
     count: int | None
     scope: str
     known: int
-    at: int = field(default=0, compare=False)
+    position: int = field(default=0, compare=False)
     shape: tuple[int, ...] = ()
 
 
 @dataclass
-class Found:
-    """What a program holds.
+class Contents:
+    """The collectives and products of a program.
 
     Attributes:
       collectives: Collectives in the order of the program.
       products: Matrix products and convolutions in the order of the program.
       axes: Sizes of the mesh axes of its `shard_map`s and explicit shardings.
-      notes: What is uncertain.
-      arguments: Bytes that a rank gives to the program, or to its first `shard_map`; 0 if unknown.
-      implied: Operations on explicitly sharded arrays for which the compiler inserts collectives, counted.
-      whole: Operations that the compiler splits over some mesh axis, counted; their sizes here are those of
-        all ranks along that axis together.
-      order: Counter of places in the program.
+      notes: Sentences on what is uncertain.
+      arguments: Bytes that a rank passes to the program, or to its first `shard_map`; 0 if unknown.
+      implied: Number of operations, by name, whose explicit shardings make the compiler insert collectives.
+      unsplit: Number of operations, by name, that the compiler will split over some mesh axis; their sizes
+        here are those of all ranks along that axis together.
+      order: Counter of positions in the program.
     """
 
     collectives: list[Collective] = field(default_factory=list)
@@ -45,19 +55,19 @@ class Found:
     notes: list[str] = field(default_factory=list)
     arguments: int = 0
     implied: Counter[str] = field(default_factory=Counter)
-    whole: Counter[str] = field(default_factory=Counter)
+    unsplit: Counter[str] = field(default_factory=Counter)
     order: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
 
 @dataclass(frozen=True)
-class At:
-    """Where a reader is in a program.
+class Context:
+    """The loops, scopes and meshes around an operation.
 
     Attributes:
-      count: Executions, or None where data decide.
-      known: Executions by loops of known length alone.
-      scope: `named_scope`s, outermost first, with `/` between.
-      axes: Sizes of the axes of the mesh of the `shard_map` around.
+      count: Executions; None if data decide.
+      known: Executions counting only loops of known length.
+      scope: Names of the enclosing `named_scope`s, outermost first, separated by `/`.
+      axes: Names and sizes of the mesh axes of the enclosing `shard_map`.
       manual: Mesh axes along which sizes are those of one rank (StableHLO).
     """
 
@@ -67,23 +77,30 @@ class At:
     axes: tuple[tuple[str, int], ...] = ()
     manual: tuple[str, ...] = ()
 
-    def times(self, n: int | None) -> "At":
-        """In a loop (None: data decide how often it runs)."""
+    def times(self, n: int | None) -> "Context":
+        """Returns the context inside a loop that runs `n` times (None: data decide)."""
         count = None if n is None or self.count is None else self.count * n
         return replace(self, count=count, known=self.known * (1 if n is None else n))
 
 
-def merge_branches(each: list[Found], found: Found) -> None:
-    """Adds what every branch of a condition holds; what all have alike is sure."""
-    same = all(part.collectives == each[0].collectives for part in each)
-    for i, part in enumerate(each):
-        found.axes |= part.axes
-        found.implied += part.implied
-        found.whole += part.whole
-        if same and i:
-            continue
-        collectives = part.collectives if same else [replace(c, count=None) for c in part.collectives]
-        found.collectives += collectives
-    alike = all(part.products == each[0].products for part in each)
-    for part in each[:1] if alike else each:
-        found.products += part.products if alike else [replace(p, count=None) for p in part.products]
+def merge_branches(branches: list[Contents], contents: Contents) -> None:
+    """Adds the branches of a condition to the contents.
+
+    If all branches have the same collectives, these are added once, with their counts; otherwise those of
+    every branch are added with count None, since data decide. Likewise for products.
+    """
+    first = branches[0]
+    same_collectives = all(branch.collectives == first.collectives for branch in branches)
+    same_products = all(branch.products == first.products for branch in branches)
+    for i, branch in enumerate(branches):
+        contents.axes |= branch.axes
+        contents.implied += branch.implied
+        contents.unsplit += branch.unsplit
+        if same_collectives and not i:
+            contents.collectives += branch.collectives
+        elif not same_collectives:
+            contents.collectives += [replace(c, count=None) for c in branch.collectives]
+        if same_products and not i:
+            contents.products += branch.products
+        elif not same_products:
+            contents.products += [replace(p, count=None) for p in branch.products]

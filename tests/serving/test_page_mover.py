@@ -1,5 +1,7 @@
-"""Pages that come out of the caching pool, get lost on their way, or travel to other engines: the tokens are
-those of the dense reference, and of the prompts only what was not there is run."""
+"""Pages from the caching pool, pages lost in transfer, and pages for other engines.
+
+The tokens are those of the dense reference, and only the tokens of a prompt without cached blocks run.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +19,15 @@ from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.kv import fetch
 from cmx_jax.serving.kv.prefix_cache import ContextCache
-from cmx_jax.serving.scheduling.ranks import Capacity
+from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 TOKENS = 9
 BLOCK = 16
 
 
-def params(**given: object) -> SamplingParams:
-    return SamplingParams(**({"max_tokens": TOKENS, "ignore_eos": True} | given))
+def params(**options: object) -> SamplingParams:
+    return SamplingParams(**({"max_tokens": TOKENS, "ignore_eos": True} | options))
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def long() -> list[list[int]]:
     """Prompts of 40 to 61 tokens, the first 32 of which all share but the last one."""
     rng = np.random.default_rng(11)
     shared = rng.integers(0, 64, 32).tolist()
-    found = [shared + rng.integers(0, 64, n).tolist() for n in (8, 16, 29, 1)]
-    return [*found, rng.integers(0, 64, 50).tolist()]
+    prompts = [shared + rng.integers(0, 64, n).tolist() for n in (8, 16, 29, 1)]
+    return [*prompts, rng.integers(0, 64, 50).tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +45,13 @@ def expected(long: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def made(base: Model) -> dict[str, list[Instance]]:
-    both = instance(base, "both", 2, sequences=3, pages=40)
+def instances(base: Model) -> dict[str, list[Instance]]:
+    combined = instance(base, "both", 2, sequences=3, pages=40)
     split = [
         instance(base, "prefill", 2, sequences=1, pages=32),
         instance(base, "decode", 2, sequences=3, pages=40),
     ]
-    return {"one": [both, both], "two": split}
+    return {"one": [combined, combined], "two": split}
 
 
 @pytest.fixture
@@ -61,60 +63,60 @@ def pool(tmp_path: Path) -> Pool:
 
 
 def caching(pool: Pool, one: Instance) -> ContextCache:
-    fingerprint = one.fingerprint("base")
-    return ContextCache(pool, replace(fingerprint, block=BLOCK), one.cache.pages)
+    fingerprint = one.programs.fingerprint("base")
+    return ContextCache(pool, replace(fingerprint, block=BLOCK), one.programs.cache.pages)
 
 
-def served(engine: Engine, prompts: list[list[int]], **given: object) -> list[Request]:
-    """One behind the other, each when what the last one stored is there."""
+def served(engine: Engine, prompts: list[list[int]], **options: object) -> list[Request]:
+    """Serves prompts one after the other, each when the blocks of the last one are stored."""
     requests = []
     for prompt in prompts:
-        requests.append(engine.submit(prompt, params(**given)))
+        requests.append(engine.submit(prompt, params(**options)))
         engine.run()
         engine.step()  # what waits for a step is done
-        if engine.context is not None:
-            engine.context.settle()
-            assert engine.context.pool.flush()
+        if engine.mover.context is not None:
+            engine.mover.context.settle()
+            assert engine.mover.context.pool.flush()
     return requests
 
 
-@pytest.mark.parametrize("which", ["one", "two"])
-def test_shared_beginnings_are_run_once(which, made, pool, long, expected) -> None:
-    *prefill, decode = made[which]
-    ran = prefill[0].prefill_tokens
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_shared_beginnings_are_run_once(kind, instances, pool, long, expected) -> None:
+    *prefill, decode = instances[kind]
+    ran = prefill[0].computed_tokens
     context = caching(pool, decode)
     requests = served(Engine(prefill, decode, context=context), [*long, long[0]])
     assert [r.tokens for r in requests] == [*expected, expected[0]]
     # whole blocks, less the one that has the last token
-    assert [r.reused_tokens for r in requests] == [0, 32, 32, 32, 0, 32]
-    fresh = sum(len(r.prompt) - r.reused_tokens for r in requests)
-    assert prefill[0].prefill_tokens - ran == fresh
-    assert context.hits == sum(r.reused_tokens for r in requests)
+    assert [r.cached_tokens for r in requests] == [0, 32, 32, 32, 0, 32]
+    fresh = sum(len(r.prompt) - r.cached_tokens for r in requests)
+    assert prefill[0].computed_tokens - ran == fresh
+    assert context.hits == sum(r.cached_tokens for r in requests)
     context.close()
 
 
-def test_blocks_are_those_of_a_namespace(made, pool, long, expected) -> None:
-    *prefill, decode = made["one"]
+def test_blocks_are_those_of_a_namespace(instances, pool, long, expected) -> None:
+    *prefill, decode = instances["one"]
     engine = Engine(prefill, decode, context=caching(pool, decode))
     served(engine, long[:1])
     other = engine.submit(long[0], params(), namespace="other")
     engine.run()
-    assert (other.reused_tokens, other.tokens) == (0, expected[0])
+    assert (other.cached_tokens, other.tokens) == (0, expected[0])
 
 
-def test_blocks_serve_another_engine_and_survive_a_restart(made, tmp_path, long, expected) -> None:
-    """What one deployment prefilled another one finds, also behind a restart of the pool."""
-    for which, reused in (("one", 0), ("two", 32)):
-        *prefill, decode = made[which]
+def test_blocks_serve_another_engine_and_survive_a_restart(instances, tmp_path, long, expected) -> None:
+    """Blocks from one deployment are cache hits in another, also after a restart of the pool."""
+    for kind, reused in (("one", 0), ("two", 32)):
+        *prefill, decode = instances[kind]
         pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 22, disk=1 << 26)})
         [request] = served(Engine(prefill, decode, context=caching(pool, decode)), long[:1])
-        assert (request.reused_tokens, request.tokens) == (reused, expected[0])
+        assert (request.cached_tokens, request.tokens) == (reused, expected[0])
         pool.close()
 
 
-@pytest.mark.parametrize("which", ["one", "two"])
-def test_a_conversation_goes_on_behind_what_was_generated(which, made, pool, long) -> None:
-    *prefill, decode = made[which]
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_conversation_reuses_generated_text(kind, instances, pool, long) -> None:
+    *prefill, decode = instances[kind]
     context = caching(pool, decode)
     context.generated = True
     engine = Engine(prefill, decode, context=context)
@@ -122,13 +124,13 @@ def test_a_conversation_goes_on_behind_what_was_generated(which, made, pool, lon
     assert first.tokens == list(greedy(BASE, long[4], 16))
     turn = [*long[4], *first.tokens, 7, 7, 7]
     [second] = served(engine, [turn])
-    assert second.reused_tokens == (50 + 15) // BLOCK * BLOCK
+    assert second.cached_tokens == (50 + 15) // BLOCK * BLOCK
     assert second.tokens == list(greedy(BASE, turn, TOKENS))
-    assert not any(i.load for i in engine.instances)
+    assert not any(i.allocator.load for i in engine.instances)
 
 
-def test_a_damaged_block_is_run_again(made, tmp_path, long, expected) -> None:
-    *prefill, decode = made["one"]
+def test_a_damaged_block_is_run_again(instances, tmp_path, long, expected) -> None:
+    *prefill, decode = instances["one"]
     for damaged in (False, True):
         pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 22, disk=1 << 26)})
         for path in (p for p in (tmp_path / "disk").rglob("*") if p.is_file() and damaged):
@@ -136,7 +138,7 @@ def test_a_damaged_block_is_run_again(made, tmp_path, long, expected) -> None:
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
         [request] = served(Engine(prefill, decode, context=caching(pool, decode)), long[:1])
-        assert (request.reused_tokens, request.tokens) == (0, expected[0])
+        assert (request.cached_tokens, request.tokens) == (0, expected[0])
         pool.close()
 
 
@@ -144,37 +146,39 @@ def test_with_drafts_reused_blocks_give_the_same_text(tmp_path) -> None:
     """Their MTP rows too, whatever token followed when they were stored."""
     model = Model.read(MTP_GOLDENS / "base")
     layout_of = instance(model, "plain", 2, sequences=2, pages=40)
-    both = model.instance(
-        "drafts", layout_of.layout, layout_of.runner, Capacity(sequences=2, pages=40, page_width=8), 1
+    combined = model.instance(
+        "drafts",
+        layout_of.layout,
+        layout_of.programs.runner,
+        Capacity(sequences=2, pages=40, page_width=8),
+        1,
     )
     rng = np.random.default_rng(3)
     shared = rng.integers(0, model.config.vocab_size, 32).tolist()
     prompts = [shared + rng.integers(0, model.config.vocab_size, n).tolist() for n in (3, 7, 5)]
     plain = [r.tokens for r in served(Engine([layout_of], layout_of), prompts)]
     pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 22, disk=1 << 26)})
-    requests = served(Engine([both], both, context=caching(pool, both)), prompts)
+    requests = served(Engine([combined], combined, context=caching(pool, combined)), prompts)
     assert [r.tokens for r in requests] == plain
-    assert [r.reused_tokens for r in requests] == [0, 32, 32]
+    assert [r.cached_tokens for r in requests] == [0, 32, 32]
     pool.close()
 
 
-def test_blocks_are_whole_pages(made, pool) -> None:
-    one = made["one"][0]
-    fingerprint = one.fingerprint("base")
+def test_blocks_are_whole_pages(instances, pool) -> None:
+    one = instances["one"][0]
+    fingerprint = one.programs.fingerprint("base")
     with pytest.raises(CmxError, match="a block of the caching pool has 12 tokens, expected a multiple of 8"):
-        ContextCache(pool, replace(fingerprint, block=12), one.cache.pages)
+        ContextCache(pool, replace(fingerprint, block=12), one.programs.cache.pages)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_pages_that_are_damaged_on_their_way_are_computed_again_or_fail(
-    recompute, made, long, expected, monkeypatch
-) -> None:
-    prefill, decode = made["two"]
+def test_damaged_pages_are_computed_again_or_fail(recompute, instances, long, expected, monkeypatch) -> None:
+    prefill, decode = instances["two"]
     engine = Engine([prefill], decode, recompute=recompute)
     pull, pulled = engine.outbox.transport.pull, []
 
-    def damaging(*given):
-        arrays = [np.array(array) for array in pull(*given)]
+    def damaging(*arguments):
+        arrays = [np.array(array) for array in pull(*arguments)]
         pulled.append(len(pulled))
         if len(pulled) in (1, 3):
             arrays[0].reshape(-1).view(np.uint8)[7] ^= 4
@@ -183,7 +187,7 @@ def test_pages_that_are_damaged_on_their_way_are_computed_again_or_fail(
     monkeypatch.setattr(engine.outbox.transport, "pull", damaging)
     requests = [engine.submit(prompt, params()) for prompt in long]
     engine.run()
-    assert engine.lost == 2
+    assert engine.mover.lost == 2
     ended = [r for r in requests if r.finish_reason == "error"]
     assert len(ended) == (0 if recompute else 2)
     assert all("came damaged" in r.error for r in ended)
@@ -192,12 +196,12 @@ def test_pages_that_are_damaged_on_their_way_are_computed_again_or_fail(
             assert (r.tokens, r.error) == (tokens, None)
     assert not engine.busy
     assert not engine.outbox.waiting
-    assert not any(i.load for i in engine.instances)
+    assert not any(i.allocator.load for i in engine.instances)
 
 
-def test_two_engines_serve_together(made, long, expected) -> None:
+def test_two_engines_serve_together(instances, long, expected) -> None:
     """One only prefills, one only decodes: tickets, first tokens and drafts pass between them."""
-    prefill, decode = made["two"]
+    prefill, decode = instances["two"]
     sender, receiver = Engine([prefill], []), Engine([], decode)
     requests = [sender.submit(prompt, params()) for prompt in long]
     sender.run()
@@ -206,12 +210,15 @@ def test_two_engines_serve_together(made, long, expected) -> None:
     continued = []
     for r in requests:
         ticket = sender.tickets.pop(r)
-        came = fetch(
-            ticket, sender.outbox.transport, decode.fingerprint(), jax.tree.structure(decode.cache.pages)
+        received = fetch(
+            ticket,
+            sender.outbox.transport,
+            decode.programs.fingerprint(),
+            jax.tree.structure(decode.programs.cache.pages),
         )
         sender.outbox.acknowledge(ticket.transfer_id)
         continued.append(
-            receiver.receive(list(r.prompt), r.params, first=r.tokens[0], drafts=r.drafts, pages=came)
+            receiver.receive(list(r.prompt), r.params, first=r.tokens[0], drafts=r.drafts, pages=received)
         )
         receiver.step()
     receiver.run()
@@ -226,21 +233,21 @@ def test_two_engines_serve_together(made, long, expected) -> None:
         Engine([], [])
 
 
-def test_who_is_preempted_where_nobody_prefills_ends_as_that(base, made, long) -> None:
-    prefill, _ = made["two"]
+def test_preempted_request_ends_where_no_instance_prefills(base, instances, long) -> None:
+    prefill, _ = instances["two"]
     sender = Engine([prefill], [])
     receiver = Engine([], instance(base, "small", 1, sequences=2, pages=15))
     requests = [sender.submit(prompt, params(max_tokens=20)) for prompt in (long[1], long[4])]
     sender.run()
-    came = [sender.outbox.transport._held[sender.tickets[r].transfer_id] for r in requests]
+    received = [sender.outbox.transport._held[sender.tickets[r].transfer_id] for r in requests]
     continued = [
         receiver.receive(list(r.prompt), r.params, first=r.tokens[0], drafts=[], pages=pages[0])
-        for r, pages in zip(requests, came, strict=True)
+        for r, pages in zip(requests, received, strict=True)
     ]
     receiver.run()
-    whole = [list(greedy(BASE, prompt, 20)) for prompt in (long[1], long[4])]
-    assert continued[0].tokens == whole[0]
+    complete = [list(greedy(BASE, prompt, 20)) for prompt in (long[1], long[4])]
+    assert continued[0].tokens == complete[0]
     assert continued[1].finish_reason == "preempted"
     assert 0 < len(continued[1].tokens) < 20
-    assert continued[1].tokens == whole[1][: len(continued[1].tokens)]
+    assert continued[1].tokens == complete[1][: len(continued[1].tokens)]
     assert not receiver.busy

@@ -1,0 +1,23 @@
+"""Pytrees of `PartitionSpec`s, and the parts of arrays that they name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+Part = Callable[[tuple[slice, ...]], np.ndarray]
+"""Returns the part of a whole array at an index of slices."""
+
+
+def is_spec(x: Any) -> bool:
+    """Returns whether `x` is a spec, as a leaf test for `jax.tree.map`."""
+    return isinstance(x, P)
+
+
+def map_specs(fn: Callable[[P, Any], Any], specs: Any, tree: Any) -> Any:
+    """Applies `fn(spec, leaf)` to each leaf, `specs` being a prefix of `tree`."""
+    return jax.tree.map(
+        lambda spec, branch: jax.tree.map(lambda leaf: fn(spec, leaf), branch), specs, tree, is_leaf=is_spec
+    )
