@@ -92,12 +92,10 @@ def main() -> None:
 
     def row(name: str, directory: Path, quant: str = "auto") -> None:
         llm = cmx_jax.from_pretrained(directory, quant=quant, **small)
-        found = evaluate_text(original, llm, text)["against"]
-        perplexity, kl = found["perplexity"], found["kl_divergence"].value
-        table.append(
-            {"scheme": name, "perplexity": perplexity, "kl": kl, "agreement": found["top1_agreement"]}
-        )
-        print(f"{name:<18} {perplexity:>11.3f} {kl:>12.6f} {found['top1_agreement']:>10.2%}", file=out)
+        change = evaluate_text(original, llm, text).against
+        perplexity, kl, agreement = change.perplexity, change.kl_divergence.value, change.top1_agreement
+        table.append({"scheme": name, "perplexity": perplexity, "kl": kl, "agreement": agreement})
+        print(f"{name:<18} {perplexity:>11.3f} {kl:>12.6f} {agreement:>10.2%}", file=out)
 
     out = sys.stderr if args.json else sys.stdout
     print(f"{'scheme':<18} {'perplexity':>11} {'KL in nats':>12} {'same token':>10}", file=out)

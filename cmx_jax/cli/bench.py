@@ -132,23 +132,33 @@ def _add_results(group: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from cmx_jax.analysis.bench import Client, Files, Load, Target, Wanted, measure, render, summary
+    from cmx_jax.analysis.bench import (
+        Client,
+        LoadGenerator,
+        OutputFiles,
+        ReportOptions,
+        Target,
+        measure,
+        render,
+        summary,
+    )
 
     _check(args)
-    wanted = Wanted(args.percentile_metrics, args.metric_percentiles, args.goodput)
-    files = Files(args.save_result, args.result_dir, args.result_filename, args.plot_timeline)
+    options = ReportOptions(args.percentile_metrics, args.metric_percentiles, args.goodput)
+    files = OutputFiles(args.save_result, args.result_dir, args.result_filename, args.plot_timeline)
     arrivals = _arrivals(args)
     url = args.base_url or f"http://{args.host}:{args.port}"
     target = Target(url, args.endpoint, args.api_key, args.model)
-    asks, warmups = _asks(args, arrivals, target)
-    load = Load(asks, warmups, args.max_concurrency, (lambda _: None) if args.disable_tqdm else progress())
+    requests, warmups = _requests(args, arrivals, target)
+    tell = (lambda _: None) if args.disable_tqdm else progress()
+    load = LoadGenerator(requests, warmups, args.max_concurrency, tell)
     finished = measure(load, Client(target, args.temperature, args.ignore_eos, args.request_timeout_s))
-    result = {**_settings(args, target, len(asks)), **summary(load, wanted)}
+    settings, result = _settings(args, target, len(requests)), summary(load, options)
     try:
-        files.write(result)
-    finally:  # the numbers are printed even if the files cannot be written
-        show(result, args.json, render)
-    return 130 if not finished else 0 if result["completed"] else 1
+        files.write(settings, result)
+    finally:  # even if a file cannot be written, the numbers are not lost
+        show(settings.as_dict() | result.as_dict(), args.json, lambda _: render(result))
+    return 130 if not finished else 0 if result.completed else 1
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -186,36 +196,39 @@ def _arrivals(args: argparse.Namespace) -> list[Any]:
     return drawn(args.num_prompts, args.request_rate, args.burstiness, *lengths, args.seed)
 
 
-def _asks(args: argparse.Namespace, arrivals: list[Any], target: Any) -> tuple[list[Any], list[Any]]:
-    """Returns the requests to measure, and those for the warm-up."""
+def _requests(args: argparse.Namespace, arrivals: list[Any], target: Any) -> tuple[list[Any], list[Any]]:
+    """Requests and warm-up requests."""
     from cmx_jax.analysis.bench import Words, check_lengths, prefixed, replayed
 
     words = Words(args.tokenizer or target.model)
     if args.dataset_name == "mooncake":
         scales = args.input_scale, args.output_scale, args.time_scale
-        asks = replayed(words, arrivals, *scales, args.seed)
+        requests = replayed(words, arrivals, *scales, args.seed)
     else:
-        is_random = args.dataset_name == "random"
-        prefixes = 1 if is_random else args.num_prefixes
-        tokens = args.random_prefix_len if is_random else args.prefix_len
-        asks = prefixed(words, arrivals, prefixes, tokens, args.seed)
-    check_lengths(asks, target.max_model_len)
-    warmups = words.others(asks, args.num_warmups, args.seed)
-    return (words.as_text(asks), words.as_text(warmups)) if target.chat else (asks, warmups)
+        random = args.dataset_name == "random"
+        prefixes = 1 if random else args.num_prefixes
+        tokens = args.random_prefix_len if random else args.prefix_len
+        requests = prefixed(words, arrivals, prefixes, tokens, args.seed)
+    check_lengths(requests, target.max_model_len)
+    warmups = words.warmups(requests, args.num_warmups, args.seed)
+    return (words.as_text(requests), words.as_text(warmups)) if target.chat else (requests, warmups)
 
 
-def _settings(args: argparse.Namespace, target: Any, count: int) -> dict[str, Any]:
-    """Returns the settings of the run, for the result."""
-    names = ("max_concurrency", "seed", "ignore_eos", "temperature")
-    rate = None if args.dataset_name == "mooncake" else args.request_rate
-    return {
-        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
-        "backend": "openai-chat" if target.chat else "openai",
-        "model_id": target.model,
-        "tokenizer_id": args.tokenizer or target.model,
-        "dataset_name": args.dataset_name,
-        "num_prompts": count,
-        "request_rate": "inf" if rate == math.inf else rate,
-        "burstiness": args.burstiness,
-        **{name: getattr(args, name) for name in names},
-    }
+def _settings(args: argparse.Namespace, target: Any, count: int) -> Any:
+    """Description of the measurement."""
+    from cmx_jax.analysis.bench import Settings
+
+    return Settings(
+        date=datetime.now().strftime("%Y%m%d-%H%M%S"),
+        backend="openai-chat" if target.chat else "openai",
+        model_id=target.model,
+        tokenizer_id=args.tokenizer or target.model,
+        dataset_name=args.dataset_name,
+        num_prompts=count,
+        request_rate=None if args.dataset_name == "mooncake" else args.request_rate,
+        burstiness=args.burstiness,
+        max_concurrency=args.max_concurrency,
+        seed=args.seed,
+        ignore_eos=args.ignore_eos,
+        temperature=args.temperature,
+    )

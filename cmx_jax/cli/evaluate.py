@@ -40,7 +40,7 @@ def _eval(args: argparse.Namespace) -> None:
     chosen |= {"text": args.text, "window": args.window}
     evaluate.check(**chosen)
     options = engine_options(args)
-    if not args.suite.startswith(evaluate.HARNESS):  # nothing is generated: no cache is needed
+    if not args.suite.startswith(evaluate.HARNESS):  # the built-in suites generate nothing and need no cache
         options |= {"max_num_seqs": 1, "max_model_len": 1}
     tell("loading")
     models = [from_pretrained(args.model, **options)]
@@ -48,4 +48,4 @@ def _eval(args: argparse.Namespace) -> None:
         quant = args.against_quant or args.quant
         models.append(from_pretrained(args.against or args.model, **{**options, "quant": quant}))
     result = evaluate.evaluate(*models, **chosen, progress=tell)
-    show(result, args.json, report.render)
+    show(result.as_dict(), args.json, lambda _: report.render(result))

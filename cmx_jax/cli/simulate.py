@@ -106,7 +106,8 @@ def _simulate(args: argparse.Namespace) -> None:
     times, deployment = _predicted(args) if args.predict else _from_flags(args)
     _check_npus(args, deployment)
     outcome = simulate(traffic, deployment, times, supernodes=args.supernodes, router=args.router)
-    show(summary(outcome, args.slo_ttft_ms, args.slo_tpot_ms), args.json, render)
+    result = summary(outcome, args.slo_ttft_ms, args.slo_tpot_ms)
+    show(result.as_dict(), args.json, lambda _: render(result))
 
 
 def _traffic(args: argparse.Namespace) -> Any:
@@ -129,7 +130,7 @@ def _destination(flag: str) -> str:
 
 def _from_flags(args: argparse.Namespace) -> tuple[Any, Any]:
     """Returns the times and sizes that the flags give."""
-    from cmx_jax.analysis.simulate import Deployment, Linear, Pool
+    from cmx_jax.analysis.simulate import InstancePool, Linear, SimulatedDeployment
     from cmx_jax.serving.scheduling.allocator import Capacity
 
     for flag, *_ in PREDICT:
@@ -146,7 +147,7 @@ def _from_flags(args: argparse.Namespace) -> tuple[Any, Any]:
         raise CmxError(f"block_size is {width}, expected at least 1")
     budget = 16384 if args.max_num_batched_tokens is None else args.max_num_batched_tokens
 
-    def pool(kind: str, sequences: int) -> Pool:
+    def pool(kind: str, sequences: int) -> InstancePool:
         instances, npus, ranks, tokens = (
             getattr(args, f"{kind}_{name}") for name in ("instances", "npus", "ranks", "kv_tokens")
         )
@@ -158,9 +159,9 @@ def _from_flags(args: argparse.Namespace) -> tuple[Any, Any]:
         )
         defaults = POOLS[kind]
         sizes = defaults[1] if npus is None else npus, defaults[2] if ranks is None else ranks
-        return Pool(instances=instances, npus=sizes[0], ranks=sizes[1], capacity=capacity)
+        return InstancePool(instances=instances, npus=sizes[0], ranks=sizes[1], capacity=capacity)
 
-    deployment = Deployment(
+    deployment = SimulatedDeployment(
         prefill=pool("prefill", 1),
         decode=pool("decode", args.max_num_seqs),
         acceptance=args.mtp_acceptance or 0.0,
@@ -174,7 +175,7 @@ def _predicted(args: argparse.Namespace) -> tuple[Any, Any]:
     from dataclasses import replace
 
     from cmx_jax.analysis.cost.constants import machine
-    from cmx_jax.analysis.simulate import Deployment, Predicted
+    from cmx_jax.analysis.simulate import Predicted, SimulatedDeployment
     from cmx_jax.mesh.layout import Layout
     from cmx_jax.mesh.named_layouts import named_layout
     from cmx_jax.serving.deploy.model import config_of
@@ -190,23 +191,25 @@ def _predicted(args: argparse.Namespace) -> tuple[Any, Any]:
     c = config_of(args.predict)
 
     def layout(kind: str) -> Layout:
-        found, on = named_layout(options[f"{kind}_layout"]), machine(options["hardware"])
-        if found.ranks_per_npu != on.ranks_per_npu:
+        named, hardware = named_layout(options[f"{kind}_layout"]), machine(options["hardware"])
+        expected = hardware.ranks_per_npu
+        if named.ranks_per_npu != expected:
             raise CmxError(
-                f"layout {options[f'{kind}_layout']} has {found.ranks_per_npu} rank(s) an NPU, expected "
-                f"{on.ranks_per_npu} on {on.name}, as of {'ep320' if on.ranks_per_npu > 1 else 'h800-ep144'}"
+                f"layout {options[f'{kind}_layout']} has {named.ranks_per_npu} rank(s) an NPU, expected "
+                f"{expected} on {hardware.name}, as of {'ep320' if expected > 1 else 'h800-ep144'}"
             )
-        return replace(found.make(c.n_routed_experts), microbatches=options["microbatches"])
+        return replace(named.make(c.n_routed_experts), microbatches=options["microbatches"])
 
     drafts = options["num_speculative_tokens"]
     times = Predicted(c, options["hardware"], layout("prefill"), layout("decode"), drafts=drafts)
     budget = args.max_num_batched_tokens
     if budget is None:
-        budget = 16384 * max(times.layouts["prefill"].sequence_ranks // times.on.ranks_per_npu, 1)
-    room: dict[str, Any] = {"sequences": args.max_num_seqs, "tokens": args.decode_kv_tokens}
-    deployment = Deployment(
+        budget = 16384 * max(times.layouts["prefill"].sequence_ranks // times.machine.ranks_per_npu, 1)
+    deployment = SimulatedDeployment(
         prefill=times.pool("prefill", args.prefill_instances, budget=budget, tokens=args.prefill_kv_tokens),
-        decode=times.pool("decode", args.decode_instances, **room),
+        decode=times.pool(
+            "decode", args.decode_instances, sequences=args.max_num_seqs, tokens=args.decode_kv_tokens
+        ),
         acceptance=times.acceptance(0.7 if args.mtp_acceptance is None else args.mtp_acceptance),
         prefix_blocks=_blocks(args),
     )

@@ -1,4 +1,4 @@
-"""`cmx eval`: what it says of one model and of two, and what it refuses."""
+"""`cmx eval`: results of one model and of two, and arguments that it refuses."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from support import BASE
 
 from cmx_jax import cli
 from cmx_jax.analysis.eval import evaluate, report
+from cmx_jax.analysis.eval.results import Evaluation
 from cmx_jax.analysis.eval.skills import Item, Skill
 from cmx_jax.serving.deploy.model import locate
 
@@ -54,12 +55,25 @@ def int8(tmp_path_factory) -> str:
     return path
 
 
+@pytest.fixture
+def results(monkeypatch) -> list[Evaluation]:
+    """Results of the command, before they become JSON."""
+    results, run = [], evaluate.evaluate
+
+    def evaluated(*models, **options) -> Evaluation:
+        results.append(run(*models, **options))
+        return results[-1]
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    return results
+
+
 def run(capsys, *arguments: str) -> str:
     assert cli.main(["eval", *arguments, "--ranks", "2"]) == 0
     return capsys.readouterr().out
 
 
-def test_one_model_and_what_was_run(capsys, text) -> None:
+def test_one_model_and_what_was_run(capsys, text, results) -> None:
     options = ("tiny", "--items", "12", "--seed", "3", "--text", text, "--window", "32")
     result = json.loads(run(capsys, *options, "--json"))
     assert result["suite"] == "all"
@@ -77,27 +91,27 @@ def test_one_model_and_what_was_run(capsys, text) -> None:
     assert "difference" not in repeat
     assert result["text"]["window"] == 32
     assert result["text"]["model"]["perplexity"] > 1
-    table = report.render(result)
+    table = report.render(results[-1])
     for part in ("stored as BF16 100%", "float32 on 2 ranks (lanes)", "seed 3: 2 skills of 12 items", text):
         assert part in table
     assert "not run: public benchmarks (--suite lm-eval:TASK)" in table
     assert "against" not in table
 
 
-def test_what_quantisation_changes(capsys, text, int8) -> None:
+def test_what_quantisation_changes(capsys, text, int8, results) -> None:
     options = ("tiny", "--against", int8, "--items", "12", "--text", text, "--window", "32")
     result = json.loads(run(capsys, *options, "--json"))
     assert "INT8 per channel" in result["against"]["stored"]
     for row in (*result["skills"]["by_skill"], result["skills"]["mean"]):
-        found, flips = row["difference"], row["wrong_to_right"] - row["right_to_wrong"]
-        assert found["low"] <= found["value"] <= found["high"]
-        assert found["value"] == pytest.approx(flips / row.get("items", 24))
-        assert row["falls"] == (found["high"] < 0)
+        change, flips = row["difference"], row["wrong_to_right"] - row["right_to_wrong"]
+        assert change["low"] <= change["value"] <= change["high"]
+        assert change["value"] == pytest.approx(flips / row.get("items", 24))
+        assert row["falls"] == (change["high"] < 0)
         assert 0 < row["p_value"] <= 1
     against = result["text"]["against"]
     assert 1e-4 < against["kl_divergence"]["value"] < 0.1
     assert 0.8 < against["top1_agreement"] < 1
-    table = report.render(result)
+    table = report.render(results[-1])
     for part in (
         "INT8 per channel",
         "points [95 %]",
@@ -166,8 +180,8 @@ def without_tokenizer(path: Path) -> str:
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, arguments, message) -> None:
-    given = [of(tmp_path) if callable(of) else of for of in arguments]
-    assert cli.main(["eval", *given, "--ranks", "2"]) == 2
+    arguments = [argument(tmp_path) if callable(argument) else argument for argument in arguments]
+    assert cli.main(["eval", *arguments, "--ranks", "2"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err

@@ -10,37 +10,40 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import cmx_jax
 from cmx_jax.analysis.eval import harness
 from cmx_jax.analysis.eval.harness import TASKS, CmxLM
 from cmx_jax.analysis.eval.score import likelihoods
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.deploy.llm import LLM
 
 CONTEXT = 32
 PROMPT = "Return a list of"
 
 
-@pytest.fixture(scope="module")
-def lm() -> CmxLM:
-    return CmxLM(cmx_jax.from_pretrained("tiny", ranks=2, max_model_len=CONTEXT))
+@pytest.fixture
+def lm(tiny: LLM) -> CmxLM:
+    """The shipped model with a short context."""
+    lm = CmxLM(tiny)
+    lm.context = CONTEXT
+    return lm
 
 
 def requests(*arguments: tuple) -> list[SimpleNamespace]:
-    return [SimpleNamespace(args=of) for of in arguments]
+    return [SimpleNamespace(args=args) for args in arguments]
 
 
 def test_loglikelihood_is_of_the_continuation_encoded_with_its_context(lm) -> None:
     encode, long = lm.model.encode, "the list of the strings " * 20
-    found = lm.loglikelihood(
+    scores = lm.loglikelihood(
         requests((PROMPT, " the"), (PROMPT + " ", "the"), ("", PROMPT), (long + PROMPT, " the"))
     )
-    whole = encode(PROMPT + " the")
-    context, continuation = whole[: len(encode(PROMPT))], whole[len(encode(PROMPT)) :]
+    tokens, length = encode(PROMPT + " the"), len(encode(PROMPT))
+    context, continuation = tokens[:length], tokens[length:]
     cut = encode(long + PROMPT)[-CONTEXT:]  # the continuation's one token is not run
     pairs = [(context, continuation)] * 2 + [([0], encode(PROMPT)), (cut, continuation)]
-    expected = [(of.logprob, of.greedy) for of in likelihoods(lm.llm, pairs)]
-    assert [of[1] for of in found] == [of[1] for of in expected]
-    np.testing.assert_allclose([of[0] for of in found], [of[0] for of in expected], atol=1e-4)
+    expected = [(score.logprob, score.greedy) for score in likelihoods(lm.llm, pairs)]
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    np.testing.assert_allclose([p for p, _ in scores], [p for p, _ in expected], atol=1e-4)
 
 
 def test_a_continuation_longer_than_the_context_is_refused(lm) -> None:
@@ -53,7 +56,7 @@ def test_rolling_windows_predict_each_token_once_with_full_contexts(lm, monkeypa
     monkeypatch.setattr(lm, "context", 4)
     tokens = lm.model.encode(PROMPT * 3)[:10]
     monkeypatch.setattr(type(lm.model), "encode", lambda *_, **__: tokens)
-    assert [(before, behind) for before, behind in lm._rolling("")][1:] == [
+    assert [(prefix, target) for prefix, target in lm._rolling("")][1:] == [
         (tokens[3:4], tokens[4:8]),
         (tokens[5:8], tokens[8:10]),
     ]
@@ -63,11 +66,11 @@ def test_loglikelihood_rolling_sums_over_windows(lm) -> None:
     text = "The json module returns a list of strings. " * 4
     tokens = lm.model.encode(text)
     assert CONTEXT < len(tokens) < 2 * CONTEXT
-    head, whole = tokens[:CONTEXT], lm.model.encode(PROMPT)
-    pairs = [([0], head), (tokens[-CONTEXT - 1 : CONTEXT], tokens[CONTEXT:]), ([0], whole)]
-    first, second, third = (of.logprob for of in likelihoods(lm.llm, pairs))
-    found = lm.loglikelihood_rolling(requests((text,), (PROMPT,)))
-    np.testing.assert_allclose(found, [first + second, third], atol=1e-4)
+    head, short = tokens[:CONTEXT], lm.model.encode(PROMPT)
+    pairs = [([0], head), (tokens[-CONTEXT - 1 : CONTEXT], tokens[CONTEXT:]), ([0], short)]
+    first, second, third = (score.logprob for score in likelihoods(lm.llm, pairs))
+    logprobs = lm.loglikelihood_rolling(requests((text,), (PROMPT,)))
+    np.testing.assert_allclose(logprobs, [first + second, third], atol=1e-4)
 
 
 def test_generate_until_cuts_greedy_text_before_the_first_stop(lm) -> None:
@@ -75,15 +78,15 @@ def test_generate_until_cuts_greedy_text_before_the_first_stop(lm) -> None:
     third = completion.text.split(" ")[3]
     long = "a class " * 40
     [cut] = lm.llm.generate([lm.model.encode(long)[-(CONTEXT - 8) :]], max_new_tokens=8)
-    found = lm.generate_until(
+    texts = lm.generate_until(
         requests(
             (PROMPT, {"until": ["\0", third], "max_gen_toks": 8}),
             (long, {"until": "\0", "max_gen_toks": 8, "do_sample": False, "temperature": 0.0}),
             (PROMPT, {"max_gen_toks": 3, "until": []}),
         )
     )
-    assert found[:2] == [completion.text.split(third)[0], cut.text]
-    assert completion.text.startswith(found[2])
+    assert texts[:2] == [completion.text.split(third)[0], cut.text]
+    assert completion.text.startswith(texts[2])
 
 
 def test_a_prompt_that_is_sampled_again_gets_another_sample(lm) -> None:
@@ -128,7 +131,7 @@ def test_the_papers_benchmarks_are_named_or_said_to_be_missing() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval is not installed")
 def test_the_harness_runs_the_offline_tasks_and_knows_the_papers() -> None:
-    """In a process of its own: what the harness imports warns."""
+    """Runs in a process of its own, since imports of the harness warn."""
     code = (
         "import json, sys\n"
         "from cmx_jax.analysis.eval.harness import TASKS\n"

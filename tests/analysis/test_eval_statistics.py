@@ -14,9 +14,9 @@ from cmx_jax.analysis.eval.statistics import Estimate, Pairs, difference, mcnema
 )
 def test_wilson_gives_newcombes_table(successes, count, low, high) -> None:
     """Table I of Newcombe, Statistics in Medicine 17, 857-872 (1998), method 3."""
-    found = wilson(successes, count)
-    assert found.value == successes / count
-    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+    estimate = wilson(successes, count)
+    assert estimate.value == successes / count
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_wilson_stays_within_the_bounds() -> None:
@@ -41,15 +41,15 @@ def test_mcnemar_counts_coin_tosses(first, second, p) -> None:
 
 
 def test_mcnemar_of_many_flips_is_the_normal_limit() -> None:
-    """With the continuity correction, as the chi-squared test of the same name has it."""
+    """Compares with the chi-squared test of the same name, which has the continuity correction."""
     z = (abs(5150 - 4850) - 1) / math.sqrt(10_000)
     assert mcnemar(Pairs(0, 5150, 4850, 0)) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
 
 
 def test_newcombes_interval_is_the_published_one() -> None:
-    found = difference(AIRWAY)
-    assert found.value == 6 / 21
-    assert (found.low, found.high) == pytest.approx((0.026, 0.507), abs=5e-4)
+    estimate = difference(AIRWAY)
+    assert estimate.value == 6 / 21
+    assert (estimate.low, estimate.high) == pytest.approx((0.026, 0.507), abs=5e-4)
 
 
 def test_the_difference_turns_with_its_pairs() -> None:
@@ -61,9 +61,9 @@ def test_the_difference_turns_with_its_pairs() -> None:
     "pairs", [Pairs(0, 0, 0, 9), Pairs(9, 0, 0, 0), Pairs(0, 9, 0, 0), Pairs(0, 0, 9, 0)]
 )
 def test_the_difference_of_an_empty_margin_has_an_interval_within_the_bounds(pairs) -> None:
-    found = difference(pairs)
-    assert -1 <= found.low <= found.value <= found.high <= 1
-    assert found.high - found.low > 0.2
+    estimate = difference(pairs)
+    assert -1 <= estimate.low <= estimate.value <= estimate.high <= 1
+    assert estimate.high - estimate.low > 0.2
 
 
 def test_pairs_are_counted() -> None:
@@ -79,13 +79,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say(skills) -> None:
     """Pairs of models that answer 60 items a skill: 95 % of the time, of skills unlike each other too."""
     rng, chances = np.random.default_rng(0), np.asarray(MIXED[:skills])
     truth = np.mean(chances[:, 2] - chances[:, 1])
-    drawn = sum(rng.multinomial(60, of, 2000) for of in chances)
-    found = [difference(Pairs(*map(int, of))) for of in drawn]
-    assert 0.94 < np.mean([of.low <= truth <= of.high for of in found]) < 0.97
+    samples = sum(rng.multinomial(60, row, 2000) for row in chances)
+    estimates = [difference(Pairs(*map(int, sample))) for sample in samples]
+    assert 0.94 < np.mean([estimate.low <= truth <= estimate.high for estimate in estimates]) < 0.97
 
 
 def test_a_sample_of_one_has_no_interval() -> None:
     assert of_sample(np.asarray([2.0])) == Estimate(2.0, -math.inf, math.inf)
-    found = of_sample(np.asarray([1.0, 2.0, 3.0, 6.0]))
-    assert found.value == 3.0
-    assert found.high - 3.0 == pytest.approx(1.959964 * math.sqrt(14 / 3) / 2)
+    estimate = of_sample(np.asarray([1.0, 2.0, 3.0, 6.0]))
+    assert estimate.value == 3.0
+    assert estimate.high - 3.0 == pytest.approx(1.959964 * math.sqrt(14 / 3) / 2)

@@ -17,62 +17,57 @@ WORDS = "The json module returns a list of strings. Raise a ValueError if the ar
 
 
 @pytest.fixture(scope="module")
-def llm() -> LLM:
-    return cmx_jax.from_pretrained("tiny", ranks=2, max_num_seqs=1, max_model_len=1)
-
-
-@pytest.fixture(scope="module")
 def narrow() -> LLM:
     """The same model with its messages in INT8: a little off, and not quite the same in other batches."""
     return cmx_jax.from_pretrained("tiny", ranks=2, max_num_seqs=1, max_model_len=1, wire="int8")
 
 
-def test_windows_are_documents_behind_end_tokens(llm) -> None:
-    model, texts = llm.model, ["A class is", "Return a list"]
+def test_windows_are_documents_behind_end_tokens(tiny) -> None:
+    model, texts = tiny.model, ["A class is", "Return a list"]
     ids = [0, *model.encode(texts[0]), 0, *model.encode(texts[1])]
-    found = windows(model, Text("two", texts), 4)
-    assert found.reshape(-1).tolist() == ids[: found.size]
-    assert found.shape == (len(ids) // 4, 4)
+    rows = windows(model, Text("two", texts), 4)
+    assert rows.reshape(-1).tolist() == ids[: rows.size]
+    assert rows.shape == (len(ids) // 4, 4)
 
 
 @pytest.mark.parametrize("rows", [128, 2])
-def test_losses_and_divergence_equal_numpy_in_any_batches(llm, narrow, rows, monkeypatch) -> None:
+def test_losses_and_divergence_equal_numpy_in_any_batches(tiny, narrow, rows, monkeypatch) -> None:
     monkeypatch.setattr(scoring, "LOGITS", 2048 * 64 * rows)
     text = Text("words", [WORDS])
-    cut = windows(llm.model, text, 48)
+    cut = windows(tiny.model, text, 48)
     assert 3 < len(cut) < 8
     logprobs = []
-    for of in (llm, narrow):
-        logits = of.logits(cut)[:, :-1].astype(np.float64)
+    for model in (tiny, narrow):
+        logits = model.logits(cut)[:, :-1].astype(np.float64)
         logprobs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
     p, q = logprobs
-    loss, other = (-np.take_along_axis(of, cut[:, 1:, None], -1)[..., 0].mean() for of in (p, q))
-    found = evaluate_text(llm, narrow, text, 48)
-    against = found["against"]
-    assert found["tokens_predicted"] == len(cut) * 47
-    assert found["model"]["loss"].value == pytest.approx(loss, abs=1e-5)
-    assert found["model"]["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
-    assert against["loss_rise"].value == pytest.approx(other - loss, abs=2e-4)
-    assert against["kl_divergence"].value == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=0.05)
-    assert against["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=0.02)
-    assert against["kl_divergence"].low < against["kl_divergence"].value < against["kl_divergence"].high
+    loss, other = (-np.take_along_axis(x, cut[:, 1:, None], -1)[..., 0].mean() for x in (p, q))
+    result = evaluate_text(tiny, narrow, text, 48)
+    against = result.against
+    assert result.tokens_predicted == len(cut) * 47
+    assert result.model.loss.value == pytest.approx(loss, abs=1e-5)
+    assert result.model.perplexity == pytest.approx(np.exp(loss), rel=1e-5)
+    assert against.loss_rise.value == pytest.approx(other - loss, abs=2e-4)
+    assert against.kl_divergence.value == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=0.05)
+    assert against.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=0.02)
+    assert against.kl_divergence.low < against.kl_divergence.value < against.kl_divergence.high
 
 
-def test_a_model_does_not_differ_from_itself(llm) -> None:
-    against = evaluate_text(llm, llm, Text("words", [WORDS]), 48)["against"]
-    assert against["kl_divergence"].value == against["loss_rise"].high == 0.0
-    assert against["top1_agreement"] == 1.0
-    assert not against["loss_rises"]
+def test_a_model_does_not_differ_from_itself(tiny) -> None:
+    against = evaluate_text(tiny, tiny, Text("words", [WORDS]), 48).against
+    assert against.kl_divergence.value == against.loss_rise.high == 0.0
+    assert against.top1_agreement == 1.0
+    assert not against.loss_rises
 
 
-def test_the_shipped_model_is_as_good_as_its_training_report_says(llm) -> None:
-    """On the text that was held out; `scripts/train_tiny.py` leaves out what does not fill four windows."""
+def test_the_shipped_model_is_as_good_as_its_training_report_says(tiny) -> None:
+    """Runs the held-out text; `scripts/train_tiny.py` leaves out a rest that does not fill four windows."""
     report = json.loads((locate("tiny") / "training.json").read_text())
     texts = documents()
     if fingerprint(texts) != report["corpus_sha256"]:
         pytest.skip("another Python has other documentation")
-    cut = windows(llm.model, Text("held out", split(texts)[1]), 256)[: report["held_out_tokens"] // 255]
-    loss = sum(_sums(llm, None, cut[i : i + 32])[0].sum() for i in range(0, len(cut), 32))
+    cut = windows(tiny.model, Text("held out", split(texts)[1]), 256)[: report["held_out_tokens"] // 255]
+    loss = sum(_sums(tiny, None, cut[i : i + 32])[0].sum() for i in range(0, len(cut), 32))
     assert loss / report["held_out_tokens"] == pytest.approx(report["held_out_loss"], abs=1e-3)
 
 
@@ -107,12 +102,12 @@ def test_a_folder_is_no_text(tmp_path) -> None:
         (513, "window is 513"),
     ],
 )
-def test_windows_that_cannot_be_are_refused(llm, window, message) -> None:
+def test_windows_that_cannot_be_are_refused(tiny, window, message) -> None:
     with pytest.raises(CmxError, match=message):
-        evaluate_text(llm, None, Text("words", ["A class is"]), window)
+        evaluate_text(tiny, None, Text("words", ["A class is"]), window)
 
 
 def test_the_held_out_documentation_is_found() -> None:
-    found = read_text(None)
-    assert found.name.startswith("held-out documentation of Python 3.")
-    assert len(found.documents) > 100
+    text = read_text(None)
+    assert text.name.startswith("held-out documentation of Python 3.")
+    assert len(text.documents) > 100

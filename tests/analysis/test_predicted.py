@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cmx_jax.analysis.cost.constants import machine
 from cmx_jax.analysis.predict.predict import predict
 from cmx_jax.analysis.simulate import Arrival, Predicted, StepTimes
-from cmx_jax.analysis.simulate.grid import around, straight
+from cmx_jax.analysis.simulate.predicted import bracket, interpolate
 from cmx_jax.analysis.simulate.virtual import Job
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
@@ -95,7 +95,7 @@ def test_acceptance_and_room() -> None:
 
 @given(st.floats(0, 1e6), st.integers(1, 300), st.integers(1, 4), st.none() | st.integers(1, 10**6))
 def test_a_grid_lies_around_what_is_asked_for(x: float, unit: int, parts: int, most: int | None) -> None:
-    low, high = around(x, unit, parts, most)
+    low, high = bracket(x, unit, parts, most)
     assert 0 < low <= high
     if most is None:
         assert low <= max(x, unit) < high
@@ -103,7 +103,9 @@ def test_a_grid_lies_around_what_is_asked_for(x: float, unit: int, parts: int, m
     else:
         assert high <= max(most, 1)
     if low < high:
-        assert straight(max(x, low), (low, high), lambda n: 3.0 * n + 2) == pytest.approx(3 * max(x, low) + 2)
+        assert interpolate(max(x, low), (low, high), lambda n: 3.0 * n + 2) == pytest.approx(
+            3 * max(x, low) + 2
+        )
 
 
 def test_gpus_have_no_pool() -> None:

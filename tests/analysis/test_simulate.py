@@ -20,9 +20,9 @@ from support import instance
 
 from cmx_jax.analysis.simulate import (
     Arrival,
-    Deployment,
+    InstancePool,
     Linear,
-    Pool,
+    SimulatedDeployment,
     StepTimes,
     events,
     mooncake,
@@ -64,8 +64,10 @@ def erlang_c(servers: int, load: float) -> float:
 def test_prefill_instances_serve_in_order(servers, prompt, load) -> None:
     """Each takes one prompt at a time: every request leaves when the recursion says."""
     arrivals = list(synthetic(rate=load, prompt=prompt, output="1", requests=2000))
-    pool = Pool(instances=servers, capacity=ONE_PAGE)
-    outcome = simulate(arrivals, Deployment(prefill=pool, decode=Pool(capacity=ONE_PAGE)), MS_A_TOKEN)
+    pool = InstancePool(instances=servers, capacity=ONE_PAGE)
+    outcome = simulate(
+        arrivals, SimulatedDeployment(prefill=pool, decode=InstancePool(capacity=ONE_PAGE)), MS_A_TOKEN
+    )
     np.testing.assert_allclose(np.sort(outcome.columns["finished"]), np.sort(served(arrivals, servers)))
 
 
@@ -132,12 +134,12 @@ def test_every_request_finishes_once_and_leaves_nothing(
 ) -> None:
     arrivals = [Arrival(t, prompt, output, (block,)) for t, prompt, output, block in sorted(rows)]
 
-    def pool(instances: int, ranks: int, sequences: int) -> Pool:
+    def pool(instances: int, ranks: int, sequences: int) -> InstancePool:
         room = Capacity(sequences=sequences, pages=15, page_width=8, max_num_batched_tokens=32)
-        return Pool(instances=instances, ranks=ranks, sharing=2, capacity=room)
+        return InstancePool(instances=instances, ranks=ranks, sharing=2, capacity=room)
 
     given_ = {"acceptance": acceptance, "prefix_blocks": 2, "one_host": one_host}
-    deployment = Deployment(prefill=pool(*prefill), decode=None if both else pool(*decode), **given_)
+    deployment = SimulatedDeployment(prefill=pool(*prefill), decode=None if both else pool(*decode), **given_)
     times = Linear(prefill_ms=1, prefill_ms_per_1k=99, decode_ms=7, decode_ms_per_1m=9, transfer_ms_per_1k=50)
     outcome = simulate(arrivals, deployment, times, supernodes=supernodes, router=router)
     c = outcome.columns
@@ -160,7 +162,9 @@ def test_a_seed_says_everything() -> None:
             requests=500,
         )
         room = Capacity(sequences=8, pages=256)
-        deployment = Deployment(prefill=Pool(capacity=room), decode=Pool(ranks=4, capacity=room))
+        deployment = SimulatedDeployment(
+            prefill=InstancePool(capacity=room), decode=InstancePool(ranks=4, capacity=room)
+        )
         return np.array([*simulate(drawn, deployment, MS_A_TOKEN).columns.values()])
 
     np.testing.assert_array_equal(columns(1), columns(1))
@@ -182,11 +186,13 @@ def test_steps_taken_together_take_what_they_take_one_by_one(monkeypatch) -> Non
     """Step times grow with the context: the middle of a jump stands for all of it."""
     drawn = list(synthetic(rate=3, prompt="500", output="uniform:50,400", requests=300))
     room = Capacity(sequences=16, pages=999)
-    deployment = Deployment(prefill=Pool(capacity=room), decode=Pool(ranks=2, capacity=room))
+    deployment = SimulatedDeployment(
+        prefill=InstancePool(capacity=room), decode=InstancePool(ranks=2, capacity=room)
+    )
     times = Linear(prefill_ms_per_1k=20, decode_ms=5, decode_ms_per_sequence=1, decode_ms_per_1m=1000)
-    together = summary(simulate(drawn, deployment, times))
+    together = summary(simulate(drawn, deployment, times)).as_dict()
     monkeypatch.setattr(events, "JUMP", 1)
-    single = summary(simulate(drawn, deployment, times))
+    single = summary(simulate(drawn, deployment, times)).as_dict()
     for name in ("mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms"):
         assert together[name] == pytest.approx(single[name], rel=0.002)
 
@@ -205,8 +211,8 @@ def test_prefix_reuse_is_what_a_direct_count_says() -> None:
         used = [block for block in used if block not in ids] + list(reversed(ids))
         used = used[-12:]
     room = Capacity(pages=64, page_width=128, max_num_batched_tokens=1024)
-    pool = Pool(capacity=room)
-    outcome = simulate(arrivals, Deployment(prefill=pool, decode=pool, prefix_blocks=12), MS_A_TOKEN)
+    pool = InstancePool(capacity=room)
+    outcome = simulate(arrivals, SimulatedDeployment(prefill=pool, decode=pool, prefix_blocks=12), MS_A_TOKEN)
     assert outcome.columns["cached"].sum() == expected > 0
     c = outcome.columns
     np.testing.assert_allclose(c["first_token"] - c["arrived"], (c["prompt"] - c["cached"]) / 1e3)
@@ -310,10 +316,12 @@ def test_the_engine_on_lanes_takes_what_the_simulator_says(started, measured, in
 
     if measured:
         monkeypatch.setattr(events, "JUMP", 1)
-    pool = Pool(instances=len(prefill), ranks=prefill[0].allocator.ranks, capacity=prefill[0].capacity)
-    decoders = None if both else Pool(ranks=decode.allocator.ranks, capacity=decode.capacity)
-    deployment = Deployment(prefill=pool, decode=decoders, one_host=True)
-    result = summary(simulate(drawn, deployment, Replayed(took) if measured else linear))
+    pool = InstancePool(
+        instances=len(prefill), ranks=prefill[0].allocator.ranks, capacity=prefill[0].capacity
+    )
+    decoders = None if both else InstancePool(ranks=decode.allocator.ranks, capacity=decode.capacity)
+    deployment = SimulatedDeployment(prefill=pool, decode=decoders, one_host=True)
+    result = summary(simulate(drawn, deployment, Replayed(took) if measured else linear)).as_dict()
     tpots = [r.tpot_s for r in requests if len(r.tokens) > 1]
     assert result["mean_ttft_ms"] == pytest.approx(np.mean([r.ttft_s for r in requests]) * 1e3, rel=1e-6)
     assert result["mean_tpot_ms"] == pytest.approx(np.mean(tpots) * 1e3, rel=1e-6)

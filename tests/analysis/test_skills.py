@@ -28,14 +28,14 @@ def right(item: Item) -> str:
 
 
 def alike(item: Item) -> list[str]:
-    """What a guesser picks from: the choices, or the digits shown if the answer is one, or the letters."""
+    """Answers for a guesser: the choices, or the digits shown if the answer is one, or the letters."""
     if len(item.choices) > 1:
         return [choice.strip() for choice in item.choices]
     return re.findall(r"\b[0-9]\b" if right(item).isdigit() else r"\b[a-z]\b", item.prompt) or [""]
 
 
 def closed(text: str) -> str:
-    """By cutting out pairs until none is left, rather than with a stack."""
+    """Cuts out pairs until none is left, rather than using a stack."""
     text = "".join(x for x in text if x in "()[]{}")
     while (shorter := re.sub(r"\(\)|\[\]|\{\}", "", text)) != text:
         text = shorter
@@ -58,9 +58,9 @@ def odd(text: str) -> str:
     """The only word that is of another kind than most, by regular expressions."""
     kinds = ("[a-z]", "[A-Z]", "[0-9]", "[a-z]{2,}")
     kind = {word: next(k for k in kinds if re.fullmatch(k, word)) for word in text.split()}
-    [usual, _] = [k for k, _ in Counter(kind.values()).most_common()]
-    [found] = [word for word in kind if kind[word] != usual]
-    return found
+    [common, _] = [k for k, _ in Counter(kind.values()).most_common()]
+    [word] = [word for word in kind if kind[word] != common]
+    return word
 
 
 CHECKS = {  # the words between the skill's name and the arrow -> the answer
@@ -123,7 +123,7 @@ def test_choices_begin_with_a_space_end_and_are_there_once(skill: Skill) -> None
 
 @each_skill
 def test_chance_is_what_guessing_gets(skill: Skill) -> None:
-    """By the likeliest answer, or by a random one of those that are shown."""
+    """Guesses the likeliest answer, or a random one of those that are shown."""
     items, rng = items_of(skill), np.random.default_rng(9)
     likeliest = max(Counter(map(right, items)).values()) / len(items)
     shown = np.mean([rng.choice(alike(item)) == right(item) for item in items])

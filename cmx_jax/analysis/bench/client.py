@@ -1,34 +1,38 @@
-"""One request, timed: a stream of events to when its text came."""
+"""One timed request: reads a stream of server-sent events and notes when text arrives."""
 
 import asyncio
+import codecs
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
 
 import httpx
 import numpy as np
 
-from cmx_jax.analysis.bench.prompts import Ask
-from cmx_jax.analysis.bench.sse import EventParser
+from cmx_jax.analysis.bench.prompts import BenchRequest
 from cmx_jax.analysis.bench.target import Target, message, reason
 
 
-class Failure(Exception):
-    """A request that was not answered to its end; the text is `REASON: what was said`."""
+class RequestFailed(Exception):
+    """A request without a complete answer; the text is `REASON: DETAILS`."""
 
 
 @dataclass
-class Outcome:
-    """What became of a request. Times are seconds of `time.perf_counter`.
+class RequestOutcome:
+    """Times and size of an answer. Times are seconds of `time.perf_counter`.
 
     Attributes:
-      start: when it was sent.
-      chunks: when text came, once for each event that has some; of an answer without text its end.
-      end: when the answer was known to have ended, or failed.
-      error: empty, or why it failed; the rest is what came until then.
+      start: Time of sending.
+      chunks: Times of the events with text; the time of the end if the answer has no text.
+      end: Time of the last event of the answer, or of the failure.
+      text: Text of the answer.
+      prompt_tokens: Number of prompt tokens.
+      output_tokens: Number of generated tokens.
+      cached_tokens: Number of prompt tokens that came from a prefix cache.
+      error: Empty, or the reason of the failure; the other attributes then hold what came before it.
     """
 
     start: float
@@ -42,39 +46,65 @@ class Outcome:
 
     @property
     def ttft(self) -> float:
-        """Time to first token."""
+        """Time to first token, in seconds."""
         return self.chunks[0] - self.start
 
     @property
     def e2el(self) -> float:
-        """End-to-end latency."""
+        """End-to-end latency, in seconds."""
         return self.end - self.start
 
     @property
     def tpot(self) -> float:
-        """Mean time of each token behind the first; 0 if there is none."""
+        """Mean seconds per token after the first; 0 if there is none."""
         later = self.output_tokens - 1
         return (self.end - self.chunks[0]) / later if later > 0 else 0.0
 
     @property
     def itls(self) -> list[float]:
-        """Gaps between chunks; one chunk may hold several tokens."""
+        """Gaps between chunks, in seconds; one chunk may hold several tokens."""
         return np.diff(self.chunks).tolist()
+
+
+class EventParser:
+    """Splits a stream of server-sent events, cut at any bytes, into the data of its events.
+
+    As in the HTML standard, section 9.2.6: lines end with LF, CR or CRLF, an empty line ends an event, and
+    its `data` lines are joined. Comments and other fields are ignored.
+    """
+
+    def __init__(self) -> None:
+        utf8 = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self._text = io.IncrementalNewlineDecoder(utf8, translate=True)
+        self._line, self._data = "", list[str]()
+
+    def feed(self, part: bytes) -> list[str]:
+        """Takes the next part of the stream; returns the data of each event that ends in it."""
+        *lines, self._line = (self._line + self._text.decode(part)).split("\n")
+        events = []
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name == "data":
+                self._data.append(value.removeprefix(" "))
+            elif not line and self._data:
+                events.append("\n".join(self._data))
+                self._data = []
+        return events
 
 
 class Client:
     """Streams requests to a server; an async context.
 
     Args:
-      target: the server.
-      temperature: of sampling.
-      ignore_eos: whether answers go on behind an end token; not of every server.
-      timeout_s: seconds that a request may take.
+      target: The server.
+      temperature: Sampling temperature.
+      ignore_eos: Flag; answers continue after an end token. Not every server supports it.
+      timeout_s: Time limit of a request, in seconds.
     """
 
     def __init__(self, target: Target, temperature: float, ignore_eos: bool, timeout_s: float):
         self._target, self._timeout_s = target, timeout_s
-        self._common: dict[str, Any] = {"model": target.model, "temperature": temperature, "stream": True}
+        self._common: dict[str, object] = {"model": target.model, "temperature": temperature, "stream": True}
         self._common["stream_options"] = {"include_usage": True}
         if ignore_eos:
             self._common["ignore_eos"] = True
@@ -90,7 +120,7 @@ class Client:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[httpx.AsyncClient]:
-        """One for each request that runs; httpx's pool would look at all of them for every request."""
+        """Lends a connection to one request; httpx's pool would look at all connections for every request."""
         if self._idle:
             http = self._idle.pop()
         else:
@@ -101,70 +131,72 @@ class Client:
         finally:
             self._idle.append(http)
 
-    async def stream(self, ask: Ask) -> Outcome:
+    async def stream(self, request: BenchRequest) -> RequestOutcome:
         """Sends a request and reads its answer; a failure is an outcome, too."""
-        body = self._common | self._prompt(ask)
-        found = Outcome(perf_counter())
+        body = self._common | self._prompt(request)
+        outcome = RequestOutcome(perf_counter())
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._read(body, found)
+                await self._read(body, outcome)
         except TimeoutError:
-            found.error = f"timeout: not finished within {self._timeout_s:g} s"
-        except Failure as error:
-            found.error = str(error)
+            outcome.error = f"timeout: not finished within {self._timeout_s:g} s"
+        except RequestFailed as error:
+            outcome.error = str(error)
         except httpx.ConnectError as error:
-            found.error = f"no connection: {reason(error)}"
+            outcome.error = f"no connection: {reason(error)}"
         except httpx.HTTPError as error:
-            found.error = f"connection lost: {reason(error)}"
-        if found.error:
-            found.end = perf_counter()
-        return found
+            outcome.error = f"connection lost: {reason(error)}"
+        if outcome.error:
+            outcome.end = perf_counter()
+        return outcome
 
-    def _prompt(self, ask: Ask) -> dict[str, Any]:
+    def _prompt(self, request: BenchRequest) -> dict[str, object]:
         if self._target.chat:
-            turn = {"role": "user", "content": ask.text}
-            return {"messages": [turn], "max_completion_tokens": ask.max_tokens}
-        return {"prompt": ask.prompt, "max_tokens": ask.max_tokens}
+            turn = {"role": "user", "content": request.text}
+            return {"messages": [turn], "max_completion_tokens": request.max_tokens}
+        return {"prompt": request.prompt, "max_tokens": request.max_tokens}
 
-    async def _read(self, body: dict[str, Any], found: Outcome) -> None:
+    async def _read(self, body: dict[str, object], outcome: RequestOutcome) -> None:
         url, events, done = f"{self._target.base_url}{self._target.endpoint}", EventParser(), False
         async with self._connection() as http, http.stream("POST", url, json=body) as answer:
             if answer.status_code != 200:
-                raise Failure(f"HTTP {answer.status_code}: {message(await answer.aread())}")
+                raise RequestFailed(f"HTTP {answer.status_code}: {message(await answer.aread())}")
             async for part in answer.aiter_bytes():
                 now = perf_counter()
                 for data in events.feed(part):
                     done = done or data == "[DONE]"
                     if not done:
-                        _take(found, data, now)
+                        _take(outcome, data, now)
         if not done:
-            raise Failure("connection lost: the stream ended before data: [DONE]")
-        if not (found.chunks and found.output_tokens):
-            raise Failure("incomplete answer: no token came, or no usage (stream_options.include_usage)")
+            raise RequestFailed("connection lost: the stream ended before data: [DONE]")
+        if not (outcome.chunks and outcome.output_tokens):
+            raise RequestFailed(
+                "incomplete answer: no token came, or no usage (stream_options.include_usage)"
+            )
 
 
-def _take(found: Outcome, data: str, now: float) -> None:
-    """Notes one event.
+def _take(outcome: RequestOutcome, data: str, now: float) -> None:
+    """Adds the data of an event to an outcome.
 
     Raises:
-      Failure: it is an error, or none of OpenAI's.
+      RequestFailed: The event is an error, or not in OpenAI's format.
     """
     try:
         event = json.loads(data)
         if event.get("error"):
-            raise Failure(f"error in the stream: {message(data.encode())}")
+            raise RequestFailed(f"error in the stream: {message(data.encode())}")
         for choice in event.get("choices") or ():
             text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
             ended = bool(choice.get("finish_reason"))
-            if text or (ended and not found.chunks):
-                found.chunks.append(now)
+            if text or (ended and not outcome.chunks):
+                outcome.chunks.append(now)
             if text or ended:
-                found.end = now
-            found.text += text
+                outcome.end = now
+            outcome.text += text
         if usage := event.get("usage"):
             details = usage.get("prompt_tokens_details") or {}
-            found.prompt_tokens = int(usage["prompt_tokens"])
-            found.output_tokens = int(usage["completion_tokens"])
-            found.cached_tokens = int(details.get("cached_tokens") or 0)
+            outcome.prompt_tokens = int(usage["prompt_tokens"])
+            outcome.output_tokens = int(usage["completion_tokens"])
+            outcome.cached_tokens = int(details.get("cached_tokens") or 0)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Failure(f"not understood: {data[:80]!r}") from None
+        raise RequestFailed(f"not understood: {data[:80]!r}") from None

@@ -1,11 +1,11 @@
-"""Where a measurement is written: looked at before anything is sent."""
+"""Files of a measurement, checked before any request is sent."""
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from cmx_jax.analysis.bench.plot import timeline
+from cmx_jax.analysis.bench.report import Settings, Summary
 from cmx_jax.analysis.compare.plots import image, need_matplotlib
 from cmx_jax.analysis.writing import need_folder, write_whole
 from cmx_jax.errors import CmxError
@@ -13,17 +13,17 @@ from cmx_jax.errors import CmxError
 KINDS = (".png", ".svg")
 
 
-class Files:
+class OutputFiles:
     """A JSON document, a picture, both or neither.
 
     Args:
-      save: whether to write the document.
-      folder: where; None: the working directory.
-      name: None: what was measured, and when, as vLLM names it.
-      plot: file of the picture, of one of `KINDS`.
+      save: Flag; the document is written.
+      folder: Directory of the document; None: the working directory.
+      name: File name of the document; None: settings and date, as vLLM names it.
+      plot: File of the picture, with an extension from `KINDS`; None: no picture.
 
     Raises:
-      CmxError: there cannot be such a file, a name is given but nothing is saved, or matplotlib is missing.
+      CmxError: A file cannot be created, a name is given without `save`, or matplotlib is missing.
     """
 
     def __init__(self, save: bool, folder: str | None, name: str | None, plot: Path | None):
@@ -44,21 +44,22 @@ class Files:
             raise CmxError(f"{file} is a directory, expected a file")
         need_folder(file.parent)
 
-    def write(self, d: dict[str, Any]) -> None:
-        """Writes what `summary` gave, with its settings.
+    def write(self, settings: Settings, summary: Summary) -> None:
+        """Writes the files.
 
         Raises:
-          CmxError: a file cannot be written; what was there before is still there.
+          CmxError: A file cannot be written; its previous content is unchanged.
         """
         if self._save:
-            text = json.dumps(d, ensure_ascii=False)
-            write_whole(self._folder / (self._name or _named(d)), text.encode(errors="backslashreplace"))
+            text = json.dumps(settings.as_dict() | summary.as_dict(), ensure_ascii=False)
+            name = self._name or _default_name(settings)
+            write_whole(self._folder / name, text.encode(errors="backslashreplace"))
         if self._plot is not None:
-            write_whole(self._plot, image(timeline(d), self._plot.suffix[1:]))
+            write_whole(self._plot, image(timeline(summary), self._plot.suffix[1:]))
 
 
-def _named(d: dict[str, Any]) -> str:
-    rate = "trace" if d["request_rate"] is None else f"{d['request_rate']}qps"
-    limit = f"-concurrency{d['max_concurrency']}" if d["max_concurrency"] else ""
-    model = re.sub(r"[^\w.-]", "_", d["model_id"])
-    return f"{d['backend']}-{rate}{limit}-{model}-{d['date']}.json"
+def _default_name(s: Settings) -> str:
+    rate = "trace" if s.request_rate is None else f"{s.request_rate}qps"
+    limit = f"-concurrency{s.max_concurrency}" if s.max_concurrency else ""
+    model = re.sub(r"[^\w.-]", "_", s.model_id)
+    return f"{s.backend}-{rate}{limit}-{model}-{s.date}.json"

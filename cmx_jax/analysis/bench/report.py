@@ -1,15 +1,15 @@
-"""What a measurement says, under the names of vLLM's `benchmark_serving`."""
+"""Metrics of a measurement, under the names of vLLM's `benchmark_serving`."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from cmx_jax.analysis.bench.client import Outcome
-from cmx_jax.analysis.bench.load import Load
-from cmx_jax.analysis.simulate.report import spread
+from cmx_jax.analysis.bench.client import RequestOutcome
+from cmx_jax.analysis.bench.load import LoadGenerator
+from cmx_jax.analysis.simulate.report import Latency
 from cmx_jax.errors import CmxError
 
 METRICS = {
@@ -19,7 +19,7 @@ METRICS = {
     "e2el": "End-to-end Latency",
 }
 OBJECTIVES = ("ttft", "tpot", "e2el")
-SHOWN = 5  # reasons of failures in the table
+SHOWN = 5  # reasons of failures in the table, at most
 WARM = (
     "{:.1%} of prompt tokens came out of a prefix cache: latencies are better than those of new prompts; "
     "for these restart the server or change --seed"
@@ -27,16 +27,16 @@ WARM = (
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to report, as flags say it.
+class ReportOptions:
+    """Metrics to report, in the form of the command's flags.
 
     Attributes:
-      metrics: some of `METRICS`, with commas.
-      percentiles: numbers in [0, 100], with commas.
-      goodput: `NAME:MS`, the most milliseconds of some of `OBJECTIVES`, for requests that count as good.
+      metrics: Names from `METRICS`, separated by commas.
+      percentiles: Numbers in [0, 100], separated by commas.
+      goodput: Limits `NAME:MS` of a good request, in milliseconds; names are from `OBJECTIVES`.
 
     Raises:
-      CmxError: one of them is something else.
+      CmxError: A text has another form.
     """
 
     metrics: str = ",".join(METRICS)
@@ -47,149 +47,272 @@ class Wanted:
         self.names(), self.numbers(), self.objectives()
 
     def names(self) -> list[str]:
-        """Metrics."""
-        found = self.metrics.split(",")
-        if not set(found) <= set(METRICS):
+        """Names of the metrics."""
+        names = self.metrics.split(",")
+        if not set(names) <= set(METRICS):
             raise CmxError(f"percentile_metrics is {self.metrics!r}, expected some of {','.join(METRICS)}")
-        return found
+        return names
 
     def numbers(self) -> list[float]:
-        """Percentiles."""
+        """Numbers of the percentiles."""
         try:
-            found = [float(number) for number in self.percentiles.split(",")]
-            if not all(0 <= number <= 100 for number in found):
+            numbers = [float(number) for number in self.percentiles.split(",")]
+            if not all(0 <= number <= 100 for number in numbers):
                 raise ValueError
         except ValueError:
             raise CmxError(
                 f"metric_percentiles is {self.percentiles!r}, expected numbers from 0 to 100 such as 50,90,99"
             ) from None
-        return found
+        return numbers
 
     def objectives(self) -> dict[str, float]:
-        """Most milliseconds by metric."""
-        found: dict[str, float] = {}
+        """Limits of a good request in milliseconds, by metric."""
+        limits: dict[str, float] = {}
         for text in self.goodput:
             name, _, ms = text.partition(":")
             try:
-                found[name] = float(ms)
+                limits[name] = float(ms)
             except ValueError:
-                found[name] = 0.0
-            if name not in OBJECTIVES or not found[name] > 0:
+                limits[name] = 0.0
+            if name not in OBJECTIVES or not limits[name] > 0:
                 raise CmxError(
                     f"goodput is {text!r}, expected ttft:MS, tpot:MS or e2el:MS with milliseconds above zero"
                 )
-        return found
+        return limits
 
 
-def summary(load: Load, wanted: Wanted) -> dict[str, Any]:
-    """The numbers of a measurement, then each request's.
+@dataclass(frozen=True)
+class Settings:
+    """Description of a measurement.
 
-    `ttft`: time to first token, from when a request was sent; `tpot`: mean time of each further token, of
-    requests that have any; `itl`: gaps between chunks; `e2el`: until the end. Only of completed requests.
+    Attributes:
+      date: Local time at the end, as `YYYYMMDD-HHMMSS`.
+      backend: `openai` or `openai-chat`.
+      model_id: Name of the model at the server.
+      tokenizer_id: Name or path of the tokenizer.
+      dataset_name: Kind of the requests.
+      num_prompts: Number of requests.
+      request_rate: Requests per second, infinite if all are sent at once; None for a trace.
+      burstiness: Shape of the gamma-distributed intervals.
+      max_concurrency: Maximum number of concurrent requests; None: no limit.
+      seed: Seed of prompts, lengths and arrivals.
+      ignore_eos: Flag; answers continue after an end token.
+      temperature: Sampling temperature.
+    """
+
+    date: str
+    backend: str
+    model_id: str
+    tokenizer_id: str
+    dataset_name: str
+    num_prompts: int
+    request_rate: float | None
+    burstiness: float
+    max_concurrency: int | None
+    seed: int
+    ignore_eos: bool
+    temperature: float
+
+    def as_dict(self) -> dict[str, object]:
+        """The first entries of the JSON document, in which an infinite rate is `inf`."""
+        return {**vars(self), "request_rate": "inf" if self.request_rate == math.inf else self.request_rate}
+
+
+@dataclass(frozen=True)
+class FailureCount:
+    """Failures with one reason.
+
+    Attributes:
+      reason: Text before the colon of the requests' errors.
+      count: Number of requests.
+      first: Text after the colon of the first such error.
+    """
+
+    reason: str
+    count: int
+    first: str
+
+
+@dataclass(frozen=True)
+class RequestColumns:
+    """Numbers of all requests that ended, in order of sending; times in seconds.
+
+    A failed request has only a start time, an end-to-end latency, the text so far and an error.
+
+    Attributes:
+      input_lens: Prompt tokens.
+      output_lens: Generated tokens.
+      start_times: Times of sending, from the beginning of the measurement.
+      ttfts: Times to first token.
+      itls: Gaps between chunks.
+      e2els: End-to-end latencies.
+      generated_texts: Answers.
+      errors: Empty texts, or reasons of failures.
+    """
+
+    input_lens: list[int]
+    output_lens: list[int]
+    start_times: list[float]
+    ttfts: list[float]
+    itls: list[list[float]]
+    e2els: list[float]
+    generated_texts: list[str]
+    errors: list[str]
+
+    @classmethod
+    def of(cls, outcomes: Sequence[RequestOutcome], began: float) -> "RequestColumns":
+        """Columns of outcomes; `began` is the beginning in seconds of `time.perf_counter`."""
+        return cls(
+            input_lens=[0 if o.error else o.prompt_tokens for o in outcomes],
+            output_lens=[0 if o.error else o.output_tokens for o in outcomes],
+            start_times=[o.start - began for o in outcomes],
+            ttfts=[0.0 if o.error else o.ttft for o in outcomes],
+            itls=[[] if o.error else o.itls for o in outcomes],
+            e2els=[o.e2el for o in outcomes],
+            generated_texts=[o.text for o in outcomes],
+            errors=[o.error for o in outcomes],
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Metrics of a measurement; throughputs and latencies are of completed requests only.
+
+    Attributes:
+      duration: Seconds from the first request to the end.
+      completed: Number of completed requests.
+      failed: Number of failed requests.
+      interrupted: Number of requests that were not sent or had not ended.
+      total_input_tokens: Prompt tokens.
+      total_output_tokens: Generated tokens.
+      request_throughput: Requests per second.
+      request_goodput: Requests per second that meet all objectives; None without objectives.
+      output_throughput: Generated tokens per second.
+      total_token_throughput: Prompt and generated tokens per second.
+      total_cached_tokens: Prompt tokens that came from a prefix cache.
+      prefix_cache_hit_rate: Fraction of the prompt tokens that came from a prefix cache.
+      mean_tokens_per_chunk: Generated tokens per chunk.
+      warnings: Remarks about the measurement.
+      failures: Failures by reason, the most frequent ones first.
+      latencies: Latencies by name. `ttft` (time to first token): from sending; `tpot`: mean time of each
+        further token, of requests that have any; `itl`: gaps between chunks; `e2el`: from sending until the
+        end.
+      requests: Numbers of each request.
+    """
+
+    duration: float
+    completed: int
+    failed: int
+    interrupted: int
+    total_input_tokens: int
+    total_output_tokens: int
+    request_throughput: float
+    request_goodput: float | None
+    output_throughput: float
+    total_token_throughput: float
+    total_cached_tokens: int
+    prefix_cache_hit_rate: float
+    mean_tokens_per_chunk: float
+    warnings: list[str]
+    failures: list[FailureCount]
+    latencies: Mapping[str, Latency]
+    requests: RequestColumns
+
+    def as_dict(self) -> dict[str, object]:
+        """The document of `cmx bench serve --json`, after its settings."""
+        document = {**vars(self), "failures": [vars(failure) for failure in self.failures]}
+        del document["latencies"], document["requests"]
+        for name, latency in self.latencies.items():
+            document |= latency.as_dict(name)
+        return document | vars(self.requests)
+
+
+def summary(load: LoadGenerator, options: ReportOptions) -> Summary:
+    """Computes the metrics of a measurement.
 
     Args:
-      load: what was measured.
-      wanted: which numbers.
+      load: Load generator after its run.
+      options: Metrics to report.
     """
-    every = [load.outcomes[number] for number in sorted(load.outcomes)]
-    done, span = [o for o in every if not o.error], max(load.duration, 1e-12)
+    outcomes = [load.outcomes[number] for number in sorted(load.outcomes)]
+    completed, span = [o for o in outcomes if not o.error], max(load.duration, 1e-12)
     inputs, outputs, cached = (
-        sum(getattr(o, f"{kind}_tokens") for o in done) for kind in ("prompt", "output", "cached")
+        sum(getattr(o, f"{kind}_tokens") for o in completed) for kind in ("prompt", "output", "cached")
     )
-    objectives = wanted.objectives()
-    good = sum(_meets(o, objectives) for o in done) / span if objectives else None
-    hits = cached / inputs if inputs else 0.0
-    found: dict[str, Any] = {
-        "duration": load.duration,
-        "completed": len(done),
-        "failed": len(every) - len(done),
-        "interrupted": len(load.asks) - len(every),
-        "total_input_tokens": inputs,
-        "total_output_tokens": outputs,
-        "request_throughput": len(done) / span,
-        "request_goodput": good,
-        "output_throughput": outputs / span,
-        "total_token_throughput": (inputs + outputs) / span,
-        "total_cached_tokens": cached,
-        "prefix_cache_hit_rate": hits,
-        "mean_tokens_per_chunk": outputs / max(sum(len(o.chunks) for o in done), 1),
-        "warnings": [WARM.format(hits)] if cached else [],
-        "failures": _failures(every),
-    }
+    limits = options.objectives()
     samples = {
-        "ttft": [o.ttft for o in done],
-        "tpot": [o.tpot for o in done if o.output_tokens > 1],
-        "itl": [gap for o in done for gap in o.itls],
-        "e2el": [o.e2el for o in done],
+        "ttft": [o.ttft for o in completed],
+        "tpot": [o.tpot for o in completed if o.output_tokens > 1],
+        "itl": [gap for o in completed for gap in o.itls],
+        "e2el": [o.e2el for o in completed],
     }
-    for name in wanted.names():
-        found |= spread(name, np.array(samples[name]), wanted.numbers())
-    return found | _each(every, load.began or 0.0)
+    hit_rate, numbers = cached / inputs if inputs else 0.0, options.numbers()
+    return Summary(
+        duration=load.duration,
+        completed=len(completed),
+        failed=len(outcomes) - len(completed),
+        interrupted=len(load.requests) - len(outcomes),
+        total_input_tokens=inputs,
+        total_output_tokens=outputs,
+        request_throughput=len(completed) / span,
+        request_goodput=sum(_meets(o, limits) for o in completed) / span if limits else None,
+        output_throughput=outputs / span,
+        total_token_throughput=(inputs + outputs) / span,
+        total_cached_tokens=cached,
+        prefix_cache_hit_rate=hit_rate,
+        mean_tokens_per_chunk=outputs / max(sum(len(o.chunks) for o in completed), 1),
+        warnings=[WARM.format(hit_rate)] if cached else [],
+        failures=_failures(outcomes),
+        latencies={name: Latency.of(np.array(samples[name]), numbers) for name in options.names()},
+        requests=RequestColumns.of(outcomes, load.began or 0.0),
+    )
 
 
-def _meets(o: Outcome, objectives: dict[str, float]) -> bool:
-    return all(getattr(o, name) * 1e3 <= most for name, most in objectives.items())
+def _meets(o: RequestOutcome, limits: Mapping[str, float]) -> bool:
+    return all(getattr(o, name) * 1e3 <= limit for name, limit in limits.items())
 
 
-def _failures(every: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Reasons, the most frequent first, each with what was said first."""
+def _failures(outcomes: Sequence[RequestOutcome]) -> list[FailureCount]:
+    """Counts failures by reason, the most frequent ones first."""
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
-    for o in every:
+    for o in outcomes:
         if o.error:
-            reason, _, said = o.error.partition(": ")
-            first.setdefault(reason, said)
+            reason, _, text = o.error.partition(": ")
+            first.setdefault(reason, text)
             counts[reason] += 1
-    return [
-        {"reason": reason, "count": count, "first": first[reason]} for reason, count in counts.most_common()
-    ]
+    return [FailureCount(reason, count, first[reason]) for reason, count in counts.most_common()]
 
 
-def _each(every: Sequence[Outcome], began: float) -> dict[str, list[Any]]:
-    """Columns of all requests in order, seconds; where one failed only when it began and how long it took."""
-    return {
-        "input_lens": [0 if o.error else o.prompt_tokens for o in every],
-        "output_lens": [0 if o.error else o.output_tokens for o in every],
-        "start_times": [o.start - began for o in every],
-        "ttfts": [0.0 if o.error else o.ttft for o in every],
-        "itls": [[] if o.error else o.itls for o in every],
-        "e2els": [o.e2el for o in every],
-        "generated_texts": [o.text for o in every],
-        "errors": [o.error for o in every],
-    }
-
-
-def render(result: dict[str, Any]) -> str:
-    """The report for a terminal."""
-    r = result
+def render(s: Summary) -> str:
+    """Formats the metrics for a terminal."""
     lines = [f"{' Serving Benchmark Result ':=^60}"]
 
     def row(name: str, value: float, digits: int = 2) -> None:
         lines.append(f"{name + ':':<44}{value:>16,.{digits}f}")
 
-    row("Successful requests", r["completed"], 0)
-    row("Failed requests", r["failed"], 0)
-    if r["interrupted"]:
-        row("Interrupted or not sent", r["interrupted"], 0)
-    row("Benchmark duration (s)", r["duration"])
-    row("Total input tokens", r["total_input_tokens"], 0)
-    row("Total generated tokens", r["total_output_tokens"], 0)
-    row("Request throughput (req/s)", r["request_throughput"])
-    if r["request_goodput"] is not None:
-        row("Request goodput (req/s)", r["request_goodput"])
-    row("Output token throughput (tok/s)", r["output_throughput"])
-    row("Total token throughput (tok/s)", r["total_token_throughput"])
-    row("Prefix cache hit rate (%)", 100 * r["prefix_cache_hit_rate"])
-    row("Tokens per chunk", r["mean_tokens_per_chunk"])
+    row("Successful requests", s.completed, 0)
+    row("Failed requests", s.failed, 0)
+    if s.interrupted:
+        row("Interrupted or not sent", s.interrupted, 0)
+    row("Benchmark duration (s)", s.duration)
+    row("Total input tokens", s.total_input_tokens, 0)
+    row("Total generated tokens", s.total_output_tokens, 0)
+    row("Request throughput (req/s)", s.request_throughput)
+    if s.request_goodput is not None:
+        row("Request goodput (req/s)", s.request_goodput)
+    row("Output token throughput (tok/s)", s.output_throughput)
+    row("Total token throughput (tok/s)", s.total_token_throughput)
+    row("Prefix cache hit rate (%)", 100 * s.prefix_cache_hit_rate)
+    row("Tokens per chunk", s.mean_tokens_per_chunk)
     for name, title in METRICS.items():
-        if f"mean_{name}_ms" in r:
+        if name in s.latencies:
             lines.append(f"{title:-^60}")
-            of = [key for key in r if key.endswith(f"_{name}_ms")]
-            for key in of:
-                row(f"{key.removesuffix(f'_{name}_ms').capitalize()} {name.upper()} (ms)", r[key])
+            for key, value in s.latencies[name].as_dict(name).items():
+                row(f"{key.removesuffix(f'_{name}_ms').capitalize()} {name.upper()} (ms)", value)
     lines.append("=" * 60)
-    if "mean_itl_ms" in r:
+    if "itl" in s.latencies:
         lines.append("ITL is the gap between chunks; with MTP a chunk may hold several tokens.")
-    lines += [f"warning: {text}" for text in r["warnings"]]
-    lines += [f"failed: {x['count']} x {x['reason']}: {x['first']}" for x in r["failures"][:SHOWN]]
+    lines += [f"warning: {text}" for text in s.warnings]
+    lines += [f"failed: {x.count} x {x.reason}: {x.first}" for x in s.failures[:SHOWN]]
     return "\n".join(lines)

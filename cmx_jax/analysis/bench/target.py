@@ -1,4 +1,4 @@
-"""The server under load: where it is, what it serves."""
+"""The server under load: its address and its model."""
 
 import os
 from typing import Any
@@ -16,18 +16,21 @@ class Target:
     """A server of OpenAI's API.
 
     Args:
-      base_url: where it is, with or without `/v1`.
-      endpoint: one of `ENDPOINTS`.
-      api_key: None: that in CMX_API_KEY or OPENAI_API_KEY, if any.
-      model: its name there; None: the first one that the server lists.
+      base_url: Address, with or without `/v1`.
+      endpoint: One of `ENDPOINTS`.
+      api_key: API key; None: the one in CMX_API_KEY or OPENAI_API_KEY, if any.
+      model: Name of the model at the server; None: the first one that the server lists.
 
     Attributes:
-      chat: whether prompts are messages.
-      model: the name that requests give.
-      max_model_len: tokens of the longest sequence, None where the server does not say.
+      base_url: Address without `/v1`.
+      endpoint: Path of the endpoint.
+      chat: Flag; prompts are messages.
+      headers: HTTP headers with the API key.
+      model: Name of the model in requests.
+      max_model_len: Tokens of the longest sequence; None if the server does not tell.
 
     Raises:
-      CmxError: there is no such server, it refuses the key, or it does not serve the model.
+      CmxError: The server does not answer, refuses the key, or does not serve the model.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Target:
         self.max_model_len: int | None = listed.get(self.model)
 
     def _listed(self, optional: bool) -> dict[str, int | None]:
-        """Context by name of what is served; `optional`: nothing if the server has no list."""
+        """Context lengths of the served models by name; empty if `optional` and the server has no list."""
         url = f"{self.base_url}/v1/models"
         timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
         try:
@@ -61,12 +64,12 @@ class Target:
         except httpx.HTTPError as error:
             raise CmxError(f"no server answers at {self.base_url} ({reason(error)}): {HINT}") from None
         if answer.status_code in (401, 403):
-            said = message(answer.content)
-            raise CmxError(f"{self.base_url} refuses the API key ({said}): give --api-key or CMX_API_KEY")
+            refusal = message(answer.content)
+            raise CmxError(f"{self.base_url} refuses the API key ({refusal}): give --api-key or CMX_API_KEY")
         if answer.status_code == 404 and optional:
             return {}
         try:
-            listed = {str(x["id"]): _whole(x.get("max_model_len")) for x in answer.json()["data"]}
+            listed = {str(x["id"]): _integer(x.get("max_model_len")) for x in answer.json()["data"]}
             if answer.status_code != 200 or not listed:
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -88,12 +91,12 @@ def _address(base_url: str) -> str:
     return base_url.rstrip("/").removesuffix("/v1")
 
 
-def _whole(value: Any) -> int | None:
+def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) else None
 
 
 def message(body: bytes) -> str:
-    """What an error's body says, in OpenAI's form or another, as one short line."""
+    """Message in an error's body, in OpenAI's form or another, as one short line."""
     text = body.decode(errors="replace")
     try:
         document = httpx.Response(200, content=body).json()
@@ -104,5 +107,5 @@ def message(body: bytes) -> str:
 
 
 def reason(error: httpx.HTTPError) -> str:
-    """Why a connection failed."""
+    """Reason of a failed connection."""
     return str(error) or type(error).__name__

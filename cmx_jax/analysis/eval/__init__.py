@@ -1,1 +1,1 @@
-"""What a model can do: sixteen skills as questions with known answers."""
+"""Evaluation of models: sixteen skills as questions with known answers, held-out text, public benchmarks."""

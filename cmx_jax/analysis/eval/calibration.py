@@ -1,4 +1,4 @@
-"""Text by which a model is quantised: windows of a file, or of the documentation that ships with Python."""
+"""Calibration text for quantisation: windows of a file, or of the documentation that ships with Python."""
 
 from pathlib import Path
 
@@ -14,20 +14,20 @@ WINDOW = 256
 
 
 def calibration(model: Model, path: str | Path | None, tokens: int) -> Int[np.ndarray, "B T"]:
-    """About so many tokens, in windows spread evenly over a text.
+    """Token ids of windows that are spread evenly over a text.
 
     Args:
-      model: whose tokens.
-      path: a UTF-8 file; None: Python's documentation, without what `cmx eval` holds out.
-      tokens: how many, at least a window.
+      model: Model whose tokenizer is used.
+      path: UTF-8 file; None: Python's documentation, without the part that `cmx eval` holds out.
+      tokens: Approximate number of tokens, at least one window.
 
     Raises:
-      CmxError: the text is not there, empty, not UTF-8, or shorter than a window.
+      CmxError: The text does not exist, is empty, is not UTF-8, or is shorter than a window.
     """
     length = min(WINDOW, model.config.max_position_embeddings)
     if tokens < length:
         raise CmxError(f"{tokens} calibration tokens, expected at least a window of {length}")
     text = Text("Python's documentation", split(documents())[0]) if path is None else read_text(path)
-    every = windows(model, text, length)
-    count = min(tokens // length, len(every))
-    return every[np.linspace(0, len(every) - 1, count).astype(int)]
+    rows = windows(model, text, length)
+    count = min(tokens // length, len(rows))
+    return rows[np.linspace(0, len(rows) - 1, count).astype(int)]

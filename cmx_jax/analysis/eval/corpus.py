@@ -1,7 +1,7 @@
-"""English about Python that every Python installation carries: what `tiny` was trained on, and what was not.
+"""English about Python that every Python installation carries: training and held-out text of `tiny`.
 
-`pydoc_data.topics` and the docstrings of the standard library, one document a topic or docstring. No
-download; the corpus is that of the running Python.
+`pydoc_data.topics` and the docstrings of the standard library, one document per topic or docstring.
+Nothing is downloaded; the corpus depends on the running Python.
 """
 
 import ast
@@ -16,7 +16,7 @@ HELD_OUT_PERCENT = 4
 
 
 def documents() -> list[str]:
-    """All documents, in an order that depends on their names only."""
+    """All documents, in an order that depends only on their names."""
     texts = [f"{name}\n\n{text}" for name, text in sorted(pydoc_data.topics.topics.items())]
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -31,17 +31,17 @@ def _docstrings(path: Path, root: Path) -> list[str]:
     except (SyntaxError, UnicodeDecodeError):
         return []
     module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-    found = []
+    texts = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = inspect.cleandoc(ast.get_docstring(node) or "")
             if len(text) > 40:
-                found.append(f"{module}.{getattr(node, 'name', '')}".rstrip(".") + f"\n\n{text}")
-    return found
+                texts.append(f"{module}.{getattr(node, 'name', '')}".rstrip(".") + f"\n\n{text}")
+    return texts
 
 
 def split(texts: list[str]) -> tuple[list[str], list[str]]:
-    """Train and held-out documents, chosen by the hash of their text."""
+    """Splits documents into training and held-out ones, by the hash of their text."""
 
     def held_out(text: str) -> bool:
         return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
@@ -50,5 +50,5 @@ def split(texts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def fingerprint(texts: list[str]) -> str:
-    """sha256 over all documents."""
+    """SHA-256 of all documents."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()

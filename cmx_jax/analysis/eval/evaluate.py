@@ -1,12 +1,18 @@
-"""`cmx eval`: what is run, and the result as one dictionary that `report.render` prints."""
+"""`cmx eval`: runs the parts of a suite for one model or two."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from cmx_jax.analysis.eval.results import (
+    Change,
+    Evaluation,
+    ModelDescription,
+    Score,
+    SkillScore,
+    SkillsResult,
+)
 from cmx_jax.analysis.eval.score import Answers, Progress, answered
 from cmx_jax.analysis.eval.skills import SKILLS, Item, Skill
 from cmx_jax.analysis.eval.statistics import Pairs, difference, mcnemar, wilson
@@ -17,14 +23,14 @@ from cmx_jax.serving.deploy.llm import LLM
 
 SUITES = {"skills": ("skills",), "text": ("text",), "all": ("skills", "text")}
 HARNESS = "lm-eval:"
-MAX_ITEMS = 10_000  # of a skill: all have so many different ones
+MAX_ITEMS = 10_000  # per skill: every skill has that many different items
 
 
 def parts_of(suite: str) -> tuple[str, ...]:
-    """What a suite consists of: `skills`, `text`, or tasks of the harness, each as `lm-eval:TASK`.
+    """Parts of a suite: `skills`, `text`, or tasks of the harness, each as `lm-eval:TASK`.
 
     Raises:
-      CmxError: it is unknown.
+      CmxError: The suite is unknown.
     """
     tasks = suite.removeprefix(HARNESS).split(",") if suite.startswith(HARNESS) else []
     if tasks and all(tasks):
@@ -35,10 +41,10 @@ def parts_of(suite: str) -> tuple[str, ...]:
 
 
 def check(suite: str, items: int, seed: int, text: str | None, window: int | None) -> None:
-    """Refuses what needs no model to be refused.
+    """Checks all arguments that can be checked without a model.
 
     Raises:
-      CmxError: an argument is unknown or out of range, or would not be read.
+      CmxError: An argument is unknown or out of range, or the suite does not use it.
     """
     parts = parts_of(suite)
     if not 1 <= items <= MAX_ITEMS:
@@ -46,8 +52,10 @@ def check(suite: str, items: int, seed: int, text: str | None, window: int | Non
     if seed < 0:
         raise CmxError(f"seed is {seed}, expected zero or more")
     if "text" not in parts and (text is not None or window is not None):
-        given = "a text" if text is not None else "a window"
-        raise CmxError(f"suite {suite!r} reads no text, but {given} is given: expected suite 'text' or 'all'")
+        argument = "a text" if text is not None else "a window"
+        raise CmxError(
+            f"suite {suite!r} reads no text, but {argument} is given: expected suite 'text' or 'all'"
+        )
     if "text" in parts and text is not None:
         read_text(text)
     if suite.startswith(HARNESS):
@@ -66,59 +74,42 @@ def evaluate(
     text: str | None = None,
     window: int | None = None,
     progress: Progress = lambda _: None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluates a model, or compares a second one with it on the same items.
 
     Args:
-      llm: the model.
-      other: what is compared with it, such as the same model quantised; or None.
+      llm: The model.
+      other: Second model to compare, such as the same model quantised; None: no comparison.
       suite: `skills`, `text`, `all` of these, or `lm-eval:TASK[,TASK]`.
-      items: of each skill; of each task of the harness its first.
-      seed: of the skills' items.
-      text: a UTF-8 file instead of the documentation that ships with Python.
-      window: tokens of a window of text; None takes 256, or the model's context if that is shorter.
-      progress: is told how far it is.
-
-    Returns:
-      Plain dictionaries, lists and numbers, as `cmx eval --json` prints them.
+      items: Number of items per skill, or of documents per harness task (the first ones).
+      seed: Seed of the skills' items.
+      text: UTF-8 file; None: the held-out documentation that ships with Python.
+      window: Tokens per window of text; None: 256, or the model's context if that is shorter.
+      progress: Callback for messages about the progress.
 
     Raises:
-      CmxError: an argument cannot be used, or the models cannot be compared.
+      CmxError: An argument cannot be used, or the models cannot be compared.
     """
     check(suite, items, seed, text, window)
     parts = parts_of(suite)
     if other is not None:
         _check_comparable(llm, other)
-    result: dict[str, Any] = {"suite": suite, "model": described(llm)}
-    result["against"] = None if other is None else described(other)
-    if "skills" in parts:
-        result["skills"] = evaluate_skills(llm, other, SKILLS, items, seed, progress)
-    if "text" in parts:
-        result["text"] = evaluate_text(llm, other, read_text(text), window, progress)
+    described = describe(llm), None if other is None else describe(other)
+    skills = evaluate_skills(llm, other, SKILLS, items, seed, progress) if "skills" in parts else None
+    losses = evaluate_text(llm, other, read_text(text), window, progress) if "text" in parts else None
     tasks = [part.removeprefix(HARNESS) for part in parts if part.startswith(HARNESS)]
+    benchmarks = None
     if tasks:
         from cmx_jax.analysis.eval.harness import run_tasks
 
-        result["lm_eval"] = run_tasks(llm, other, tasks, items)
-    result["not_run"] = [name for name in ("skills", "text", "lm_eval") if name not in result]
-    return _plain(result)
-
-
-def _plain(value: Any) -> Any:
-    """Estimates as dictionaries; what is infinite (no interval) as None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {key: _plain(of) for key, of in value.items()}
-    if isinstance(value, list):
-        return [_plain(of) for of in value]
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+        benchmarks = run_tasks(llm, other, tasks, items)
+    return Evaluation(suite, *described, skills, losses, benchmarks)
 
 
 def _check_comparable(llm: LLM, other: LLM) -> None:
-    tokenizers = [of.model.tokenizer for of in (llm, other)]
-    texts = [None if tokenizer is None else tokenizer.to_str() for tokenizer in tokenizers]
-    sizes = [of.model.config.vocab_size for of in (llm, other)]
+    models = llm.model, other.model
+    texts = [None if model.tokenizer is None else model.tokenizer.to_str() for model in models]
+    sizes = [model.config.vocab_size for model in models]
     if texts[0] != texts[1] or sizes[0] != sizes[1]:
         raise CmxError(
             f"{llm.model.directory} and {other.model.directory} have different tokenizers or vocabularies: "
@@ -126,55 +117,67 @@ def _check_comparable(llm: LLM, other: LLM) -> None:
         )
 
 
-def described(llm: LLM) -> dict[str, Any]:
-    """What was run: how the model is stored (parameters by type), its arithmetic, how it lies on ranks."""
+def describe(llm: LLM) -> ModelDescription:
+    """Describes a model's storage (parameters by type), arithmetic and layout on ranks."""
     stored: dict[str, int] = {}
     for row in inspect(llm.model.directory).groups:
         stored[row.scheme] = stored.get(row.scheme, 0) + row.parameters
     layout = llm.instance.layout
-    return {
-        "name": llm.model.directory.name,
-        "path": str(llm.model.directory),
-        "stored": stored,
-        "dtype": llm.model.dtype,
-        "runner": llm.instance.name,
-        "ranks": layout.ranks,
-        "slots": layout.slots,
-        "exchange": layout.exchange,
-        "wire": layout.wire,
-    }
+    return ModelDescription(
+        name=llm.model.directory.name,
+        path=str(llm.model.directory),
+        stored=stored,
+        dtype=llm.model.dtype,
+        runner=llm.instance.name,
+        ranks=layout.ranks,
+        slots=layout.slots,
+        exchange=layout.exchange,
+        wire=layout.wire,
+    )
 
 
 def evaluate_skills(
     llm: LLM, other: LLM | None, skills: Sequence[Skill], count: int, seed: int, progress: Progress
-) -> dict[str, Any]:
-    """Accuracy in each skill and on average, and what changes with a second model on the same items."""
-    by_skill = [skill.items(seed, count) for skill in skills]
-    items: list[Item] = [item for of in by_skill for item in of]
+) -> SkillsResult:
+    """Computes the accuracy in each skill and on average, and its change with a second model.
+
+    Args:
+      llm: The model.
+      other: Second model that answers the same items; None: no comparison.
+      skills: Skills to run.
+      count: Number of items per skill.
+      seed: Seed of the items.
+      progress: Callback for messages about the progress.
+    """
+    items: list[Item] = [item for skill in skills for item in skill.items(seed, count)]
     answers = answered(llm, items, progress)
-    others = None if other is None else answered(other, items, progress)
-    rows, parts = [], np.split(np.arange(len(items)), len(skills))
-    for skill, part in zip(skills, parts, strict=True):
-        about = {"skill": skill.name, "about": skill.about, "chance": skill.chance, "items": count}
-        rows.append(about | _row(answers, others, part))
-    return {
-        "seed": seed,
-        "items_per_skill": count,
-        "items": len(items),
-        "tokens": answers.tokens,
-        "by_skill": rows,
-        "mean": _row(answers, others, np.arange(len(items))),  # as many items of each skill
-    }
+    other_answers = None if other is None else answered(other, items, progress)
+    parts = np.split(np.arange(len(items)), len(skills))
+    return SkillsResult(
+        seed=seed,
+        items_per_skill=count,
+        items=len(items),
+        tokens=answers.tokens,
+        by_skill=[
+            SkillScore(skill.name, skill.about, skill.chance, count, _score(answers, other_answers, part))
+            for skill, part in zip(skills, parts, strict=True)
+        ],
+        mean=_score(answers, other_answers, np.arange(len(items))),
+    )
 
 
-def _row(answers: Answers, others: Answers | None, part: Int[np.ndarray, " items"]) -> dict[str, Any]:
-    """Accuracies and their difference on some of the items."""
+def _score(answers: Answers, other: Answers | None, part: Int[np.ndarray, " items"]) -> Score:
+    """Accuracies and their difference on some of the items, given by their indices."""
     right = answers.right[part]
-    row: dict[str, Any] = {"accuracy": wilson(int(right.sum()), len(right))}
-    if others is not None:
-        pairs = Pairs.of(right, others.right[part])
-        row["accuracy_against"] = wilson(pairs.both + pairs.second, pairs.count)
-        row["right_to_wrong"], row["wrong_to_right"] = pairs.first, pairs.second
-        row["difference"], row["p_value"] = difference(pairs), mcnemar(pairs)
-        row["falls"] = row["difference"].high < 0
-    return row
+    accuracy = wilson(int(right.sum()), len(right))
+    if other is None:
+        return Score(accuracy)
+    pairs = Pairs.of(right, other.right[part])
+    change = Change(
+        accuracy_against=wilson(pairs.both + pairs.second, pairs.count),
+        right_to_wrong=pairs.first,
+        wrong_to_right=pairs.second,
+        difference=difference(pairs),
+        p_value=mcnemar(pairs),
+    )
+    return Score(accuracy, change)

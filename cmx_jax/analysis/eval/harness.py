@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmx_jax.analysis.eval.results import HarnessResult, Metrics
 from cmx_jax.analysis.eval.score import first_token, likelihoods
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.deploy.llm import LLM, from_pretrained
@@ -24,14 +25,14 @@ except ImportError:
     LM, INSTALLED = object, False
 
 TASKS = Path(__file__).parent / "tasks"
-MAX_NEW_TOKENS = 256  # of a request that does not say: the harness's own default
+MAX_NEW_TOKENS = 256  # default of the harness for requests without `max_gen_toks`
 
 
 class CmxLM(LM):  # type: ignore[misc]
-    """What the harness asks of a model. Requests carry their arguments as the tuple `args`."""
+    """A model with the interface of the harness. Requests carry their arguments as the tuple `args`."""
 
     def __init__(self, pretrained: str | Path | LLM, **options: Any):
-        """Takes a loaded model, or what `from_pretrained` takes; the harness's own options are ignored."""
+        """Takes a loaded model, or arguments of `from_pretrained`; the harness's own options are ignored."""
         super().__init__()
         for name in ("batch_size", "max_batch_size", "device"):
             options.pop(name, None)
@@ -40,40 +41,40 @@ class CmxLM(LM):  # type: ignore[misc]
         self.context = self.llm.max_model_len
 
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Log-likelihood (nats) of each continuation behind its context, and whether it is the greedy one."""
-        found = likelihoods(self.llm, [self._pair(*request.args) for request in requests])
-        return [(of.logprob, of.greedy) for of in found]
+        """Log-likelihood (nats) of each continuation after its context, and whether it is the greedy one."""
+        scores = likelihoods(self.llm, [self._pair(*request.args) for request in requests])
+        return [(score.logprob, score.greedy) for score in scores]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids, cut where the context's end: as the harness's own models do, both are encoded together,
-        spaces at the context's end belong to the continuation, and what is too long loses its beginning."""
-        kept = context.rstrip()
-        if not kept:
-            before, behind = (
-                [first_token(self.model)],
-                self.model.encode(context + continuation, special=False),
-            )
+        """Token ids of context and continuation.
+
+        As in the harness's own models, both are encoded together, spaces at the context's end belong to the
+        continuation, and a sequence that is too long loses its beginning.
+        """
+        stripped, text = context.rstrip(), context + continuation
+        if not stripped:
+            prefix, target = [first_token(self.model)], self.model.encode(text, special=False)
         else:
-            before, whole = self.model.encode(kept), self.model.encode(context + continuation)
-            behind = whole[len(before) :]
-        room = self.context + 1 - len(behind)  # the last token is not run
+            prefix = self.model.encode(stripped)
+            target = self.model.encode(text)[len(prefix) :]
+        room = self.context + 1 - len(target)  # the last token is not run
         if room < 1:
-            raise CmxError(f"a continuation of {len(behind)} tokens exceeds the context of {self.context}")
-        return before[-room:], behind
+            raise CmxError(f"a continuation of {len(target)} tokens exceeds the context of {self.context}")
+        return prefix[-room:], target
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
-        """Log-likelihood (nats) of each whole text, in as few windows as its length needs."""
-        windows = [list(self._rolling(request.args[0])) for request in requests]
-        found = iter(likelihoods(self.llm, [pair for of in windows for pair in of]))
-        return [sum(next(found).logprob for _ in of) for of in windows]
+        """Log-likelihood (nats) of each complete text, in as few windows as its length needs."""
+        texts = [list(self._rolling(request.args[0])) for request in requests]
+        scores = iter(likelihoods(self.llm, [window for windows in texts for window in windows]))
+        return [sum(next(scores).logprob for _ in windows) for windows in texts]
 
     def _rolling(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        """Windows that predict each token once; all but the first have a full context, the last one too."""
+        """Windows that predict each token once; all except the first, even the last, have full contexts."""
         tokens, size = self.model.encode(text, special=False), self.context
         for start in range(0, len(tokens), size):
             stop = min(start + size, len(tokens))
-            before = tokens[max(stop - size - 1, 0) : start] if start else [first_token(self.model)]
-            yield before, tokens[start:stop]
+            prefix = tokens[max(stop - size - 1, 0) : start] if start else [first_token(self.model)]
+            yield prefix, tokens[start:stop]
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """Continuations, each cut before the first of its stop strings; greedy unless `do_sample` is set."""
@@ -83,7 +84,7 @@ class CmxLM(LM):  # type: ignore[misc]
             key = (request.args[0], *_sampling(request.args[1]))
             drawn = dict(key[1:])["temperature"] > 0
             groups[*key[1:], ("seed", times[key] if drawn else 0)].append(i)
-            times[key] += 1  # a prompt that is asked again gets another sample
+            times[key] += 1  # a repeated prompt gets another sample
         texts = [""] * len(requests)
         for params, rows in groups.items():
             options: dict[str, Any] = dict(params)
@@ -93,14 +94,14 @@ class CmxLM(LM):  # type: ignore[misc]
         return texts
 
     def _prompt(self, text: str, new: int) -> list[int]:
-        """Token ids; what leaves no room for `new` tokens loses its beginning."""
+        """Token ids of a prompt, without its beginning if `new` tokens would exceed the context."""
         if new >= self.context:
             raise CmxError(f"max_gen_toks is {new}, expected less than the context of {self.context}")
         return (self.model.encode(text) or [first_token(self.model)])[-(self.context - new) :]
 
 
 def _sampling(kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The harness's generation arguments as ours."""
+    """Converts the harness's generation arguments to those of `generate`."""
     sampled = kwargs.get("do_sample", False)
     return (
         ("max_new_tokens", int(kwargs.get("max_gen_toks", MAX_NEW_TOKENS))),
@@ -118,26 +119,26 @@ def _until(text: str, stops: str | Sequence[str] | None) -> str:
 
 
 def check_installed() -> None:
-    """Refuses to go on without the harness.
+    """Checks that the harness is installed.
 
     Raises:
-      CmxError: it is not installed.
+      CmxError: The harness is not installed.
     """
     if not INSTALLED:
         raise CmxError("lm-evaluation-harness is not installed: pip install 'cmx_jax[lm-eval]'")
 
 
-def run_tasks(llm: LLM, other: LLM | None, tasks: Sequence[str], limit: int) -> dict[str, Any]:
-    """What the harness finds for one or two models: its numbers by task and metric.
+def run_tasks(llm: LLM, other: LLM | None, tasks: Sequence[str], limit: int) -> HarnessResult:
+    """Runs tasks of the harness for one or two models.
 
     Args:
-      llm: the model.
-      other: a second one, or None.
-      tasks: names of the harness's tasks or groups, or of those in `tasks/`.
-      limit: documents of each task, the first ones.
+      llm: The model.
+      other: Second model; None: no comparison.
+      tasks: Names of tasks or groups of the harness, or of the tasks in `tasks/`.
+      limit: Number of documents per task, the first ones.
 
     Raises:
-      CmxError: the harness is not installed, has no such task, or fails.
+      CmxError: The harness is not installed, does not know a task, or fails.
     """
     check_installed()
     from lm_eval.evaluator import simple_evaluate
@@ -148,10 +149,10 @@ def run_tasks(llm: LLM, other: LLM | None, tasks: Sequence[str], limit: int) -> 
         if task not in manager.all_tasks:
             raise CmxError(f"lm-evaluation-harness has no task {task!r}: see lm-eval ls tasks")
 
-    def run(of: LLM) -> dict[str, dict[str, Any]]:
+    def run(model: LLM) -> Metrics:
         try:
-            found = simple_evaluate(
-                CmxLM(of),
+            evaluation = simple_evaluate(
+                CmxLM(model),
                 tasks=list(tasks),
                 limit=limit,
                 task_manager=manager,
@@ -165,18 +166,18 @@ def run_tasks(llm: LLM, other: LLM | None, tasks: Sequence[str], limit: int) -> 
             raise CmxError(f"lm-evaluation-harness: {type(error).__name__}: {error}") from error
         return {
             name: {metric: _number(value) for metric, value in metrics.items()}
-            for name, metrics in found["results"].items()
+            for name, metrics in evaluation["results"].items()
         }
 
-    return {
-        "version": importlib.metadata.version("lm_eval"),
-        "limit": limit,
-        "model": run(llm),
-        "against": None if other is None else run(other),
-    }
+    return HarnessResult(
+        version=importlib.metadata.version("lm_eval"),
+        limit=limit,
+        model=run(llm),
+        against=None if other is None else run(other),
+    )
 
 
-def _number(value: Any) -> Any:
-    """NumPy's numbers as Python's, what is neither a number nor text as text."""
+def _number(value: Any) -> float | int | str:
+    """Converts NumPy's numbers to Python's, and values that are neither numbers nor text to text."""
     value = getattr(value, "item", lambda: value)()
     return value if isinstance(value, str | int | float) else str(value)

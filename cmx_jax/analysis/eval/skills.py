@@ -2,10 +2,11 @@
 
 A question is asked zero-shot: an end-of-text token, the prompt, and then one of its choices. Prompts end in
 `->` and choices begin with a space, so both are tokenised apart. Choices end in a newline: a model has to
-know where an answer stops. Only `prose` has no such end, being a piece of text.
+know where an answer stops. Only `prose` has no such end, since its choices are pieces of text.
 
-Nothing is read but `prose.txt`, which was written for this purpose and lies in no corpus; so questions depend
-on the seed alone, not on the version of Python (on NumPy's only if it ever changes how `Generator` draws).
+The only file that is read is `prose.txt`, which was written for this purpose and is in no corpus. So
+questions depend only on the seed, not on the version of Python (on NumPy's only if it ever changes how
+`Generator` draws).
 """
 
 import zlib
@@ -20,7 +21,7 @@ import numpy as np
 Rng = np.random.Generator
 
 EVAL_SEED = 0
-EVAL_ITEMS = 1000  # of each skill; with `EVAL_SEED` these are what no training may see
+EVAL_ITEMS = 1000  # per skill; no training may see the items of `EVAL_SEED`
 LETTERS = tuple(ascii_lowercase)
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 KINDS = (
@@ -33,8 +34,14 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Item:
-    """One question. With one choice, greedy decoding must write exactly that; of several, the one with the
-    highest mean log-likelihood per token is taken."""
+    """A question.
+
+    Attributes:
+      prompt: Text before the answer.
+      choices: Possible answers. Greedy decoding must write a single choice exactly; among several, the
+        model's answer is the one with the highest mean log-likelihood per token.
+      answer: Index of the correct choice.
+    """
 
     prompt: str
     choices: tuple[str, ...]
@@ -43,23 +50,30 @@ class Item:
 
 @dataclass(frozen=True)
 class Skill:
-    """A kind of question."""
+    """A kind of question.
+
+    Attributes:
+      name: Name of the skill.
+      about: Description of the correct answer.
+      chance: Accuracy of the most frequent answer, or of a random one of those that are shown.
+      make: Function that draws an item.
+    """
 
     name: str
     about: str
-    chance: float  # share got right by the likeliest answer, or a random one of those that are shown
+    chance: float
     make: Callable[[Rng], Item]
 
     def items(self, seed: int = EVAL_SEED, count: int = EVAL_ITEMS) -> list[Item]:
-        """`count` questions with prompts of their own; fewer are the beginning of more."""
-        found: dict[str, Item] = {}
+        """`count` questions with different prompts; a smaller count gives the beginning of the same list."""
+        items: dict[str, Item] = {}
         for index in range(count):
             rng = np.random.default_rng((seed, zlib.crc32(self.name.encode()), index))
             item = self.make(rng)
-            while item.prompt in found:
+            while item.prompt in items:
                 item = self.make(rng)
-            found[item.prompt] = item
-        return list(found.values())
+            items[item.prompt] = item
+        return list(items.values())
 
 
 def _ask(words: Iterable[object], *choices: object, answer: int = 0) -> Item:
@@ -67,10 +81,10 @@ def _ask(words: Iterable[object], *choices: object, answer: int = 0) -> Item:
     return Item(f"{' '.join(map(str, words))} ->", tuple(f" {c}\n" for c in choices), answer)
 
 
-def _some(rng: Rng, low: int, high: int, pool: Iterable[str] = LETTERS, again: bool = False) -> list[str]:
-    """From `low` to `high` of the pool, in any order; with `again` some may come more than once."""
+def _some(rng: Rng, low: int, high: int, pool: Iterable[str] = LETTERS, repeat: bool = False) -> list[str]:
+    """Draws `low` to `high` elements of the pool, in any order, with replacement if `repeat`."""
     count = rng.integers(low, high + 1)
-    return [str(x) for x in rng.choice(list(pool), count, replace=again)]
+    return [str(x) for x in rng.choice(list(pool), count, replace=repeat)]
 
 
 def _copy(rng: Rng) -> Item:
@@ -95,14 +109,14 @@ def _after(rng: Rng) -> Item:
 
 
 def _replace(rng: Rng) -> Item:
-    old, new, *others = _some(rng, 3, 5)
-    letters = _some(rng, 2, 7, [old, *others], again=True)
+    old, new, *rest = _some(rng, 3, 5)
+    letters = _some(rng, 2, 7, [old, *rest], repeat=True)
     edited = [new if x == old else x for x in letters]
     return _ask(["replace", old, "by", new, "in", *letters], " ".join(edited))
 
 
 def _unique(rng: Rng) -> Item:
-    letters = _some(rng, 3, 7, _some(rng, 2, 5), again=True)
+    letters = _some(rng, 3, 7, _some(rng, 2, 5), repeat=True)
     return _ask(["unique", *letters], " ".join(dict.fromkeys(letters)))
 
 
@@ -116,9 +130,9 @@ def _pattern(rng: Rng) -> Item:
 def _recall(rng: Rng) -> Item:
     keys = _some(rng, 2, 8)
     values = rng.permutation(10)[: len(keys)]
-    asked = rng.integers(len(keys))
+    index = rng.integers(len(keys))
     pairs = [word for key, value in zip(keys, values, strict=True) for word in (key, value)]
-    return _ask(["recall", *pairs, ",", keys[asked]], values[asked])
+    return _ask(["recall", *pairs, ",", keys[index]], values[index])
 
 
 def _item(rng: Rng) -> Item:
@@ -129,7 +143,7 @@ def _item(rng: Rng) -> Item:
 
 def _count(rng: Rng) -> Item:
     pool = _some(rng, 3, 3)
-    letters = _some(rng, 3, 8, pool, again=True)
+    letters = _some(rng, 3, 8, pool, repeat=True)
     return _ask(["count", pool[0], "in", *letters], letters.count(pool[0]))
 
 
@@ -139,7 +153,7 @@ def _sum(rng: Rng) -> Item:
 
 
 def _close(rng: Rng) -> Item:
-    """Brackets are opened, some closed again, with letters between them."""
+    """Opens brackets, closes some of them, with letters in between."""
     words: list[str] = []
     still: list[str] = []
     while not still:
@@ -161,19 +175,19 @@ def _compare(rng: Rng) -> Item:
 
 
 def _odd(rng: Rng) -> Item:
-    usual, other = rng.permutation(len(KINDS))[:2]
-    words = _some(rng, 2, 6, KINDS[usual])
+    kind, other = rng.permutation(len(KINDS))[:2]
+    words = _some(rng, 2, 6, KINDS[kind])
     place = int(rng.integers(len(words) + 1))
     words[place:place] = _some(rng, 1, 1, KINDS[other])
     return _ask(["odd", *words], *words, answer=place)
 
 
 def _member(rng: Rng) -> Item:
-    asked, *letters = _some(rng, 3, 9)
+    letter, *letters = _some(rng, 3, 9)
     absent = int(rng.integers(2))
     if not absent:
-        letters[rng.integers(len(letters))] = asked
-    return _ask(["member", asked, "in", *letters], "yes", "no", answer=absent)
+        letters[rng.integers(len(letters))] = letter
+    return _ask(["member", letter, "in", *letters], "yes", "no", answer=absent)
 
 
 @cache
@@ -183,7 +197,7 @@ def prose() -> tuple[str, ...]:
 
 
 def _prose(rng: Rng) -> Item:
-    """The next four words, among four words from three other places."""
+    """Asks for the next four words of a text; wrong choices are four words from three other places."""
     words, length = prose(), int(rng.integers(8, 21))
     places = rng.choice(len(words) // 4 - 6, 4, replace=False) * 4 + 20 + rng.integers(4)
     answer = int(rng.integers(4))

@@ -20,7 +20,7 @@ import numpy as np
 from cmx_jax.analysis.cost.constants import machine
 from cmx_jax.analysis.plan.search import counted, order, search
 from cmx_jax.analysis.predict.candidates import Load, instance_layout
-from cmx_jax.analysis.simulate.deployment import Deployment
+from cmx_jax.analysis.simulate.deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.predicted import Predicted
 from cmx_jax.analysis.simulate.report import summary
 from cmx_jax.analysis.simulate.supernodes import simulate
@@ -137,11 +137,13 @@ class Trial:
         ends = fills + max(takes, MEASURED / rate)
         pools = {step: replace(pool, instances=d[f"{step}_instances"]) for step, pool in self.pools.items()}
         arrivals = synthetic(rate=rate, prompt=str(load.prompt), output=str(load.output), duration=ends)
-        deployment = Deployment(prefill=pools["prefill"], decode=pools["decode"], acceptance=self.acceptance)
+        deployment = SimulatedDeployment(
+            prefill=pools["prefill"], decode=pools["decode"], acceptance=self.acceptance
+        )
         outcome = simulate(arrivals, deployment, self.times)
         late = outcome.columns["arrived"] >= fills
         outcome = replace(outcome, columns={name: of[late] for name, of in outcome.columns.items()})
-        s = summary(outcome, load.slo_ttft_ms, load.slo_tpot_ms)
+        s = summary(outcome, load.slo_ttft_ms, load.slo_tpot_ms).as_dict()
         names = ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "slo_attainment")
         return {
             "rate": rate,

@@ -1,13 +1,13 @@
-"""Serving in virtual time: the real scheduler, with steps that take the seconds somebody says they take."""
+"""Serving in virtual time: the real scheduler, with step times from a model instead of a device."""
 
-from cmx_jax.analysis.simulate.deployment import Deployment, Pool
+from cmx_jax.analysis.simulate.deployment import InstancePool, SimulatedDeployment
 from cmx_jax.analysis.simulate.predicted import Predicted
-from cmx_jax.analysis.simulate.report import render, summary
-from cmx_jax.analysis.simulate.supernodes import simulate
+from cmx_jax.analysis.simulate.report import Summary, render, summary
+from cmx_jax.analysis.simulate.supernodes import SimulationOutcome, simulate
 from cmx_jax.analysis.simulate.times import Linear, StepTimes
 from cmx_jax.analysis.simulate.workload import Arrival, mooncake, synthetic
 
 __all__ = [
-    "Arrival", "Deployment", "Linear", "Pool", "Predicted", "StepTimes",
-    "mooncake", "render", "simulate", "summary", "synthetic",
+    "Arrival", "InstancePool", "Linear", "Predicted", "SimulatedDeployment", "SimulationOutcome", "StepTimes",
+    "Summary", "mooncake", "render", "simulate", "summary", "synthetic",
 ]  # fmt: skip

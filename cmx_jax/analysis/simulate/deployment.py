@@ -1,4 +1,4 @@
-"""What runs on a simulated supernode: pools of equal instances."""
+"""Configuration of a simulated supernode: pools of equal instances."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,15 +8,15 @@ from cmx_jax.serving.scheduling.allocator import Capacity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool:
+class InstancePool:
     """Equal instances.
 
     Attributes:
-      instances: how many.
-      npus: of each.
-      ranks: of each that have sequences of their own.
-      sharing: ranks that hold each of these sequences together (section 4.3.1).
-      capacity: of a rank.
+      instances: Number of instances.
+      npus: Number of NPUs per instance.
+      ranks: Number of ranks per instance that have sequences of their own.
+      sharing: Number of ranks that hold each of these sequences together (section 4.3.1).
+      capacity: Sequences, pages and prefill tokens of one rank.
     """
 
     instances: int = 1
@@ -26,26 +26,26 @@ class Pool:
     capacity: Capacity = field(default_factory=Capacity)
 
     def __post_init__(self) -> None:
-        room = {f"capacity.{name}": value for name, value in vars(self.capacity).items()}
-        for name, value in {**vars(self), **room}.items():
+        capacity = {f"capacity.{name}": value for name, value in vars(self.capacity).items()}
+        for name, value in {**vars(self), **capacity}.items():
             if isinstance(value, int) and value < 1:
                 raise CmxError(f"{name} is {value}, expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployment:
-    """What runs on a supernode.
+class SimulatedDeployment:
+    """Instances and prefix cache of a supernode.
 
     Attributes:
-      prefill: the instances that take prompts.
-      decode: those that continue them; None: the same ones.
-      acceptance: drafts of a decode step that are right on average.
-      prefix_blocks: of 512 tokens, that the prefix cache holds.
-      one_host: all instances share one machine and step in turn, as those of `Engine` do.
+      prefill: Instances that prefill prompts.
+      decode: Instances that generate; None: the prefill instances do so.
+      acceptance: Mean number of accepted drafts per decode step.
+      prefix_blocks: Size of the prefix cache, in blocks of 512 tokens.
+      one_host: Flag; instances share one machine and step in turn, like those of `Engine`.
     """
 
-    prefill: Pool
-    decode: Pool | None
+    prefill: InstancePool
+    decode: InstancePool | None
     acceptance: float = 0.0
     prefix_blocks: int = 0
     one_host: bool = False

@@ -1,4 +1,4 @@
-"""Virtual time, and who runs steps in it."""
+"""Virtual time, and hosts that run steps in it."""
 
 import heapq
 import math
@@ -8,11 +8,11 @@ from typing import Any
 
 from cmx_jax.analysis.simulate.virtual import Virtual
 
-JUMP = 64  # decode steps that are one event, at most
+JUMP = 64  # maximum number of decode steps in one event
 
 
 class Events:
-    """What happens when, and the time now; equal times in the order in which they were said."""
+    """Event queue and clock; events at equal times run in the order in which they were added."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -28,7 +28,7 @@ class Events:
 
 
 class Host:
-    """What runs the steps of its instances one at a time, in turn: prefill of each, then decode of each.
+    """Runs its instances' steps one at a time, round-robin: each prefill instance, then each decode instance.
 
     `node` is the `cmx_jax.analysis.simulate.simulator.Supernode` that they belong to.
     """
@@ -37,13 +37,13 @@ class Host:
         self.node, self.prefill, self.decoders = node, prefill, decoders
         self.work = [(i, self._start_prefill) for i in prefill] + [(i, self._start_decode) for i in decoders]
         self.turn = 0
-        self.step: object | None = None  # what runs, and is still valid: a step that is cut ends another way
-        self.instance: Virtual | None = None  # whose decode steps run
+        self.step: object | None = None  # the step that runs; replaced when it is cut short
+        self.instance: Virtual | None = None  # the instance whose decode steps run
         self.began = self.seconds = 0.0
         self.steps = 0
 
     def wake(self) -> None:
-        """There is new work: it begins now, or behind the decode step that runs."""
+        """Starts new work now, or after the decode step that is running."""
         if self.step is None:
             self.start()
         elif self.instance is not None and self.steps > 1 and self.seconds > 0:
@@ -52,7 +52,7 @@ class Host:
                 self._decode_for(self.instance, done)
 
     def start(self) -> None:
-        """The next step of whoever has one to run."""
+        """Starts the next step, in turn, of an instance that has one to run."""
         for _ in self.work:
             if self.node.lockstep and self.turn == 0:
                 self.node.place()
@@ -93,16 +93,16 @@ class Host:
         if not instance.running:
             return False
         steps = min(instance.ends[0][0] - instance.steps, JUMP)
-        others = any(i.running or i.ready for i in self.decoders if i is not instance)
+        contended = any(i.running or i.ready for i in self.decoders if i is not instance)
         waiting = self.node.lockstep and self.node.scheduler.waiting
-        if others or waiting or any(i.allocator.prefilling for i in self.prefill):
-            steps = 1  # then it is another's turn
+        if contended or waiting or any(i.allocator.prefilling for i in self.prefill):
+            steps = 1  # then it is the next instance's turn
         self.began, self.instance = self.node.events.now, instance
         self._decode_for(instance, steps)
         return True
 
     def _decode_for(self, instance: Virtual, steps: int) -> None:
-        """The decode steps that run are so many, from `began` on."""
+        """Sets the number of decode steps that run as one event from `began` on."""
         context = instance.tokens / instance.running + (steps - 1) / 2 * instance.speed
         self.seconds = self.node.times.decode(instance.busiest, context)
         self.steps, self.step = steps, object()
@@ -111,7 +111,7 @@ class Host:
 
     def _decode_ended(self, step: object) -> None:
         instance = self.instance
-        if step is not self.step or instance is None:  # it was cut
+        if step is not self.step or instance is None:  # it was cut short
             return
         seconds = self.node.events.now - self.began
         instance.busy += seconds

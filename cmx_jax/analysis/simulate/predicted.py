@@ -1,27 +1,27 @@
-"""Step times as `cmx predict` has them: traced programs of a deployment's layouts, on a grid.
+"""Step times that `cmx predict` gives: traced programs of a deployment's layouts, on a grid.
 
-A grid has the points 1, 2, 3, 4, 6, 8, 12, 16, ... (`PARTS` to an octave) of a unit. Each is predicted when
-it is first asked for; between two of them is a straight line.
+A grid has the points 1, 2, 3, 4, 6, 8, 12, 16, ... (`PARTS` per octave) of a unit. A point is predicted when
+it is first needed; times between two points are interpolated linearly.
 
-* *decode*: over sequences of a rank and, an octave apart, their tokens. Fewer sequences than there are
-  microbatches take what one in each takes.
-* *prefill*: over tokens of a row, as short prompts. To these attention adds what it takes for each pair of
-  tokens of which one sees the other, and the pairs are counted. A chunk takes its own part of its prompt's
-  pairs; that the keys and values of its past are expanded again is left out.
+* *decode*: a grid over sequences per rank and, an octave apart, over their tokens. A batch with fewer
+  sequences than microbatches takes as long as one sequence per microbatch.
+* *prefill*: a grid over tokens of a row, predicted as short prompts. Attention adds a time for each pair of
+  tokens of which one attends to the other, and the pairs are counted. A chunk takes its own part of its
+  prompt's pairs; the repeated expansion of its past's keys and values is left out.
 
-Between the points times are within 3 % of what is predicted there directly, and within 1 % on average.
+Between the points, times are within 3 % of a direct prediction, and within 1 % on average.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from itertools import count
 from typing import Any
 
-from cmx_jax.analysis.cost.constants import machine
+from cmx_jax.analysis.cost.constants import Machine, machine
 from cmx_jax.analysis.cost.pool import read_s
 from cmx_jax.analysis.predict.candidates import transfer_ms
 from cmx_jax.analysis.predict.predict import predict
-from cmx_jax.analysis.simulate.deployment import Pool
-from cmx_jax.analysis.simulate.grid import around, straight
+from cmx_jax.analysis.simulate.deployment import InstancePool
 from cmx_jax.analysis.trace.memory import page_bytes
 from cmx_jax.analysis.trace.steps import PAGE_WIDTH
 from cmx_jax.errors import CmxError
@@ -31,24 +31,39 @@ from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.packing import Piece
 
 PARTS = 2
-CONTEXT = 2 * PAGE_WIDTH  # tokens: the shortest at which decode is predicted
-LONG = 8192  # tokens of a prompt that attention takes long for, or the model's longest
-SHORTER = 8  # times: one that it does not
+CONTEXT = 2 * PAGE_WIDTH  # tokens: shortest context at which decode is predicted
+LONG = 8192  # tokens of a prompt whose attention takes long (or the model's longest prompt)
+SHORTER = 8  # ratio of that length to one whose attention takes little
+
+
+def bracket(x: float, unit: int, parts: int, limit: int | None = None) -> tuple[int, int]:
+    """The two grid points that enclose `x`, or the grid's first two; neither exceeds `limit`."""
+    n = max(int(x / unit), 1)
+    step = max((1 << n.bit_length() - 1) // parts, 1)
+    low, high = n // step * step * unit, (n // step + 1) * step * unit
+    return (low, high) if limit is None else (min(low, limit), min(high, limit))
+
+
+def interpolate(x: float, ends: tuple[int, int], function: Callable[[int], float]) -> float:
+    """Linear interpolation of `function` between two points; constant below the first and at a grid's end."""
+    low, high = ends
+    first = function(low)
+    return first if x <= low or high == low else first + (function(high) - first) * (x - low) / (high - low)
 
 
 class Predicted:
     """A `StepTimes` of one prefill and one decode layout.
 
     Args:
-      c: the model.
-      hardware: a name in `cmx_jax.analysis.cost.constants.MACHINES`.
-      prefill: layout of an instance that takes prompts.
-      decode: of one that continues them.
-      drafts: MTP drafts of a decode step; with any of them prefill runs the MTP layer.
-      context: at which all decode steps are predicted; None: at theirs.
+      c: Configuration of the model.
+      hardware: Name of a machine in `cmx_jax.analysis.cost.constants.MACHINES`.
+      prefill: Layout of a prefill instance.
+      decode: Layout of a decode instance.
+      drafts: MTP drafts per decode step; if above zero, prefill runs the MTP layer.
+      context: Tokens per sequence at which all decode steps are predicted; None: those of each step.
 
     Raises:
-      CmxError: what `predict` says of the model, the hardware or a layout.
+      CmxError: The hardware is unknown, or `predict` refuses the model or a layout.
     """
 
     def __init__(
@@ -61,10 +76,10 @@ class Predicted:
         drafts: int = 0,
         context: int | None = None,
     ):
-        self.c, self.on, self.drafts, self.context = c, machine(hardware), drafts, context
+        self.c, self.machine, self.drafts, self.context = c, machine(hardware), drafts, context
         self.layouts = {"prefill": prefill, "decode": decode}
-        # a point of the grid need not fit: what runs is held to `pool`
-        self._boundless = self.on.moving("hbm_gb", 1e6)
+        # grid points need not fit into memory: `pool` limits what runs
+        self._boundless = self.machine.moving("hbm_gb", 1e6)
         self._lines: dict[tuple[int, int], tuple[float, float, float]] = {}
         self._known: dict[tuple[str, int, int], float] = {}
         self._units = {step: self._unit(layout) for step, layout in self.layouts.items()}
@@ -86,19 +101,24 @@ class Predicted:
 
     @cached_property
     def _token_s(self) -> float:
-        return transfer_ms(self.c, self.on, 1, self.drafts > 0) / 1e3
+        return transfer_ms(self.c, self.machine, 1, self.drafts > 0) / 1e3
 
     def fetch(self, tokens: int) -> float:
-        """One die reads them from the memory pool over UB (Table 1)."""
-        if self.on.kind != "ascend":
-            raise CmxError(f"{self.on.name} has no memory pool, expected cloudmatrix384 for a prefix cache")
+        """Seconds in which one die reads the rows of a prefix from the memory pool over UB (Table 1)."""
+        if self.machine.kind != "ascend":
+            raise CmxError(
+                f"{self.machine.name} has no memory pool, expected cloudmatrix384 for a prefix cache"
+            )
         return read_s(page_bytes(self.c, tokens, "auto", self.drafts > 0))
 
     def acceptance(self, chance: float) -> float:
-        """Drafts of a step that are right on average, if one is with this chance after another that was.
+        """Mean number of accepted drafts per step.
+
+        Args:
+          chance: Probability that a draft is right if all drafts before it are.
 
         Raises:
-          CmxError: that is no chance.
+          CmxError: The probability is not within 0 to 1.
         """
         if not 0 <= chance <= 1:
             raise CmxError(f"mtp_acceptance is {chance:g}, expected 0 to 1")
@@ -112,61 +132,69 @@ class Predicted:
         sequences: int = 1,
         budget: int = PAGE_WIDTH,
         tokens: int | None = None,
-    ) -> Pool:
-        """Instances of one step's layout, with the room that their memory leaves.
+    ) -> InstancePool:
+        """A pool of instances of one step's layout, with the cache that fits into their memory.
 
         Args:
           step: `prefill` or `decode`.
-          instances: how many.
-          sequences: of a rank that decodes.
-          budget: tokens of a prefill step's row.
-          tokens: that a rank (or ranks that share sequences) caches; None: what memory has room for.
+          instances: Number of instances.
+          sequences: Sequences per decode rank.
+          budget: Tokens of a prefill step's row.
+          tokens: Cached tokens per rank (or per group of ranks that share sequences); None: as many as fit.
 
         Raises:
-          CmxError: weights, mailboxes and one sequence need more than there is.
+          CmxError: Weights, mailboxes and one sequence exceed the memory.
         """
         layout, shared = self.layouts[step], self.layouts[step].sequence_ranks
         if tokens is None:
             if step == "prefill":
-                needed = self._found(step, *self._prompts(max(budget, self._least)), self.on)["memory_gb"]
+                needed = self._predict(step, *self._prompts(max(budget, self._least)), self.machine)[
+                    "memory_gb"
+                ]
             else:
-                needed = self._found(step, sequences, PAGE_WIDTH, self.on)["memory_gb"]
-            left = self.on["hbm_gb"] - needed["weights"] - needed["mailboxes"]
+                needed = self._predict(step, sequences, PAGE_WIDTH, self.machine)["memory_gb"]
+            left = self.machine["hbm_gb"] - needed["weights"] - needed["mailboxes"]
             tokens = int(left * 1e9 * shared / page_bytes(self.c, 1, "auto", self.drafts > 0))
-        room = Capacity(
+        capacity = Capacity(
             sequences=sequences,
             pages=tokens // PAGE_WIDTH,
             page_width=PAGE_WIDTH,
             max_num_batched_tokens=budget,
         )
-        npus = layout.ranks // self.on.ranks_per_npu
-        return Pool(instances=instances, npus=npus, ranks=layout.data_ranks, sharing=shared, capacity=room)
+        return InstancePool(
+            instances=instances,
+            npus=layout.ranks // self.machine.ranks_per_npu,
+            ranks=layout.data_ranks,
+            sharing=shared,
+            capacity=capacity,
+        )
 
     def _line(self, sequences: int, context: float) -> tuple[float, float, float]:
-        """Where an octave of tokens begins, what a decode step takes there, and how much more for a token."""
+        """A decode step's time over one octave of tokens: first token, seconds there, seconds per token."""
 
-        def of(length: int) -> float:
-            ends = around(sequences, self._units["decode"], PARTS)
-            return straight(sequences, ends, lambda n: self._ms("decode", n, length)) / 1e3
+        def seconds(length: int) -> float:
+            ends = bracket(sequences, self._units["decode"], PARTS)
+            return interpolate(sequences, ends, lambda n: self._ms("decode", n, length)) / 1e3
 
         if self.context is not None:
-            return context, of(self.context), 0.0
-        near, far = around(context, CONTEXT, 1, self.c.max_position_embeddings)
-        return near, of(near), (of(far) - of(near)) / max(far - near, 1)
+            return context, seconds(self.context), 0.0
+        near, far = bracket(context, CONTEXT, 1, self.c.max_position_embeddings)
+        return near, seconds(near), (seconds(far) - seconds(near)) / max(far - near, 1)
 
     def _row_ms(self, row: list[Piece]) -> float:
         tokens = sum([p.stop - p.start for p in row])
         pairs = sum([(p.stop**2 - p.start**2) / 2 for p in row])
-        return straight(tokens, around(tokens, self._least, PARTS), self._plain_ms) + pairs * self._pair_ms
+        plain_ms = interpolate(tokens, bracket(tokens, self._least, PARTS), self._plain_ms)
+        return plain_ms + pairs * self._pair_ms
 
     def _plain_ms(self, tokens: int) -> float:
-        """Of a prefill step of the grid, without attention."""
+        """Milliseconds of a prefill step at a grid point, without attention."""
         sequences, length = self._prompts(tokens)
         return self._ms("prefill", sequences, length) - self._pair_ms * tokens * length / 2
 
     @cached_property
     def _pair_ms(self) -> float:
-        """Of attention, for a pair of tokens: as many tokens in long prompts and in short ones."""
+        """Milliseconds of attention per pair of tokens: equally many tokens in long and in short prompts."""
         few, long, short = self._units["prefill"], self._long, self._long // SHORTER
         ms = self._ms("prefill", few, long) - self._ms("prefill", few * SHORTER, short)
         return ms / (few * long * (long - short) / 2)
@@ -177,30 +205,30 @@ class Predicted:
 
     @cached_property
     def _least(self) -> int:
-        """Tokens of the shortest prefill step that is predicted."""
+        """Tokens of the smallest prefill step that is predicted."""
         shared = self.layouts["prefill"].sequence_ranks
         return self._units["prefill"] * shared * max(32 // shared, 1)
 
     def _prompts(self, tokens: int) -> tuple[int, int]:
-        """So many sequences, so long, as make a point of the grid."""
+        """Number and length of the prompts of a grid point with `tokens` tokens."""
         unit = self._units["prefill"]
         sequences = unit * max(tokens // (unit * self._long // SHORTER), 1)
         return sequences, tokens // sequences
 
     def _unit(self, layout: Layout) -> int:
-        """The fewest sequences of a data rank that make whole NPUs and microbatches."""
-        ranks, shared = self.on.ranks_per_npu, layout.sequence_ranks
-        each = (batch * shared // ranks for batch in count(1) if not batch * shared % ranks)
-        return next(n for n in each if not n % layout.microbatches)
+        """Fewest sequences per data rank that divide evenly into NPUs and microbatches."""
+        ranks, shared = self.machine.ranks_per_npu, layout.sequence_ranks
+        sizes = (batch * shared // ranks for batch in count(1) if not batch * shared % ranks)
+        return next(n for n in sizes if not n % layout.microbatches)
 
     def _ms(self, step: str, sequences: int, context: int) -> float:
         key = (step, sequences, context)
         if key not in self._known:
-            self._known[key] = self._found(*key, self._boundless)["step_ms"]
+            self._known[key] = self._predict(*key, self._boundless)["step_ms"]
         return self._known[key]
 
-    def _found(self, step: str, sequences: int, context: int, on: Any) -> dict[str, Any]:
+    def _predict(self, step: str, sequences: int, context: int, hardware: Machine) -> dict[str, Any]:
         layout = self.layouts[step]
         drafts = self.drafts if step == "decode" else min(self.drafts, 1)
-        batch = sequences * on.ranks_per_npu // layout.sequence_ranks
-        return predict(self.c, on, layout, step, batch=batch, context=context, drafts=drafts)
+        batch = sequences * hardware.ranks_per_npu // layout.sequence_ranks
+        return predict(self.c, hardware, layout, step, batch=batch, context=context, drafts=drafts)

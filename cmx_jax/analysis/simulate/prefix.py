@@ -1,4 +1,4 @@
-"""Which prompt blocks the context cache holds (section 4.4.2): the one used longest ago leaves first."""
+"""Prompt blocks in the context cache (section 4.4.2), evicted in order of their last use."""
 
 from collections import OrderedDict
 
@@ -10,19 +10,19 @@ class PrefixCache:
 
     def __init__(self, blocks: int):
         self.blocks = blocks
-        self._held: OrderedDict[int, None] = OrderedDict()
+        self._cached: OrderedDict[int, None] = OrderedDict()
 
     def match(self, ids: tuple[int, ...]) -> int:
-        """Tokens of a prompt's beginning that are here; nothing is touched."""
+        """Number of tokens of a prompt's cached prefix; does not count as a use."""
         for n, block in enumerate(ids):
-            if block not in self._held:
+            if block not in self._cached:
                 return n * BLOCK
         return len(ids) * BLOCK
 
     def use(self, ids: tuple[int, ...]) -> None:
-        """Touches or stores a prompt's blocks, the first one last: a prompt's end leaves before its start."""
+        """Touches or stores a prompt's blocks, the first one last: the end of a prompt is evicted first."""
         for block in reversed(ids):
-            self._held[block] = None
-            self._held.move_to_end(block)
-        while len(self._held) > self.blocks:
-            self._held.popitem(last=False)
+            self._cached[block] = None
+            self._cached.move_to_end(block)
+        while len(self._cached) > self.blocks:
+            self._cached.popitem(last=False)

@@ -1,10 +1,10 @@
-"""A supernode in virtual time: the scheduler's decisions, with events where the engine runs steps.
+"""A supernode in virtual time: the scheduler's decisions, with events in place of the engine's steps.
 
-What is approximated:
+Approximations:
 
-* Decode steps between two events (a request joins, or is through) are one event. They take the time of a step
-  at the mean context between the two, and at most `JUMP` steps (`host.py`) are taken together.
-* A step's drafts are right at the mean rate: a request gets `1 + acceptance` tokens in every step.
+* Decode steps between two events (a request joins or finishes) are one event. Each takes the time of a step
+  at the mean context between the two, and at most `JUMP` steps (`events.py`) are taken together.
+* Drafts are accepted at the mean rate: a request gets `1 + acceptance` tokens in every step.
 * All ranks of an instance step together, in the time of the busiest one.
 * A rank sends or receives the pages of one request at a time, at full speed.
 """
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from cmx_jax.analysis.simulate.deployment import Deployment
+from cmx_jax.analysis.simulate.deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.events import Events, Host
 from cmx_jax.analysis.simulate.prefix import PrefixCache
 from cmx_jax.analysis.simulate.times import StepTimes
@@ -26,7 +26,13 @@ from cmx_jax.serving.scheduling.scheduler import Scheduler
 class Supernode:
     """The instances of a deployment with their scheduler, prefix cache and links."""
 
-    def __init__(self, deployment: Deployment, times: StepTimes, events: Events, done: Callable[[Job], None]):
+    def __init__(
+        self,
+        deployment: SimulatedDeployment,
+        times: StepTimes,
+        events: Events,
+        done: Callable[[Job], None],
+    ):
         self.times, self.events, self.done = times, events, done
         speed = 1 + deployment.acceptance
         prefill = [
@@ -38,11 +44,11 @@ class Supernode:
         )
         self.scheduler = Scheduler(prefill, decoders, lambda: events.now)
         self.scheduler.subscribe(self._on_change)
-        self.lockstep = deployment.one_host  # prompts are admitted, and moved, at their time in a turn
+        self.lockstep = deployment.one_host  # prompts are admitted and moved at fixed points of a round
         self.prefix = PrefixCache(deployment.prefix_blocks)
-        self.outstanding = 0  # requests here that are not finished
-        everyone = self.scheduler.instances
-        groups = [everyone] if deployment.one_host else [[i] for i in everyone]
+        self.outstanding = 0  # unfinished requests of this supernode
+        instances = self.scheduler.instances
+        groups = [instances] if deployment.one_host else [[i] for i in instances]
         self._hosts: dict[Virtual, Host] = {}
         for group in groups:
             host = Host(self, [i for i in group if i in prefill], [i for i in group if i in decoders])
@@ -50,28 +56,28 @@ class Supernode:
         self._link_free: defaultdict[tuple[Virtual, int], float] = defaultdict(float)
 
     def submit(self, job: Job) -> None:
-        """Takes a request that arrives now."""
+        """Queues a request that arrives now."""
         self.scheduler.enqueue(job)
         self.outstanding += 1
         self._go_on()
 
-    def prefill_ended(self, at: Virtual, pieces: Any) -> None:
+    def prefill_ended(self, instance: Virtual, pieces: Any) -> None:
         job: Any
-        for job, _, _ in at.allocator.mark_prefilled(pieces):
+        for job, _, _ in instance.allocator.mark_prefilled(pieces):
             if job.blocks:
                 self.prefix.use(job.blocks)
-            self.scheduler.finish_prefill(at, job, last=job.params.max_tokens == 1)
+            self.scheduler.finish_prefill(instance, job, last=job.params.max_tokens == 1)
             if job.state is State.DECODE:
-                at.ready.append(job)
+                instance.ready.append(job)
         self._go_on()
 
-    def decode_ended(self, at: Virtual, steps: int) -> None:
-        for job in at.advance(steps):
-            self.scheduler.finish(at, job)
+    def decode_ended(self, instance: Virtual, steps: int) -> None:
+        for job in instance.advance(steps):
+            self.scheduler.finish(instance, job)
         self._go_on()
 
     def _go_on(self, *fresh: Virtual) -> None:
-        """What the scheduler does between steps; then those that have something new begin, `fresh` too."""
+        """Runs the scheduler between steps, then wakes instances with new work and those in `fresh`."""
         woken = list(fresh)
         if self.lockstep:
             woken.append(self.scheduler.prefill[0])
@@ -82,7 +88,7 @@ class Supernode:
             self._hosts[instance].wake()
 
     def receive(self) -> list[Virtual]:
-        """Lets pages move to decode; returns the instances where they are already."""
+        """Starts page transfers to decode; returns the instances whose transfers take no time."""
         woken = []
         for move in self.scheduler.receive():
             ends = self._sent(*move)
@@ -93,17 +99,17 @@ class Supernode:
         return woken
 
     def place(self) -> list[Virtual]:
-        """Admits what waits; returns the instances that were given something."""
+        """Admits waiting requests; returns the instances that received some."""
         placed = self.scheduler.admit()
-        for at, job in placed:
+        for instance, job in placed:
             if job.blocks:
-                width = at.allocator.capacity.page_width
-                found = min(self.prefix.match(job.blocks), len(job.prompt) - 1)  # one token is left to run
-                job.cached = job.prefilled = found // width * width
-        return [at for at, _ in placed]
+                width = instance.allocator.capacity.page_width
+                cached = min(self.prefix.match(job.blocks), len(job.prompt) - 1)  # one token must run
+                job.cached = job.prefilled = cached // width * width
+        return [instance for instance, _ in placed]
 
     def _sent(self, source: Virtual, target: Virtual, job: Request) -> float:
-        """When a request's pages have come over. Each rank has one link, which one request uses at a time."""
+        """Time at which a request's pages arrive. Each rank has one link, for one request at a time."""
         receiver = target.allocator.places[job].rank
         sender = source.allocator.places[job].rank * source.sharing
         if source.sharing > 1:

@@ -1,4 +1,4 @@
-"""Supernodes behind one router, and the loop over all that happens in them."""
+"""Simulated supernodes that share one router, and the event loop."""
 
 from array import array
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cmx_jax.analysis.simulate.deployment import Deployment
+from cmx_jax.analysis.simulate.deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.events import Events
 from cmx_jax.analysis.simulate.simulator import Supernode
 from cmx_jax.analysis.simulate.times import StepTimes
@@ -17,7 +17,7 @@ from cmx_jax.errors import CmxError
 
 Route = Callable[[list[Supernode], Job, int], Supernode]
 
-# Which supernode takes a request, the n-th.
+# Functions that choose a supernode for a request, the n-th.
 ROUTERS: dict[str, Route] = {
     "least-loaded": lambda nodes, job, n: min(nodes, key=lambda node: node.outstanding),
     "round-robin": lambda nodes, job, n: nodes[n % len(nodes)],
@@ -30,27 +30,39 @@ COLUMNS = ("arrived", "started", "first_token", "finished", "prompt", "output", 
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of all requests: `columns` (see `COLUMNS`) by request in the order in which they finished,
-    seconds and tokens; and the supernodes as they were left."""
+class SimulationOutcome:
+    """Times and sizes of all requests.
+
+    Attributes:
+      columns: Arrays by the names in `COLUMNS`, in seconds and tokens; requests in the order of their ends.
+      nodes: Supernodes in their final state.
+      deployment: Configuration of each supernode.
+    """
 
     columns: dict[str, np.ndarray]
     nodes: list[Supernode]
-    deployment: Deployment
+    deployment: SimulatedDeployment
 
 
 def simulate(
     arrivals: Iterable[Arrival],
-    deployment: Deployment,
+    deployment: SimulatedDeployment,
     times: StepTimes,
     *,
     supernodes: int = 1,
     router: str = "least-loaded",
-) -> Outcome:
-    """Serves all arrivals (in order of time) until the last one is finished.
+) -> SimulationOutcome:
+    """Serves all requests until the last one is finished.
+
+    Args:
+      arrivals: Requests in order of time.
+      deployment: Configuration of each supernode.
+      times: Seconds of steps and transfers.
+      supernodes: Number of supernodes.
+      router: Name of one of `ROUTERS`.
 
     Raises:
-      CmxError: no such router, no supernode, no request, or one that is larger than a cache.
+      CmxError: The router is unknown, there is no supernode or no request, or a request exceeds a cache.
     """
     if router not in ROUTERS:
         raise CmxError(f"router {router!r} is unknown, expected one of {list(ROUTERS)}")
@@ -59,29 +71,29 @@ def simulate(
     events, rows = Events(), array("d")
 
     def done(job: Job) -> None:
-        ends: tuple[Any, ...] = (job.arrived, job.started, job.first_token, job.finished)
-        rows.extend((*ends, len(job.prompt), job.params.max_tokens, job.cached))
+        times: tuple[Any, ...] = (job.arrived, job.started, job.first_token, job.finished)
+        rows.extend((*times, len(job.prompt), job.params.max_tokens, job.cached))
 
     nodes = [Supernode(deployment, times, events, done) for _ in range(supernodes)]
-    taken = _run(iter(arrivals), nodes, events, ROUTERS[router])
+    arrived = _run(iter(arrivals), nodes, events, ROUTERS[router])
     table = np.array(rows).reshape(-1, len(COLUMNS))
-    if not taken:
+    if not arrived:
         raise CmxError("no request arrives: give a longer duration, or a higher rate")
-    if len(table) != taken:
-        raise RuntimeError(f"{taken} requests arrived, {len(table)} finished")
-    return Outcome(dict(zip(COLUMNS, table.T, strict=True)), nodes, deployment)
+    if len(table) != arrived:
+        raise RuntimeError(f"{arrived} requests arrived, {len(table)} finished")
+    return SimulationOutcome(dict(zip(COLUMNS, table.T, strict=True)), nodes, deployment)
 
 
 def _run(arrivals: Iterable[Arrival], nodes: list[Supernode], events: Events, route: Route) -> int:
-    """Events and arrivals in order of time, events first; returns how many arrived."""
-    taken = 0
-    for taken, arrival in enumerate(arrivals, 1):
+    """Runs events and arrivals in order of time, events first; returns the number of requests."""
+    arrived = 0
+    for arrived, arrival in enumerate(arrivals, 1):
         while events.heap and events.heap[0][0] <= arrival.time:
             events.next()
         events.now = arrival.time
         job = Job.of(arrival)
-        node = nodes[0] if len(nodes) == 1 else route(nodes, job, taken)
+        node = nodes[0] if len(nodes) == 1 else route(nodes, job, arrived)
         node.submit(job)
     while events.heap:
         events.next()
-    return taken
+    return arrived

@@ -1,4 +1,4 @@
-"""What steps and transfers take: a protocol, and the simplest model that follows it."""
+"""Seconds of steps and transfers: a protocol, and the simplest model that follows it."""
 
 from dataclasses import dataclass, fields
 from math import inf
@@ -10,37 +10,41 @@ from cmx_jax.serving.scheduling.packing import Piece
 
 @runtime_checkable
 class StepTimes(Protocol):
-    """Seconds; constants, measurements or predictions."""
+    """Seconds of steps and transfers; constants, measurements or predictions."""
 
     def prefill(self, pieces: list[list[Piece]]) -> float:
-        """Of a prefill step that runs these pieces of prompts, by row."""
+        """Seconds of a prefill step that runs these pieces of prompts, by row."""
 
     def decode(self, sequences: int, context: float) -> float:
-        """Of a decode step with `sequences` on the busiest rank (all ranks step together), which attend to
-        `context` tokens each on average."""
+        """Seconds of a decode step.
+
+        Args:
+          sequences: Sequences of the busiest rank; all ranks step together.
+          context: Tokens that each sequence attends to, on average.
+        """
 
     def transfer(self, tokens: int) -> float:
-        """Of moving the rows of a prompt from one prefill rank to one decode rank that are not busy."""
+        """Seconds to move a prompt's KV rows from one idle prefill rank to one idle decode rank."""
 
     def fetch(self, tokens: int) -> float:
-        """Of fetching the rows of a cached prefix."""
+        """Seconds to fetch the KV rows of a cached prefix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """Times that grow linearly; milliseconds.
+    """Times that grow linearly, in milliseconds.
 
     Attributes:
-      prefill_ms: of a prefill step, however short.
-      prefill_ms_per_1k: of 1,000 tokens of its longest row.
-      decode_ms: of a decode step with one sequence a rank.
-      decode_ms_per_sequence: of each further one on the busiest rank.
-      decode_ms_per_1m: of 1,000,000 cached tokens on that rank.
-      transfer_ms_per_1k: of 1,000 tokens' rows.
-      fetch_ms_per_1k: of 1,000 tokens' rows out of the prefix cache.
+      prefill_ms: Fixed time of a prefill step.
+      prefill_ms_per_1k: Time per 1,000 tokens of a prefill step's longest row.
+      decode_ms: Time of a decode step with one sequence on the busiest rank.
+      decode_ms_per_sequence: Time per further sequence on the busiest rank.
+      decode_ms_per_1m: Time per 1,000,000 cached tokens on the busiest rank.
+      transfer_ms_per_1k: Time to move the KV rows of 1,000 tokens to decode.
+      fetch_ms_per_1k: Time to fetch the KV rows of 1,000 tokens from the prefix cache.
 
     Raises:
-      CmxError: a time is negative.
+      CmxError: A time is negative.
     """
 
     prefill_ms: float = 0.0
@@ -61,10 +65,9 @@ class Linear:
         return (self.prefill_ms + self.prefill_ms_per_1k * longest / 1e3) / 1e3
 
     def decode(self, sequences: int, context: float) -> float:
-        more = (
-            self.decode_ms_per_sequence * (sequences - 1) + self.decode_ms_per_1m * sequences * context / 1e6
-        )
-        return (self.decode_ms + more) / 1e3
+        batch_ms = self.decode_ms_per_sequence * (sequences - 1)
+        batch_ms += self.decode_ms_per_1m * sequences * context / 1e6
+        return (self.decode_ms + batch_ms) / 1e3
 
     def transfer(self, tokens: int) -> float:
         return self.transfer_ms_per_1k * tokens / 1e6

@@ -1,11 +1,11 @@
-"""An instance in virtual time, and the requests that it has."""
+"""A simulated instance, and its requests."""
 
 import heapq
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cmx_jax.analysis.simulate.deployment import Pool
+from cmx_jax.analysis.simulate.deployment import InstancePool
 from cmx_jax.analysis.simulate.workload import Arrival
 from cmx_jax.serving.scheduling.allocator import RankAllocator
 from cmx_jax.serving.scheduling.request import Request, SamplingParams
@@ -16,9 +16,9 @@ class Job(Request):
     """A request whose prompt has a length and no tokens (`range(length)`).
 
     Attributes:
-      blocks: of its prompt.
-      cached: tokens of it that lay in the prefix cache.
-      started: when its first chunk began to run.
+      blocks: Ids of the prompt's blocks.
+      cached: Number of prompt tokens that came from the prefix cache.
+      started: Time at which its first chunk began to run, in seconds; None before.
     """
 
     blocks: tuple[int, ...] = ()
@@ -42,15 +42,16 @@ class Virtual:
 
     Attributes:
       allocator: Rows and pages of its ranks.
-      ready: requests that join the batch with its next step.
-      running: requests in it.
-      tokens: that they attend to, together.
-      ends: of each the step after which it is through.
-      busiest: most requests of a rank.
-      busy, row_seconds: seconds in which it ran steps; those of decode, times the requests in them.
+      ready: Requests that join the decode batch at the next step.
+      running: Number of requests in the decode batch.
+      tokens: Sum of the context lengths of these requests, in tokens.
+      ends: Heap of (last step, id, request) for each of these requests.
+      busiest: Number of running requests on the busiest rank.
+      busy: Seconds in which the instance ran steps.
+      row_seconds: Sum over decode steps of their seconds times the requests in the batch.
     """
 
-    def __init__(self, name: str, pool: Pool, speed: float):
+    def __init__(self, name: str, pool: InstancePool, speed: float):
         self.name = name
         self.allocator = RankAllocator(pool.capacity, pool.ranks)
         self.sharing, self.speed = pool.sharing, speed
@@ -58,15 +59,15 @@ class Virtual:
         self.steps = self.running = self.busiest = 0
         self.tokens = self.busy = self.row_seconds = 0.0
         self.ends: list[tuple[int, int, Job]] = []
-        self._count = [0] * pool.ranks  # running requests by rank
-        self._having = [pool.ranks] + [0] * pool.capacity.sequences  # ranks by running requests
+        self._count = [0] * pool.ranks  # running requests of each rank
+        self._having = [pool.ranks] + [0] * pool.capacity.sequences  # number of ranks by running requests
 
     def release(self, request: Request) -> None:
         """Frees the pages and the row of a request."""
         self.allocator.release(request)
 
     def join(self) -> None:
-        """Takes those that are ready into the batch."""
+        """Adds the ready requests to the batch."""
         for job in self.ready:
             steps = math.ceil((job.params.max_tokens - 1) / self.speed)
             heapq.heappush(self.ends, (self.steps + steps, job.id, job))
@@ -76,10 +77,10 @@ class Virtual:
         self.ready.clear()
 
     def advance(self, steps: int) -> list[Job]:
-        """Lets steps pass; returns the requests that are through."""
+        """Advances by `steps` decode steps; returns the requests that finish."""
         self.steps += steps
         self.tokens += self.running * steps * self.speed
-        through = []
+        finished = []
         while self.ends and self.ends[0][0] <= self.steps:
             job = heapq.heappop(self.ends)[2]
             self.running -= 1
@@ -87,8 +88,8 @@ class Virtual:
                 len(job.prompt) + 1 + math.ceil((job.params.max_tokens - 1) / self.speed) * self.speed
             )
             self._shift(self.allocator.places[job].rank, -1)
-            through.append(job)
-        return through
+            finished.append(job)
+        return finished
 
     def _shift(self, rank: int, by: int) -> None:
         before = self._count[rank]

@@ -1,4 +1,4 @@
-"""Requests as they arrive: drawn from distributions, or read from a trace."""
+"""Arriving requests, drawn from distributions or read from a trace."""
 
 import json
 import math
@@ -11,12 +11,19 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 
-BLOCK = 512  # tokens that one id of a trace's `hash_ids` stands for
+BLOCK = 512  # tokens per id in a trace's `hash_ids`
 CHUNK = 1 << 14  # arrivals drawn at once
 
 
 class Arrival(NamedTuple):
-    """A request: seconds, tokens, and ids of the prompt's blocks (equal ids: equal text from its start)."""
+    """A request.
+
+    Attributes:
+      time: Seconds from the beginning.
+      prompt: Prompt tokens.
+      output: Tokens to generate.
+      blocks: Ids of the prompt's blocks of 512 tokens; equal ids mean equal text from the prompt's start.
+    """
 
     time: float
     prompt: int
@@ -26,7 +33,7 @@ class Arrival(NamedTuple):
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
-# Name, how many numbers, and a draw of real lengths.
+# Number of parameters and a function that draws real lengths, by name.
 DISTRIBUTIONS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
     "fixed": (1, lambda rng, n, tokens: np.full(n, tokens)),
     "uniform": (2, lambda rng, n, low, high: rng.uniform(low - 0.5, high + 0.5, n)),
@@ -36,15 +43,15 @@ DISTRIBUTIONS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
 
 
 def lengths(text: str) -> Draw:
-    """A distribution of lengths: `4096`, `uniform:LOW,HIGH`, `exponential:MEAN`, `lognormal:MEDIAN,SIGMA`.
+    """Parses `4096`, `uniform:LOW,HIGH`, `exponential:MEAN` or `lognormal:MEDIAN,SIGMA`, all in tokens.
 
     Raises:
-      CmxError: it is none of these.
+      CmxError: The text has none of these forms.
     """
-    name, _, rest = text.partition(":") if ":" in text else ("fixed", "", text)
+    name, _, parameters = text.partition(":") if ":" in text else ("fixed", "", text)
     count, draw = DISTRIBUTIONS.get(name, (0, None))
     try:
-        numbers = [float(number) for number in rest.split(",")]
+        numbers = [float(number) for number in parameters.split(",")]
         if draw is None or len(numbers) != count or not all(0 < n < 1e9 for n in numbers):
             raise ValueError
     except ValueError:
@@ -65,18 +72,19 @@ def synthetic(
     requests: int | None = None,
     duration: float | None = None,
 ) -> Iterator[Arrival]:
-    """Requests whose intervals are of a gamma distribution (as vLLM's `--burstiness`).
+    """Requests whose intervals follow a gamma distribution (like vLLM's `--burstiness`).
 
     Args:
-      rate: requests a second.
-      prompt, output: see `lengths`.
-      burstiness: the distribution's shape; 1 is a Poisson process, below 1 burstier, above more even.
-      seed: of all draws.
-      requests: how many, or
-      duration: for how many seconds.
+      rate: Requests per second.
+      prompt: Distribution of prompt lengths in tokens, in a form that `lengths` parses.
+      output: Distribution of output lengths in tokens, in a form that `lengths` parses.
+      burstiness: Shape of the gamma distribution; 1 is a Poisson process, lower is burstier.
+      seed: Seed of the random generator.
+      requests: Number of requests; exclusive with `duration`.
+      duration: Seconds of arrivals; exclusive with `requests`.
 
     Raises:
-      CmxError: a number that cannot be.
+      CmxError: A number is out of range, or not exactly one of `requests` and `duration` is given.
     """
     for name, value in (("rate", rate), ("burstiness", burstiness)):
         if not 0 < value < math.inf:
@@ -113,42 +121,44 @@ def _until(drawn: Iterator[Arrival], duration: float) -> Iterator[Arrival]:
 
 
 def mooncake(path: Path, flag: str = "--trace") -> list[Arrival]:
-    """A trace in Mooncake's format: a line is `{"timestamp": ms, "input_length", "output_length",
-    "hash_ids": [...]}`, an id for each 512 tokens of the prompt. `hash_ids` may be missing.
+    """Reads a trace in Mooncake's format.
+
+    A line is `{"timestamp": ms, "input_length", "output_length", "hash_ids": [...]}`, with one id per 512
+    tokens of the prompt. `hash_ids` may be missing.
 
     Args:
-      path: the file.
-      flag: by which it was given, for errors.
+      path: JSONL file.
+      flag: Command-line flag that names the file, for error messages.
 
     Raises:
-      CmxError: the file cannot be read, or a line is none.
+      CmxError: The file cannot be read, has no requests, or a line has another form.
     """
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise CmxError(f"{flag} {path}: {reason}; give a JSONL file in Mooncake's format") from None
-    found = [_arrival(f"{flag} {path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+    arrivals = [_arrival(f"{flag} {path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not arrivals:
         raise CmxError(f"{flag} {path}: no requests in it; give a JSONL file in Mooncake's format")
-    return sorted(found, key=lambda arrival: arrival.time)
+    return sorted(arrivals, key=lambda arrival: arrival.time)
 
 
-def _arrival(where: str, line: str) -> Arrival:
+def _arrival(location: str, line: str) -> Arrival:
     try:
         row = json.loads(line)
-        found = Arrival(
+        arrival = Arrival(
             float(row["timestamp"]) / 1e3,
             int(row["input_length"]),
             int(row["output_length"]),
             tuple(int(block) for block in row.get("hash_ids", ())),
         )
-        ok = 0 <= found.time < math.inf and found.prompt > 0 and found.output > 0
+        ok = 0 <= arrival.time < math.inf and arrival.prompt > 0 and arrival.output > 0
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         ok = False
     if not ok:
         raise CmxError(
-            f"{where}: expected an object with timestamp (ms, zero or more), "
+            f"{location}: expected an object with timestamp (ms, zero or more), "
             "input_length and output_length (above zero), and hash_ids (integers)"
         )
-    return found
+    return arrival

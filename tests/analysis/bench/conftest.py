@@ -1,4 +1,4 @@
-"""A real server for the load, and one that says what a test wants."""
+"""A real server for the load generator, and a scripted one."""
 
 import json
 import threading
@@ -19,9 +19,9 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def deployment() -> Deployment:
-    found = colocated("tiny")
-    warm_up(found.engine)
-    return found
+    deployment = colocated("tiny")
+    warm_up(deployment.engine)
+    return deployment
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def scripted() -> Iterator[Scripted]:
-    with Scripted() as found:
-        thread = threading.Thread(target=found.serve_forever, args=(0.02,))
+    with Scripted() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
-        yield found
-        found.hold.set()
-        found.shutdown()
+        yield server
+        server.hold.set()
+        server.shutdown()
         thread.join()

@@ -29,11 +29,11 @@ SHORT = [
 
 
 def bench(capsys: pytest.CaptureFixture[str], url: str, *arguments: str, code: int = 0) -> str:
-    """What the command prints."""
+    """Runs the command; returns its output."""
     assert main(["bench", "serve", "--base-url", url, *arguments]) == code
-    said = capsys.readouterr()
-    assert said.err == ""
-    return said.out
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
 
 
 def measured(capsys: pytest.CaptureFixture[str], url: str, *arguments: str, code: int = 0) -> dict[str, Any]:
@@ -41,16 +41,16 @@ def measured(capsys: pytest.CaptureFixture[str], url: str, *arguments: str, code
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that the command says when it exits with 2."""
+    """Runs a command that exits with 2; returns its one line of error."""
     assert main(["bench", "serve", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    [line] = said.err.splitlines()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
     return line
 
 
 def check(d: dict[str, Any]) -> None:
-    """Sums and statistics of a document are those of its requests, by NumPy."""
+    """Compares sums and statistics of a document with those of its requests, by NumPy."""
     done = np.array([not error for error in d["errors"]])
     lens, outputs, start, ttft, e2el = (
         np.array(d[name]) for name in ("input_lens", "output_lens", "start_times", "ttfts", "e2els")
@@ -80,7 +80,7 @@ def check(d: dict[str, Any]) -> None:
                 assert d[key] == pytest.approx(1e3 * np.percentile(seconds, q))
 
 
-def test_what_is_asked_for_comes_and_adds_up(capsys, server: Running) -> None:
+def test_counts_and_statistics_of_random_requests(capsys, server: Running) -> None:
     rate = ["--request-rate", "40", "--num-warmups", "1", "--metric-percentiles", "50,99.9"]
     d = measured(capsys, server.url, *SHORT, "--num-prompts", "20", *rate)
     check(d)
@@ -99,23 +99,23 @@ def test_what_is_asked_for_comes_and_adds_up(capsys, server: Running) -> None:
     )
 
 
-def test_goodput_counts_what_meets_every_objective(capsys, server: Running, tmp_path: Path) -> None:
+def test_goodput_counts_requests_that_meet_every_objective(capsys, server: Running, tmp_path: Path) -> None:
     options = [*SHORT, "--num-prompts", "16", "--max-concurrency", "8"]
     saved = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "first.json"]
     bench(capsys, server.url, *options, *saved)
     first = json.loads((tmp_path / "first.json").read_text())
     limits = {name: first[f"median_{name}_ms"] for name in ("ttft", "tpot", "e2el")}
-    for some in (["ttft"], ["tpot", "e2el"], ["ttft", "tpot", "e2el"]):
-        goodput = [f"{name}:{limits[name]}" for name in some]
+    for names in (["ttft"], ["tpot", "e2el"], ["ttft", "tpot", "e2el"]):
+        goodput = [f"{name}:{limits[name]}" for name in names]
         d = measured(capsys, server.url, *options, "--goodput", *goodput)
         check(d)
-        of = {"ttft": np.array(d["ttfts"]), "e2el": np.array(d["e2els"])}
-        of["tpot"] = (of["e2el"] - of["ttft"]) / (np.array(d["output_lens"]) - 1)
-        good = np.all([1e3 * of[name] <= limits[name] for name in some], axis=0)
+        seconds = {"ttft": np.array(d["ttfts"]), "e2el": np.array(d["e2els"])}
+        seconds["tpot"] = (seconds["e2el"] - seconds["ttft"]) / (np.array(d["output_lens"]) - 1)
+        good = np.all([1e3 * seconds[name] <= limits[name] for name in names], axis=0)
         assert d["request_goodput"] == pytest.approx(good.sum() / d["duration"])
 
 
-def test_the_table_says_what_was_measured(capsys, server: Running, tmp_path: Path, monkeypatch) -> None:
+def test_table_and_files_of_shared_prefixes(capsys, server: Running, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     traffic = [
         "--dataset-name",
@@ -153,7 +153,7 @@ def test_the_table_says_what_was_measured(capsys, server: Running, tmp_path: Pat
     assert "6 of 6 requests completed" in (tmp_path / "picture.svg").read_text()
 
 
-def test_a_trace_is_replayed_at_its_times(capsys, server: Running, tmp_path: Path) -> None:
+def test_trace_is_replayed_at_its_times(capsys, server: Running, tmp_path: Path) -> None:
     rows = [(0, 960, [1, 2]), (4000, 1024, [1, 3]), (8000, 320, [])]
     lines = [
         json.dumps({"timestamp": t, "input_length": n, "output_length": 60, "hash_ids": ids})
@@ -169,7 +169,7 @@ def test_a_trace_is_replayed_at_its_times(capsys, server: Running, tmp_path: Pat
     assert (d["num_prompts"], d["request_rate"]) == (3, None)
 
 
-def test_a_warm_cache_is_said(capsys, deployment, tmp_path: Path) -> None:
+def test_warm_prefix_cache_is_a_warning(capsys, deployment, tmp_path: Path) -> None:
     engine = deployment.engine
     block, before = engine.instances[0].capacity.page_width, engine.mover.context
     pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 24, disk=1 << 26)})
@@ -197,7 +197,7 @@ def test_a_warm_cache_is_said(capsys, deployment, tmp_path: Path) -> None:
         pool.close()
 
 
-def test_overload_is_failures_and_in_no_mean(capsys, server: Running, monkeypatch, tmp_path: Path) -> None:
+def test_overload_counts_as_failures(capsys, server: Running, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(server.context.deployment.engine, "limits", QueueLimits(max_num_queued_reqs=2))
     options = [*SHORT, "--num-prompts", "30", "--plot-timeline", str(tmp_path / "timeline.png")]
     d = measured(capsys, server.url, *options)
@@ -210,13 +210,13 @@ def test_overload_is_failures_and_in_no_mean(capsys, server: Running, monkeypatc
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_completed_is_exit_code_1(capsys, server: Running, monkeypatch) -> None:
+def test_exit_code_is_1_if_no_request_completes(capsys, server: Running, monkeypatch) -> None:
     text = bench(capsys, server.url, *SHORT, "--num-prompts", "3", "--request-timeout-s", "0.001", code=1)
     assert "failed: 3 x timeout: not finished within 0.001 s" in text
 
 
-def test_an_interrupt_leaves_what_was_measured(server: Running) -> None:
-    # what starts in the background of a shell is deaf to SIGINT
+def test_interrupt_keeps_the_measurement(server: Running) -> None:
+    # processes that a shell starts in the background ignore SIGINT
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from cmx_jax.cli import main; sys.exit(main())"
@@ -236,10 +236,10 @@ def test_an_interrupt_leaves_what_was_measured(server: Running) -> None:
     assert (run.returncode, err) == (130, "")
     d = json.loads(out)
     check(d)
-    assert d["completed"] > 0  # the last that ended there may not be read here
+    assert d["completed"] > 0  # the last answers may not have been read
     assert d["interrupted"] > 1000
     assert d["failed"] == 0
-    assert server.idle()  # what was cancelled here ended there
+    assert server.idle()  # the server ended the cancelled requests
 
 
 def finished(server: Running) -> float:
@@ -247,16 +247,16 @@ def finished(server: Running) -> float:
     return sum(float(line.split()[-1]) for line in lines if 'finished_reason="length"' in line)
 
 
-def test_numbers_are_printed_where_a_file_cannot_be_written(capsys, server: Running, tmp_path: Path) -> None:
+def test_numbers_are_printed_if_a_file_cannot_be_written(capsys, server: Running, tmp_path: Path) -> None:
     files = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "x" * 255]
     assert main(["bench", "serve", "--base-url", server.url, *SHORT, "--num-prompts", "2", *files]) == 2
-    said = capsys.readouterr()
-    assert "Successful requests:" in said.out
-    assert "cannot be written: File name too long" in said.err
+    captured = capsys.readouterr()
+    assert "Successful requests:" in captured.out
+    assert "cannot be written: File name too long" in captured.err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_key_is_one_line(capsys, deployment) -> None:
+def test_wrong_api_key_is_one_line(capsys, deployment) -> None:
     with start_server(deployment, api_keys=["right"]) as running:
         line = refused(capsys, "--base-url", running.url, "--api-key", "wrong", *SHORT)
         assert "refuses the API key (the key is missing or wrong" in line
@@ -264,7 +264,7 @@ def test_a_wrong_key_is_one_line(capsys, deployment) -> None:
         assert d["completed"] == 2
 
 
-def test_keys_may_come_from_the_environment(capsys, deployment, monkeypatch) -> None:
+def test_api_keys_of_the_environment(capsys, deployment, monkeypatch) -> None:
     with start_server(deployment, api_keys=["right"]) as running:
         for name in ("OPENAI_API_KEY", "CMX_API_KEY"):
             monkeypatch.setenv(name, "right")
@@ -273,7 +273,7 @@ def test_keys_may_come_from_the_environment(capsys, deployment, monkeypatch) -> 
         assert "refuses the API key" in refused(capsys, "--base-url", running.url, *SHORT)
 
 
-def test_a_server_that_is_not_there_is_one_line(capsys) -> None:
+def test_missing_server_is_one_line(capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     line = refused(capsys, "--port", str(port))
@@ -290,7 +290,7 @@ def test_a_server_that_is_not_there_is_one_line(capsys) -> None:
         (("--max-concurrency", "0", *SHORT), "max_concurrency is 0, expected at least 1"),
     ],
 )
-def test_what_does_not_fit_the_server_is_one_line(capsys, server, arguments, message: str) -> None:
+def test_flags_that_do_not_fit_the_server_are_one_line(capsys, server, arguments, message: str) -> None:
     assert message in refused(capsys, "--base-url", server.url, *arguments)
 
 
@@ -321,5 +321,5 @@ def test_what_does_not_fit_the_server_is_one_line(capsys, server, arguments, mes
         (("--plot-timeline", "x.pdf"), "--plot-timeline x.pdf: expected a file that ends with .png or .svg"),
     ],
 )
-def test_a_mistake_is_one_line_before_a_server_is_asked(capsys, arguments, message: str) -> None:
+def test_wrong_flags_are_one_line_before_any_request(capsys, arguments, message: str) -> None:
     assert message in refused(capsys, "--base-url", "http://127.0.0.1:9", *arguments)
