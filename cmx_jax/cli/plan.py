@@ -1,4 +1,4 @@
-"""`cmx plan`: which deployment serves a load within an SLO."""
+"""`cmx plan`: chooses the deployment that serves a workload within an SLO."""
 
 import argparse
 from typing import Any
@@ -7,33 +7,43 @@ from cmx_jax.cli.common import add_json, progress, show
 
 
 def add(verbs: Any) -> None:
-    """The verb and its flags."""
-    verb = verbs.add_parser("plan", help="which deployment serves a load within an SLO")
+    """Adds the verb and its flags."""
+    verb = verbs.add_parser("plan", help="choose the deployment that serves a load within an SLO")
     verb.set_defaults(run=_plan)
-    model = "a directory, tiny, or a preset such as deepseek-r1"
+    model = "directory, tiny, or a preset such as deepseek-r1 (default)"
     verb.add_argument("model", metavar="MODEL", nargs="?", default="deepseek-r1", help=model)
-    verb.add_argument("--prompt", type=int, required=True, help="tokens of a prompt")
-    verb.add_argument("--output", type=int, required=True, help="tokens of its answer")
-    verb.add_argument("--slo-ttft-ms", type=float, required=True, help="time to the first token")
-    verb.add_argument("--slo-tpot-ms", type=float, required=True, help="time per output token")
-    verb.add_argument("--rate", type=float, help="requests a second (default: as many as can be)")
+    verb.add_argument("--prompt", type=int, required=True, help="tokens of each prompt")
+    verb.add_argument("--output", type=int, required=True, help="tokens of each answer")
+    verb.add_argument("--slo-ttft-ms", type=float, required=True, help="longest time to the first token")
+    verb.add_argument("--slo-tpot-ms", type=float, required=True, help="longest time per output token")
+    verb.add_argument(
+        "--rate", type=float, help="requests per second to serve (default: as many as possible)"
+    )
     verb.add_argument("--hardware", default="cloudmatrix384", help="cloudmatrix384 (default), h800 or h100")
-    verb.add_argument("--npus", type=int, default=384, help="that there are (default 384)")
-    verb.add_argument("--mtp-acceptance", type=float, default=0.7, help="of a draft (default 0.7)")
-    verb.add_argument("--plots", metavar="DIR", help="the candidates and their front, as PNG and SVG")
+    verb.add_argument("--npus", type=int, default=384, help="number of NPUs available (default 384)")
+    acceptance = "probability that a draft is right (default 0.7)"
+    verb.add_argument("--mtp-acceptance", type=float, default=0.7, help=acceptance)
+    plots = "folder for a plot of the candidates and their Pareto front, as PNG and SVG"
+    verb.add_argument("--plots", metavar="DIR", help=plots)
     add_json(verb)
 
 
 def _plan(args: argparse.Namespace) -> None:
     from cmx_jax.analysis.plan.figures import Folder, front
     from cmx_jax.analysis.plan.plan import plan, render
-    from cmx_jax.analysis.predict.candidates import Load
+    from cmx_jax.analysis.predict.request import PlanRequest, Workload
     from cmx_jax.serving.deploy.model import config_of
 
-    to = Folder(args.plots)
-    load = Load(args.prompt, args.output, args.slo_ttft_ms, args.slo_tpot_ms)
-    given = {name: getattr(args, name) for name in ("hardware", "npus", "rate", "mtp_acceptance")}
-    result = plan(config_of(args.model), load, progress=progress(), **given)
+    folder = Folder(args.plots)
+    request = PlanRequest(
+        workload=Workload(args.prompt, args.output, args.slo_ttft_ms, args.slo_tpot_ms),
+        config=config_of(args.model),
+        hardware=args.hardware,
+        npus=args.npus,
+        rate=args.rate,
+        mtp_acceptance=args.mtp_acceptance,
+    )
+    result = plan(request, progress=progress())
     if args.plots:
-        to.write("plan", front(result))
-    show(result, args.json, render)
+        folder.write("plan", front(result))
+    show(result.as_dict(), args.json, lambda _: render(result))

@@ -40,9 +40,9 @@ def prompts(*lengths: tuple[int, int]) -> list[list[Piece]]:
     return [[Piece(Job.of(Arrival(0.0, stop, 1)), start, stop) for start, stop in lengths]]
 
 
-def direct(of: Layout, step: str, batch: int, context: int) -> float:
-    found = predict(R1, "cloudmatrix384", of, step, batch=batch, context=context, drafts=1)
-    return float(found["step_ms"]) / 1e3
+def direct(layout: Layout, step: str, batch: int, context: int) -> float:
+    prediction = predict(R1, "cloudmatrix384", layout, step, batch=batch, context=context, drafts=1)
+    return prediction.step_ms / 1e3
 
 
 def test_between_the_points_decode_is_what_is_predicted_directly(times: Predicted) -> None:
@@ -84,9 +84,9 @@ def test_acceptance_and_room() -> None:
         two.acceptance(1.5)
     pool = two.pool("decode", 1, sequences=48)
     assert (pool.npus, pool.ranks, pool.sharing) == (160, 320, 1)
-    used = predict(R1, "cloudmatrix384", DECODE, "decode", batch=96, context=4096, drafts=2)["memory_gb"]
-    left = machine("cloudmatrix384")["hbm_gb"] - used["weights"] - used["mailboxes"]
-    assert pool.capacity.pages * 128 * used["cache"] / (48 * 4096) == pytest.approx(left, rel=0.01)
+    used = predict(R1, "cloudmatrix384", DECODE, "decode", batch=96, context=4096, drafts=2).memory_gb
+    left = machine("cloudmatrix384")["hbm_gb"] - used.weights - used.mailboxes
+    assert pool.capacity.pages * 128 * used.cache / (48 * 4096) == pytest.approx(left, rel=0.01)
     shared = two.pool("prefill", 6, budget=16 * 16384)
     assert (shared.npus, shared.ranks, shared.sharing) == (16, 1, 32)
     with pytest.raises(CmxError, match=r"at most \d+ fit"):

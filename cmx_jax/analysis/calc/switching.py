@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from cmx_jax.analysis.cost.pool import read_s
+from cmx_jax.analysis.cost.operators import pool_read_s
 from cmx_jax.errors import CmxError
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.weights import all_leaves, int8_fields, leaf_dtype
@@ -85,7 +85,7 @@ def switching(
     for name, value in {**given, "obs_gb_s": obs_gb_s, "size": size}.items():
         if not 0 < value < math.inf:
             raise CmxError(f"{name} is {value:g}, expected more than 0")
-    load, warm = size / (obs_gb_s * 1e9), read_s(size, dies)
+    load, warm = size / (obs_gb_s * 1e9), pool_read_s(size, dies)
     hit = min(local_models / models, 1.0)
     tiers: dict[str, dict[str, float]] = {
         "no cache": {"cold_start_s": instances * load, "dram_models": 0, "hit_rate": 0.0, "switch_s": load},

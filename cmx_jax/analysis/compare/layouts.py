@@ -180,7 +180,7 @@ def _predicted(
     if hardware is None or unknown or MACHINES[hardware].ranks_per_npu != found.ranks_per_npu:
         return None, []
     try:
-        found_ms = predict(c, hardware, layout, step, batch=batch, context=context, drafts=drafts)["step_ms"]
+        found_ms = predict(c, hardware, layout, step, batch=batch, context=context, drafts=drafts).step_ms
         return found_ms, []
     except CmxError as error:
         return None, [f"no time is predicted: {error}"]

@@ -17,9 +17,9 @@ from itertools import count
 from typing import Any
 
 from cmx_jax.analysis.cost.constants import machine
-from cmx_jax.analysis.cost.pool import read_s
+from cmx_jax.analysis.cost.operators import pool_read_s
 from cmx_jax.analysis.predict.candidates import transfer_ms
-from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.predict.predict import Prediction, predict
 from cmx_jax.analysis.simulate.deployment import Pool
 from cmx_jax.analysis.simulate.grid import around, straight
 from cmx_jax.analysis.trace.memory import page_bytes
@@ -64,7 +64,7 @@ class Predicted:
         self.c, self.on, self.drafts, self.context = c, machine(hardware), drafts, context
         self.layouts = {"prefill": prefill, "decode": decode}
         # a point of the grid need not fit: what runs is held to `pool`
-        self._boundless = self.on.moving("hbm_gb", 1e6)
+        self._boundless = self.on.scaled("hbm_gb", 1e6)
         self._lines: dict[tuple[int, int], tuple[float, float, float]] = {}
         self._known: dict[tuple[str, int, int], float] = {}
         self._units = {step: self._unit(layout) for step, layout in self.layouts.items()}
@@ -92,7 +92,7 @@ class Predicted:
         """One die reads them from the memory pool over UB (Table 1)."""
         if self.on.kind != "ascend":
             raise CmxError(f"{self.on.name} has no memory pool, expected cloudmatrix384 for a prefix cache")
-        return read_s(page_bytes(self.c, tokens, "auto", self.drafts > 0))
+        return pool_read_s(page_bytes(self.c, tokens, "auto", self.drafts > 0))
 
     def acceptance(self, chance: float) -> float:
         """Drafts of a step that are right on average, if one is with this chance after another that was.
@@ -128,10 +128,10 @@ class Predicted:
         layout, shared = self.layouts[step], self.layouts[step].sequence_ranks
         if tokens is None:
             if step == "prefill":
-                needed = self._found(step, *self._prompts(max(budget, self._least)), self.on)["memory_gb"]
+                needed = self._found(step, *self._prompts(max(budget, self._least)), self.on).memory_gb
             else:
-                needed = self._found(step, sequences, PAGE_WIDTH, self.on)["memory_gb"]
-            left = self.on["hbm_gb"] - needed["weights"] - needed["mailboxes"]
+                needed = self._found(step, sequences, PAGE_WIDTH, self.on).memory_gb
+            left = self.on["hbm_gb"] - needed.weights - needed.mailboxes
             tokens = int(left * 1e9 * shared / page_bytes(self.c, 1, "auto", self.drafts > 0))
         room = Capacity(
             sequences=sequences,
@@ -196,10 +196,10 @@ class Predicted:
     def _ms(self, step: str, sequences: int, context: int) -> float:
         key = (step, sequences, context)
         if key not in self._known:
-            self._known[key] = self._found(*key, self._boundless)["step_ms"]
+            self._known[key] = self._found(*key, self._boundless).step_ms
         return self._known[key]
 
-    def _found(self, step: str, sequences: int, context: int, on: Any) -> dict[str, Any]:
+    def _found(self, step: str, sequences: int, context: int, on: Any) -> Prediction:
         layout = self.layouts[step]
         drafts = self.drafts if step == "decode" else min(self.drafts, 1)
         batch = sequences * on.ranks_per_npu // layout.sequence_ranks
