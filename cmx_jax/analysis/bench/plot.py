@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cmx_jax.analysis.compare.plots import COLOURS, STYLE, need_matplotlib
+from cmx_jax.analysis.plotting import COLOURS, STYLE, need_matplotlib
 
 WIDTH, BINS = 7.0, 60  # inches, across the whole time
 WAIT, ANSWER, FAILED = COLOURS[1], COLOURS[0], COLOURS[5]

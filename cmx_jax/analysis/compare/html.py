@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-from cmx_jax.analysis.compare.plots import image, plots
+from cmx_jax.analysis.compare.plots import plots
 from cmx_jax.analysis.compare.report import Table, heading, notes, tables, text
+from cmx_jax.analysis.plotting import image
 
 INK = "#010203"  # what plots are drawn with, to become the page's own
 STYLE = """

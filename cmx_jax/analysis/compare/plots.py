@@ -4,33 +4,15 @@ Narrow, so that a phone shows them at a readable size. Colours are Okabe and Ito
 and green alike can tell apart; what goes beyond eight is hatched.
 """
 
-import importlib.util
-import io
 from typing import Any
 
 import numpy as np
 
 from cmx_jax.analysis.compare.report import UNITS, moved, text, unit
-from cmx_jax.errors import CmxError
+from cmx_jax.analysis.plotting import COLOURS, STYLE, need_matplotlib
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 HATCHES = ("", "///", "...")
 WIDTH = 4.0  # inches
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.parse_math": False,
-}
-
-
-def need_matplotlib() -> None:
-    """Raises:
-    CmxError: matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CmxError("plots need matplotlib: pip install 'cmx_jax[plots]'")
 
 
 def plots(d: dict[str, Any], ink: str = "black") -> dict[str, Any]:
@@ -67,17 +49,6 @@ def plots(d: dict[str, Any], ink: str = "black") -> dict[str, Any]:
         for x in each:
             found[f"traffic-{x['name']}"] = _map(x, least, most, ink)
     return found
-
-
-def image(figure: Any, kind: str, paper: str = "white") -> bytes:
-    """A figure as `svg` or `png` on paper of a colour, or of `none`; the same figure is the same bytes."""
-    import matplotlib
-
-    out = io.BytesIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": figure.get_label()}):
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(out, format=kind, facecolor=paper, metadata=metadata, dpi=200)
-    return out.getvalue()
 
 
 def _bars(
