@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmx_jax.analysis.plan import plan as planner
-from cmx_jax.analysis.plan.plan import ATTAINMENT, STEPS, Trial, plan
+from cmx_jax.analysis.plan.plan import ATTAINMENT, RATE_STEPS, Trial, plan
 from cmx_jax.analysis.plan.search import search
 from cmx_jax.analysis.predict import candidates
 from cmx_jax.analysis.predict.request import PlanRequest, Workload
@@ -56,10 +56,10 @@ def test_rate_is_the_largest_of_the_steps() -> None:
     result = one.largest_rate()
     assert result is not None
     steady, rate = one.deployment.requests_per_s, result.simulated.rate
-    step = round(rate / steady * STEPS)
-    assert rate == pytest.approx(steady * step / STEPS)
-    if step < STEPS:
-        assert one.serve(one.deployment, steady * (step + 1) / STEPS).slo_attainment < ATTAINMENT
+    step = round(rate / steady * RATE_STEPS)
+    assert rate == pytest.approx(steady * step / RATE_STEPS)
+    if step < RATE_STEPS:
+        assert one.serve(one.deployment, steady * (step + 1) / RATE_STEPS).slo_attainment < ATTAINMENT
 
 
 def test_queues_miss_what_steady_load_would_meet() -> None:

@@ -9,7 +9,7 @@ the others in time:
   missed more often, until it serves the rate. If there are not enough NPUs, the deployment is dropped and the
   next one takes its place.
 * *without a rate*: the deployment's rate is the largest part of the steady rate that it serves, in steps of
-  1 / `STEPS`. A deployment that does not serve half of the steady rate is dropped.
+  1 / `RATE_STEPS`. A deployment that does not serve half of the steady rate is dropped.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.serving.scheduling.pages import pages_for
 
 ATTAINMENT = 0.9
-STEPS = 32
+RATE_STEPS = 32
 FILL = 2  # times the longest that a request may take: before this the decode batch fills
 MEASURED = 2000  # requests, at least
 
@@ -165,10 +165,10 @@ class Trial:
     def largest_rate(self) -> ServedDeployment | None:
         """Returns the deployment at its largest rate; None if that is below half the steady rate."""
         served: dict[int, ServedRate] = {}
-        low, high = STEPS // 2 - 1, STEPS
+        low, high = RATE_STEPS // 2 - 1, RATE_STEPS
         middle = high  # most serve what they do under steady load
         while low < high:
-            simulated = self.serve(self.deployment, self.deployment.requests_per_s * middle / STEPS)
+            simulated = self.serve(self.deployment, self.deployment.requests_per_s * middle / RATE_STEPS)
             if simulated.slo_attainment >= ATTAINMENT:
                 low, served[middle] = middle, simulated
             else:

@@ -110,7 +110,7 @@ def search(request: PlanRequest, progress: Callable[[str], None] = lambda _: Non
         raise CmxError(_too_much(request, max(unlimited, default=0)))
     deployments.sort(key=lambda m: order(m, rate))
     return SearchResult(
-        deployments=_different(deployments),
+        deployments=_distinct(deployments),
         decode=instances["decode"],
         pareto=_pareto(instances["decode"]),
         candidates=sum(len(x.batches) for step in STEPS for x in candidates(request, step)),
@@ -211,7 +211,7 @@ def _bottleneck(prefill: float, decode: float) -> str:
     return f"{slower} limits it, {faster} is busy {busy:.0%} of the time"
 
 
-def _different(deployments: list[DeploymentPlan]) -> list[DeploymentPlan]:
+def _distinct(deployments: list[DeploymentPlan]) -> list[DeploymentPlan]:
     """Keeps the first of those deployments whose decode instances differ in their batch alone."""
     first: dict[tuple[int, ...], DeploymentPlan] = {}
     for m in deployments:

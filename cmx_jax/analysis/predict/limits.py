@@ -110,8 +110,14 @@ def roofline(step: Step, machine: MachineModel) -> Roofline:
 
 
 def _least_us(operator: Operator, step: Step, machine: MachineModel, messages: float) -> dict[str, float]:
-    """Returns the least microseconds of one operator by resource; `messages` is a stream's number of messages
-    that leave a rank in a dispatch or combine."""
+    """Returns the least time of one operator in microseconds, keyed by resource.
+
+    Args:
+      operator: Operator of the step.
+      step: Step to which the operator belongs.
+      machine: Machine that runs the step.
+      messages: Number of messages per stream that leave a rank in a dispatch or combine.
+    """
     c, stage, network = step.c, operator.stage, machine["network_peak_gb_s"] * 1e3
     memory = machine["hbm_gb_s"] * 1e3
     if stage == "FusedAttention":

@@ -23,7 +23,7 @@ EXPERTS = 256
 
 
 @dataclass(frozen=True)
-class Prefill:
+class PrefillRow:
     """A row of Table 3: 16,384 tokens an accelerator, prompts of 4,096.
 
     Attributes:
@@ -44,7 +44,7 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Decode:
+class DecodeRow:
     """A row of Table 4 or 5.
 
     Attributes:
@@ -82,15 +82,15 @@ class Decode:
 POPULAR = "how popular experts were is not published; were all alike, EPLB would leave nothing to win"
 AVERAGE = "the mean of a day of live traffic, of machines that are not always full"
 PREFILLS = (
-    Prefill("h800", "DeepSeek on H800 (blog)", 4026, 2.03, False, AVERAGE),
-    Prefill("h100", "SGLang on H100 (default)", 6288, 3.18, False, POPULAR),
-    Prefill("cloudmatrix384", "CloudMatrix-Infer (default)", 5655, 3.76, False, POPULAR),
-    Prefill("h800", "DeepSeek on H800 (profile)", 7839, 3.96, True),
-    Prefill("h100", "SGLang on H100 (perfect EPLB)", 7417, 3.75, True),
-    Prefill("cloudmatrix384", "CloudMatrix-Infer (perfect EPLB)", 6688, 4.45, True),
+    PrefillRow("h800", "DeepSeek on H800 (blog)", 4026, 2.03, False, AVERAGE),
+    PrefillRow("h100", "SGLang on H100 (default)", 6288, 3.18, False, POPULAR),
+    PrefillRow("cloudmatrix384", "CloudMatrix-Infer (default)", 5655, 3.76, False, POPULAR),
+    PrefillRow("h800", "DeepSeek on H800 (profile)", 7839, 3.96, True),
+    PrefillRow("h100", "SGLang on H100 (perfect EPLB)", 7417, 3.75, True),
+    PrefillRow("cloudmatrix384", "CloudMatrix-Infer (perfect EPLB)", 6688, 4.45, True),
 )
 DECODES = (
-    Decode(
+    DecodeRow(
         "4",
         "h800",
         "DeepSeek on H800 (blog)",
@@ -102,7 +102,7 @@ DECODES = (
         ranks=144,
         note=AVERAGE + "; batch not given",
     ),
-    Decode(
+    DecodeRow(
         "4",
         "h800",
         "DeepSeek on H800 (profile)",
@@ -115,7 +115,7 @@ DECODES = (
         balanced=True,
         note="both cannot be: 128 sequences at 50.2 ms are 2,550 tokens/s",
     ),
-    Decode(
+    DecodeRow(
         "4",
         "h100",
         "SGLang on H100 (simulated MTP)",
@@ -128,12 +128,12 @@ DECODES = (
         acceptance=0.6,
         note="SGLang's report counts 60 % of drafts as right, the paper's time of a token 70 %",
     ),
-    Decode("4", "cloudmatrix384", "CloudMatrix-Infer", 96, 4096, 49.4, 1943),
-    Decode("5", "cloudmatrix384", "50 ms, 1024 + 1024 tokens", 128, 1024 + 512, 46.8, 2733),
-    Decode("5", "cloudmatrix384", "50 ms, 2048 + 256 tokens", 112, 2048 + 128, 47.4, 2360),
-    Decode("5", "cloudmatrix384", "50 ms, 4096 + 256 tokens", 96, 4096 + 128, 49.4, 1943),
-    Decode("5", "cloudmatrix384", "30 ms, 4096 + 256 tokens", 24, 4096 + 128, 24.6, 974, slo_ms=30),
-    Decode("5", "cloudmatrix384", "15 ms, 4096 + 256 tokens", 8, 4096 + 128, 14.9, 538, slo_ms=15),
+    DecodeRow("4", "cloudmatrix384", "CloudMatrix-Infer", 96, 4096, 49.4, 1943),
+    DecodeRow("5", "cloudmatrix384", "50 ms, 1024 + 1024 tokens", 128, 1024 + 512, 46.8, 2733),
+    DecodeRow("5", "cloudmatrix384", "50 ms, 2048 + 256 tokens", 112, 2048 + 128, 47.4, 2360),
+    DecodeRow("5", "cloudmatrix384", "50 ms, 4096 + 256 tokens", 96, 4096 + 128, 49.4, 1943),
+    DecodeRow("5", "cloudmatrix384", "30 ms, 4096 + 256 tokens", 24, 4096 + 128, 24.6, 974, slo_ms=30),
+    DecodeRow("5", "cloudmatrix384", "15 ms, 4096 + 256 tokens", 8, 4096 + 128, 14.9, 538, slo_ms=15),
 )
 
 
@@ -192,7 +192,7 @@ def _group(hardware: str) -> str:
     return "CloudMatrix end to end" if hardware == "cloudmatrix384" else "H800 and H100 end to end"
 
 
-def _prefill(c: ModelConfig, row: Prefill) -> Iterable[PaperRow]:
+def _prefill(c: ModelConfig, row: PrefillRow) -> Iterable[PaperRow]:
     machine = constants.machine(row.hardware)
     if machine.kind == "ascend":
         layout = replace(ready("ep32").make(EXPERTS), microbatches=2)
@@ -213,7 +213,7 @@ def _gpu_layout(ranks: int, **fields: Any) -> Layout:
     return expert_parallel(ranks, EXPERTS, exchange="hierarchical", wire="int8", microbatches=2, **fields)
 
 
-def _decode(c: ModelConfig, row: Decode) -> Iterable[PaperRow]:
+def _decode(c: ModelConfig, row: DecodeRow) -> Iterable[PaperRow]:
     prediction = _decode_prediction(c, row)
     split = f", {prediction.attention_cores} cores attend" if prediction.attention_cores else ""
     note = row.note or f"microbatches: {prediction.microbatches}{split}"
@@ -226,7 +226,7 @@ def _decode(c: ModelConfig, row: Decode) -> Iterable[PaperRow]:
     yield PaperRow(row.table, row.name, "tokens/s", row.tokens_per_s, rate, "predicted", group, note)
 
 
-def _decode_prediction(c: ModelConfig, row: Decode) -> Prediction:
+def _decode_prediction(c: ModelConfig, row: DecodeRow) -> Prediction:
     machine = constants.machine(row.hardware)
 
     def prediction(layout: Layout) -> Prediction:
@@ -260,8 +260,10 @@ def _decode_layout(microbatches: int = 2) -> Layout:
 
 
 def _pipeline(c: ModelConfig) -> Iterable[PaperRow]:
-    """Yields the rows of section 4.2.3, at 96 sequences of 4,096 tokens: how the cores are split between the
-    streams, and how long each stream takes."""
+    """Yields the rows of section 4.2.3: the split of the cores, and the time of each stream.
+
+    The batch is 96 sequences of 4,096 tokens.
+    """
     prediction = predict(c, "cloudmatrix384", _decode_layout(), "decode", batch=96, context=4096, drafts=1)
     group = "CloudMatrix streams"
     cores, stream_us = prediction.attention_cores, prediction.stream_us

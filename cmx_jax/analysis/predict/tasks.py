@@ -69,7 +69,7 @@ class CostContext:
 
     @property
     def copies(self) -> int:
-        """Number of messages per token in a dispatch."""
+        """Number of messages per token in a dispatch or combine."""
         return self.step.c.num_experts_per_tok + shared_in_slots(self.step.c, self.step.layout)
 
 
@@ -143,9 +143,11 @@ def tasks(operator: Operator, context: CostContext, streamed: bool) -> list[Task
 
 
 def _vector_bytes(operator: Operator, context: CostContext) -> Iterable[float]:
-    """Yields the bytes that each vector operator of a stage moves: rounding, activation, choosing experts,
-    sampling; on GPUs also putting together a prompt's keys, which the Ascend fuses with attention (section
-    4.2.2)."""
+    """Yields the bytes that each vector operator of a stage moves.
+
+    Vector operators round, activate, choose experts and sample tokens. On GPUs they also put together a
+    prompt's keys, which the Ascend fuses with attention (section 4.2.2).
+    """
     step, machine = context.step, context.machine
     first, last = operator.products[0] if operator.products else None, operator.products[-1:]
     if first and operator.stage == "O_proj":  # its input is rounded
@@ -167,8 +169,11 @@ def _vector_bytes(operator: Operator, context: CostContext) -> Iterable[float]:
 
 
 def _sorted_bytes(machine: MachineModel, rows: float, vocab: int) -> Iterable[float]:
-    """Yields the bytes moved by sampling's sort of logits with their tokens (section 4.2.4: sort, cumulative
-    sum, filter): 8 bytes each, sorted in runs of 32 and then merged; each merge reads and writes all."""
+    """Yields the bytes that sampling moves to sort logits (section 4.2.4: sort, cumulative sum, filter).
+
+    A logit and its token are 8 bytes. Runs of 32 are sorted first and then merged; each pass reads and writes
+    all.
+    """
     merges = math.ceil(math.log(vocab / 32, machine["sort_width"]))
     yield 2 * 8.0 * rows * vocab * (1 + merges)
 
@@ -224,7 +229,7 @@ def _exchange(
 
 
 def nodes_reached(c: ModelConfig, ranks: int, machine: MachineModel) -> float:
-    """Returns the mean number of nodes that hold a token's experts, the token's own node included if it does.
+    """Returns the mean number of nodes on which a token's experts lie, possibly including the token's own.
 
     All nodes are equally likely. A router that keeps to `topk_group` of `n_group` groups reaches a node if
     one of the node's groups is among them.
