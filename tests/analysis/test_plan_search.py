@@ -68,15 +68,14 @@ def test_pools_agree_whether_the_mtp_layer_runs() -> None:
 
 
 def test_rate_takes_the_fewest_npus() -> None:
-    most = searched().deployments[0]
-    rate = most.requests_per_s / 2
+    largest = searched().deployments[0]
+    rate = largest.requests_per_s / 2
     best = searched(rate=rate).deployments[0]
-    assert best.npus < most.npus
+    assert best.npus < largest.npus
     assert best.requests_per_s >= rate
     assert (best.prefill_instances - 1) * best.prefill.requests_per_s < rate
     assert (best.decode_instances - 1) * best.decode.requests_per_s < rate
-    again = combine(best.prefill, best.prefill_instances, best.decode, best.decode_instances, LOAD)
-    assert again == best
+    assert best == combine(best.prefill, best.prefill_instances, best.decode, best.decode_instances, LOAD)
     message = (
         f"384 NPUs of cloudmatrix384 cannot serve 1e+06 requests/s, expected at most {2 * rate:.2f}, or more"
     )

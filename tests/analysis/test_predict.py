@@ -55,7 +55,7 @@ def test_breakdown_adds_up_and_roofline_is_below(layout: Layout) -> None:
 
 
 def test_operator_times_match_closed_forms() -> None:
-    """By hand, one layer of 61: O_proj's 117 MB at 84.1 % of HBM, attention's products at 246 TFLOPS."""
+    """Closed forms of one layer: O_proj's 117 MB at 84.1 % of HBM, attention's products at 246 TFLOPS."""
     rows = {row.operator: row.busy_ms for row in decode(DECODE).breakdown}
     layers, tokens = 61 + 1, 96
     read = 16384 * 7168 / (1600 * 0.841) / 1e6
@@ -91,14 +91,14 @@ def test_measured_load_equals_its_power_law() -> None:
 
 
 def test_streams_overlap() -> None:
-    both = decode()
-    rows = {row.operator: row for row in both.breakdown}
+    prediction = decode()
+    rows = {row.operator: row for row in prediction.breakdown}
     assert rows["MLP"].ms < 0.1 * rows["MLP"].busy_ms  # it runs while attention runs
-    assert both.stream_us is not None
-    longest = max(both.stream_us.values()) * 122 / 1e3
-    assert longest < both.step_ms < sum(both.stream_us.values()) * 122 / 1e3
+    assert prediction.stream_us is not None
+    longest = max(prediction.stream_us.values()) * 122 / 1e3
+    assert longest < prediction.step_ms < sum(prediction.stream_us.values()) * 122 / 1e3
     forced = [decode(attention_cores=n).step_ms for n in (8, 16, 20)]
-    assert both.step_ms <= min(forced) * 1.001
+    assert prediction.step_ms <= min(forced) * 1.001
     assert decode(DECODE).attention_cores is None
 
 
@@ -141,11 +141,11 @@ def test_prompt_that_ranks_cannot_share_is_one_line() -> None:
 def test_batch_named_by_the_error_fits() -> None:
     with pytest.raises(DoesNotFit) as error:
         decode(batch=512)
-    most = int(str(error.value).split("at most ")[1].split()[0])
-    assert most % 4 == 0
-    assert decode(batch=most).memory_gb.total <= 64
+    largest = int(str(error.value).split("at most ")[1].split()[0])
+    assert largest % 4 == 0
+    assert decode(batch=largest).memory_gb.total <= 64
     with pytest.raises(DoesNotFit, match="GB"):
-        decode(batch=most + 4)
+        decode(batch=largest + 4)
     with pytest.raises(DoesNotFit, match="not even one does: take more ranks"):
         decode(expert_parallel(8, 256), batch=2)
 
@@ -194,6 +194,6 @@ def test_published_rows_are_consistent() -> None:
         p.tokens_per_s / p.per_tflops == pytest.approx(n, rel=0.006)
         for p, n in zip(published.PREFILLS, (1979, 1979, 1504, 1979, 1979, 1504), strict=True)
     )
-    own = [d for d in published.DECODES if d.hardware == "cloudmatrix384"]
-    assert all(d.batch / d.tpot_ms * 1e3 == pytest.approx(d.tokens_per_s, rel=0.005) for d in own)
-    assert all(d.tpot_ms <= d.slo_ms for d in own)
+    decodes = [d for d in published.DECODES if d.hardware == "cloudmatrix384"]
+    assert all(d.batch / d.tpot_ms * 1e3 == pytest.approx(d.tokens_per_s, rel=0.005) for d in decodes)
+    assert all(d.tpot_ms <= d.slo_ms for d in decodes)
