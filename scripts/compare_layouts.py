@@ -17,7 +17,7 @@ from typing import Any
 
 from cmx_jax.analysis.compare.comparison import Comparison
 from cmx_jax.analysis.compare.layouts import compare
-from cmx_jax.analysis.compare.plots import COLOURS, image, need_matplotlib
+from cmx_jax.analysis.plotting import COLOURS, image, need_matplotlib
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
 from cmx_jax.mesh.named_layouts import NamedLayout

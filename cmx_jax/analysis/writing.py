@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cmx_jax.analysis.compare.comparison import Comparison
 from cmx_jax.analysis.compare.html import page
-from cmx_jax.analysis.compare.plots import image, need_matplotlib, plots
+from cmx_jax.analysis.compare.plots import plots
+from cmx_jax.analysis.plotting import image, need_matplotlib
 from cmx_jax.errors import CmxError
 
 

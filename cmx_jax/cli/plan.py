@@ -37,13 +37,19 @@ def add(verbs: Any) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from cmx_jax.analysis.plan.figures import Folder, front
     from cmx_jax.analysis.plan.plan import plan, render
-    from cmx_jax.analysis.predict.candidates import Load
+    from cmx_jax.analysis.predict.request import PlanRequest, Workload
     from cmx_jax.serving.deploy.model import config_of
 
-    to = Folder(args.plots)
-    load = Load(args.prompt, args.output, args.slo_ttft_ms, args.slo_tpot_ms)
-    options = {name: getattr(args, name) for name in ("hardware", "npus", "rate", "mtp_acceptance")}
-    result = plan(config_of(args.model), load, progress=progress(), **options)
+    folder = Folder(args.plots)
+    request = PlanRequest(
+        workload=Workload(args.prompt, args.output, args.slo_ttft_ms, args.slo_tpot_ms),
+        config=config_of(args.model),
+        hardware=args.hardware,
+        npus=args.npus,
+        rate=args.rate,
+        mtp_acceptance=args.mtp_acceptance,
+    )
+    result = plan(request, progress=progress())
     if args.plots:
-        to.write("plan", front(result))
-    show(result, args.json, render)
+        folder.write("plan", front(result))
+    show(result.as_dict(), args.json, lambda _: render(result))

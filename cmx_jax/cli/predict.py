@@ -44,47 +44,50 @@ def add(verbs: Any) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from dataclasses import replace
+    if args.plots and not args.paper:
+        raise CmxError("--plots is given without --paper: give both")
+    if args.paper:
+        _paper(args)
+    else:
+        _step(args)
 
+
+def _paper(args: argparse.Namespace) -> None:
     from cmx_jax.analysis.plan.figures import Folder, paper_errors
-    from cmx_jax.analysis.predict import paper
+    from cmx_jax.analysis.predict.paper import paper, render
+
+    folder, report = Folder(args.plots), paper()
+    if args.plots:
+        folder.write("paper", paper_errors(report))
+    show(report.as_dict(), args.json, lambda _: render(report))
+
+
+def _step(args: argparse.Namespace) -> None:
+    from dataclasses import asdict, replace
+
     from cmx_jax.analysis.predict.predict import predict, render, sensitivity
     from cmx_jax.mesh.named_layouts import named_layout
     from cmx_jax.serving.deploy.model import config_of
 
-    if args.plots and not args.paper:
-        raise CmxError("--plots is given without --paper: give both")
-    if args.paper:
-        to, rows = Folder(args.plots), paper.paper()
-        if args.plots:
-            to.write("paper", paper_errors(rows))
-        show(rows, args.json, paper.render)
-        return
-    c, found = config_of(args.model), named_layout(args.layout)
-    if found.ranks_per_npu == 1 and args.hardware == "cloudmatrix384":
+    c, named = config_of(args.model), named_layout(args.layout)
+    if named.ranks_per_npu == 1 and args.hardware == "cloudmatrix384":
         raise CmxError(
             f"layout {args.layout} has one rank an NPU; a cloudmatrix384 rank is a die, as of ep320"
         )
-    layout = replace(found.make(c.n_routed_experts), microbatches=args.microbatches)
-    options: dict[str, Any] = {
-        "batch": found.batch if args.batch is None else args.batch,
+    layout = replace(named.make(c.n_routed_experts), microbatches=args.microbatches)
+    sizes: dict[str, Any] = {
+        "batch": named.batch if args.batch is None else args.batch,
         "context": args.context,
         "drafts": args.num_speculative_tokens,
         "mtp_acceptance": args.mtp_acceptance,
         "imbalance": args.imbalance,
     }
-    step = args.step or found.step
-    result = predict(c, args.hardware, layout, step, **options)
+    step = args.step or named.step
+    prediction = predict(c, args.hardware, layout, step, **sizes)
+    document, text = {"model": args.model, "layout": args.layout, **prediction.as_dict()}, render(prediction)
     if args.sensitivity:
-        result["sensitivity"] = sensitivity(c, args.hardware, layout, step, **options)
-    show(
-        {"model": args.model, "layout": args.layout, **result},
-        args.json,
-        lambda r: _rendered(r, render(result)),
-    )
-
-
-def _rendered(result: dict[str, Any], text: str) -> str:
-    rows = result.get("sensitivity", [])
-    lines = [f"{r['constant']:24}{r['value']:>10g} {r['unit']:<16}{r['change']:+8.2%}" for r in rows]
-    return "\n".join([text, *(["", "each constant 10 % larger: the step's time", *lines] if lines else [])])
+        rows = sensitivity(c, args.hardware, layout, step, **sizes)
+        document["sensitivity"] = [asdict(row) for row in rows]
+        lines = [f"{r.constant:24}{r.value:>10g} {r.unit:<16}{r.change:+8.2%}" for r in rows]
+        text = "\n".join([text, "", "each constant 10 % larger: the step's time", *lines])
+    show(document, args.json, lambda _: text)

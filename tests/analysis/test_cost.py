@@ -1,4 +1,4 @@
-"""Constants against the operator-level figures that set them; operators; streams; the busiest rank."""
+"""Constants against the operator-level figures they are fitted to; operators; streams; the busiest rank."""
 
 import math
 import re
@@ -17,14 +17,14 @@ from cmx_jax.mesh.layout import expert_parallel
 DIE = machine("cloudmatrix384")
 
 
-def test_operators_take_the_time_that_was_measured() -> None:
+def test_operator_rows_match_measurements() -> None:
     rows = operator_rows()
     errors: dict[str, list[float]] = {}
     for row in rows:
-        assert row["role"] == "calibrated"
-        assert row["error"] == row["predicted"] / row["published"] - 1
-        errors.setdefault(row["table"], []).append(abs(row["error"]))
-    assert {table: len(of) for table, of in errors.items()} == {
+        assert row.role == "calibrated"
+        assert row.error == row.predicted / row.published - 1
+        errors.setdefault(row.table, []).append(abs(row.error))
+    assert {table: len(sizes) for table, sizes in errors.items()} == {
         "7": 24,
         "10": 6,
         "8": 2,
@@ -32,30 +32,30 @@ def test_operators_take_the_time_that_was_measured() -> None:
         "DeepGEMM": 6,
         "FA3": 1,
     }
-    assert all(np.mean(of) < 0.03 for of in errors.values())
+    assert all(np.mean(sizes) < 0.03 for sizes in errors.values())
     assert max(map(max, errors.values())) < 0.07
 
 
-def test_every_constant_has_a_source_and_none_is_of_a_whole_system() -> None:
+def test_constants_have_sources_below_whole_systems() -> None:
     operators = re.compile(r"Table (7|8|9|10)\b|section 7\.[45]|DeepGEMM|FlashAttention-3")
     whole = re.compile(r"Table [3-6]\b|section (7\.[123]|5\.[123])|TPOT|throughput|tokens/s", re.IGNORECASE)
-    for on in MACHINES.values():
-        for name, constant in on.constants.items():
+    for model in MACHINES.values():
+        for name, constant in model.constants.items():
             assert all((constant.source, constant.unit, constant.value > 0)), name
-            assert not whole.search(constant.source), (on.name, name)
+            assert not whole.search(constant.source), (model.name, name)
             if constant.origin == "fitted":
-                assert operators.search(constant.source), (on.name, name)
+                assert operators.search(constant.source), (model.name, name)
 
 
-def test_a_moved_constant_is_of_that_machine_alone() -> None:
-    faster = DIE.moving("hbm_gb_s", 2)
+def test_scaled_constant_changes_no_other_machine() -> None:
+    faster = DIE.scaled("hbm_gb_s", 2)
     assert faster["hbm_gb_s"] == 2 * DIE["hbm_gb_s"] == 3200
-    assert faster.moving("hbm_gb_s", 2)["hbm_gb_s"] == 6400
+    assert faster.scaled("hbm_gb_s", 2)["hbm_gb_s"] == 6400
     with pytest.raises(CmxError, match="hardware 'tpu', expected one of cloudmatrix384, h800, h100"):
         machine("tpu")
 
 
-def test_a_product_is_never_faster_than_peak_nor_than_its_bytes() -> None:
+def test_matmul_is_never_faster_than_peak_or_memory() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         groups, m, k, n = (int(x) for x in np.exp(rng.uniform(0, [3, 9, 9, 9])).round())
@@ -68,7 +68,7 @@ def test_a_product_is_never_faster_than_peak_nor_than_its_bytes() -> None:
             assert whole.us <= half.us <= 2 * whole.us + 2 * matmul_us(DIE, dtype, (1, 128, k, 152), 1 / 24)
 
 
-def test_what_bounds_an_operator() -> None:
+def test_operator_bounds() -> None:
     assert matmul(DIE, "int8", (1, 48, 16384, 7168), 16384 * 7168).bound == "memory"  # decode reads weights
     assert matmul(DIE, "int8", (1, 8192, 16384, 7168), 16384 * 7168).bound == "compute"
     assert attention(DIE, 1e12, 1e6).bound == "compute"
@@ -77,7 +77,7 @@ def test_what_bounds_an_operator() -> None:
     assert collective(DIE, 1e9).bound == "network"
 
 
-def test_an_exchange_is_latency_and_messages() -> None:
+def test_exchange_is_latency_and_messages() -> None:
     empty = exchange(DIE, "dispatch", 0, 7680, 320)
     assert empty.us == DIE["exchange_launch_us"] + 2 * DIE["network_us"]
     one, two = (exchange(DIE, "combine", n, 14336, 320).us - empty.us for n in (100, 200))
@@ -94,7 +94,7 @@ def _task(name: str, engines: str, us: float) -> Task:
     return Task(name, tuple(engines), us, "compute")
 
 
-def test_two_streams_on_two_engines_take_turns() -> None:
+def test_critical_path_of_two_streams_on_two_engines() -> None:
     for a, b in ((3.0, 2.0), (2.0, 3.0), (2.0, 2.0)):
         layers = [_task("attend", "a", a), _task("experts", "m", b)] * 5
         path = critical_path([layers, layers])
@@ -102,7 +102,7 @@ def test_two_streams_on_two_engines_take_turns() -> None:
         assert math.isclose(sum(t.us for t in critical_path([layers])), 5 * (a + b))
 
 
-def test_a_critical_path_is_at_least_any_stream_and_any_engine() -> None:
+def test_critical_path_bounds() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
         streams = [
@@ -121,21 +121,21 @@ EP320 = expert_parallel(320, 256, redundant_slots=32, shared_slots=32)
 EVEN = tuple(power_law(256, 0))
 
 
-def test_even_experts_on_320_dies_leave_nine_eighths_and_chance() -> None:
+def test_busiest_rank_with_even_experts_on_320_dies() -> None:
     # a token's 9 messages go to 320 slots; an expert in one slot gets 8 / 256 of them, the mean is 9 / 320
     assert busiest(EP320, EVEN, 8, 1, 10_000_000) == pytest.approx(320 * 8 / 256 / 9, rel=1e-3)
-    found = [busiest(EP320, EVEN, 8, 1, tokens) for tokens in (8, 48, 512)]
-    assert found == sorted(found, reverse=True)
-    assert found[0] > 1.3
+    loads = [busiest(EP320, EVEN, 8, 1, tokens) for tokens in (8, 48, 512)]
+    assert loads == sorted(loads, reverse=True)
+    assert loads[0] > 1.3
 
 
-def test_the_busiest_rank_as_drawn() -> None:
+def test_busiest_rank_matches_random_draws() -> None:
     layout, rng = expert_parallel(64, 256), np.random.default_rng(2)
     largest = [rng.multinomial(64 * 30 * 8, EVEN).reshape(64, 4).sum(1).max() / 240 for _ in range(300)]
     assert busiest(layout, EVEN, 8, 0, 30) == pytest.approx(np.median(largest), rel=0.02)
 
 
-def test_eplb_helps_where_experts_are_not_alike() -> None:
+def test_eplb_balances_skewed_experts() -> None:
     layout = expert_parallel(32, 256, redundant_slots=32)
     skewed = tuple(power_law(256, 0.7))
     assert sum(skewed) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Predictions of full-size steps: what they are made of, how they move, and the paper's tables."""
+"""Predictions of full-size steps: their parts, their trends, and the paper's tables."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,8 @@ import pytest
 
 from cmx_jax.analysis.cost.constants import MACHINES
 from cmx_jax.analysis.predict import paper as published
-from cmx_jax.analysis.predict.predict import predict, render, sensitivity
+from cmx_jax.analysis.predict.limits import DoesNotFit
+from cmx_jax.analysis.predict.predict import Prediction, predict, render, sensitivity
 from cmx_jax.analysis.trace.model import trace_model
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
@@ -21,41 +22,41 @@ DECODE, PREFILL = named_layout("ep320").make(256), named_layout("ep32").make(256
 PIPELINE = replace(DECODE, microbatches=2)
 
 
-def decode(layout: Layout = PIPELINE, *, hardware: Any = "cloudmatrix384", **fields: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {"batch": 96, "context": 4096, "drafts": 1} | fields
-    return predict(R1, hardware, layout, "decode", **given)
+def decode(layout: Layout = PIPELINE, *, hardware: Any = "cloudmatrix384", **fields: Any) -> Prediction:
+    arguments: dict[str, Any] = {"batch": 96, "context": 4096, "drafts": 1} | fields
+    return predict(R1, hardware, layout, "decode", **arguments)
 
 
 @pytest.mark.parametrize("layout", [DECODE, PIPELINE, replace(PREFILL, microbatches=2)])
-def test_flops_and_bytes_are_the_traces(layout: Layout) -> None:
+def test_flops_and_bytes_equal_the_traces(layout: Layout) -> None:
     step, batch = ("prefill", 2) if layout.sequence else ("decode", 96)
     sizes: dict[str, Any] = {"batch": batch, "context": 4096, "drafts": 1}
-    found = predict(R1, "cloudmatrix384", layout, step, **sizes)
+    prediction = predict(R1, "cloudmatrix384", layout, step, **sizes)
     c = replace(R1, int8=int8_fields(R1))
     traced = trace_model(c, layout, step, **sizes, ranks_per_npu=2)
-    assert found["flops"] == traced.flops
-    assert found["wire_bytes"] == sum(row["wire_bytes"] for row in traced.collectives)
+    assert prediction.flops == traced.flops
+    assert prediction.wire_bytes == sum(row["wire_bytes"] for row in traced.collectives)
 
 
 @pytest.mark.parametrize("layout", [DECODE, PIPELINE])
-def test_the_breakdown_adds_up_and_the_roofline_is_below(layout: Layout) -> None:
-    found = decode(layout)
-    rows = found["breakdown"]
-    assert sum(row["ms"] for row in rows) == pytest.approx(found["step_ms"])
-    assert all(row["ms"] <= row["busy_ms"] * (1 + 1e-9) for row in rows)
-    names = {row["operator"] for row in rows}
+def test_breakdown_adds_up_and_roofline_is_below(layout: Layout) -> None:
+    prediction = decode(layout)
+    rows = prediction.breakdown
+    assert sum(row.ms for row in rows) == pytest.approx(prediction.step_ms)
+    assert all(row.ms <= row.busy_ms * (1 + 1e-9) for row in rows)
+    names = {row.operator for row in rows}
     assert names > {"MLAProlog", "FusedAttention", "O_proj", "Gate", "Dispatch", "MLP", "Combine", "LMHead"}
-    roofline = found["roofline"]
-    assert 0 < roofline["step_ms"] < found["step_ms"]
-    assert roofline["step_ms"] == max(roofline[f"{what}_ms"] for what in ("compute", "memory", "network"))
-    assert found["tokens_per_s"] == pytest.approx(96 * 1.7 / found["step_ms"] * 1e3)
-    assert found["tpot_ms"] == pytest.approx(found["step_ms"] / 1.7)
-    assert f"{found['step_ms']:.2f} ms" in render(found)
+    roofline = prediction.roofline
+    assert 0 < roofline.step_ms < prediction.step_ms
+    assert roofline.step_ms == max(roofline.compute_ms, roofline.memory_ms, roofline.network_ms)
+    assert prediction.tokens_per_s == pytest.approx(96 * 1.7 / prediction.step_ms * 1e3)
+    assert prediction.tpot_ms == pytest.approx(prediction.step_ms / 1.7)
+    assert f"{prediction.step_ms:.2f} ms" in render(prediction)
 
 
-def test_a_weight_is_read_and_a_latent_is_computed_on() -> None:
-    """By hand, one layer of 61: O_proj's 117 MB at 84.1 % of HBM, attention's products at 246 TFLOPS."""
-    rows = {row["operator"]: row["busy_ms"] for row in decode(DECODE)["breakdown"]}
+def test_operator_times_match_closed_forms() -> None:
+    """Closed forms of one layer: O_proj's 117 MB at 84.1 % of HBM, attention's products at 246 TFLOPS."""
+    rows = {row.operator: row.busy_ms for row in decode(DECODE).breakdown}
     layers, tokens = 61 + 1, 96
     read = 16384 * 7168 / (1600 * 0.841) / 1e6
     assert read < rows["O_proj"] / layers < read + 0.02
@@ -63,11 +64,11 @@ def test_a_weight_is_read_and_a_latent_is_computed_on() -> None:
     assert rows["FusedAttention"] / layers == pytest.approx(flops / 246e12 * 1e3 + 0.005, rel=1e-6)
 
 
-def test_more_of_anything_takes_longer() -> None:
+def test_step_time_grows_with_every_size() -> None:
     def longer(name: str, *values: Any, layout: Layout = DECODE) -> None:
-        found = [decode(layout, **{name: value})["step_ms"] for value in values]
-        assert found == sorted(found), name
-        assert found[0] < found[-1], name
+        times = [decode(layout, **{name: value}).step_ms for value in values]
+        assert times == sorted(times), name
+        assert times[0] < times[-1], name
 
     longer("batch", 8, 96)
     longer("context", 1024, 4096)
@@ -75,39 +76,40 @@ def test_more_of_anything_takes_longer() -> None:
     for layout in (DECODE, PIPELINE):
         longer("imbalance", 1.0, 1.5, 4.0, layout=layout)
     longer("exponent", 0.0, 0.5, 1.0)
-    assert decode(exponent=0.6)["step_ms"] < decode(exponent=0.6, eplb=False)["step_ms"]
-    likely = [decode(mtp_acceptance=p) for p in (0.0, 0.7, 1.0)]
-    assert len({found["step_ms"] for found in likely}) == 1
-    assert likely[2]["tokens_per_s"] == pytest.approx(2 * likely[0]["tokens_per_s"])
+    assert decode(exponent=0.6).step_ms < decode(exponent=0.6, eplb=False).step_ms
+    predictions = [decode(mtp_acceptance=p) for p in (0.0, 0.7, 1.0)]
+    assert len({prediction.step_ms for prediction in predictions}) == 1
+    assert predictions[2].tokens_per_s == pytest.approx(2 * predictions[0].tokens_per_s)
 
 
-def test_a_measured_load_is_the_power_law_it_follows() -> None:
+def test_measured_load_equals_its_power_law() -> None:
     load = np.arange(1, 257, dtype=float)[None] ** -0.5 * 1e6
-    given = decode(load=load)["imbalance"]
-    assert given == pytest.approx(decode(exponent=0.5)["imbalance"], rel=0.02)
+    imbalance = decode(load=load).imbalance
+    assert imbalance == pytest.approx(decode(exponent=0.5).imbalance, rel=0.02)
     with pytest.raises(CmxError, match=r"load of shape \(2, 3\), expected \[layers, 256\] counts"):
         decode(load=np.ones((2, 3)))
 
 
-def test_streams_overlap_and_share() -> None:
-    both = decode()
-    rows = {row["operator"]: row for row in both["breakdown"]}
-    assert rows["MLP"]["ms"] < 0.1 * rows["MLP"]["busy_ms"]  # hidden behind attention
-    longest = max(both["stream_us"].values()) * 122 / 1e3
-    assert longest < both["step_ms"] < sum(both["stream_us"].values()) * 122 / 1e3
-    forced = [decode(attention_cores=n)["step_ms"] for n in (8, 16, 20)]
-    assert both["step_ms"] <= min(forced) * 1.001
-    assert decode(DECODE)["attention_cores"] is None
+def test_streams_overlap() -> None:
+    prediction = decode()
+    rows = {row.operator: row for row in prediction.breakdown}
+    assert rows["MLP"].ms < 0.1 * rows["MLP"].busy_ms  # it runs while attention runs
+    assert prediction.stream_us is not None
+    longest = max(prediction.stream_us.values()) * 122 / 1e3
+    assert longest < prediction.step_ms < sum(prediction.stream_us.values()) * 122 / 1e3
+    forced = [decode(attention_cores=n).step_ms for n in (8, 16, 20)]
+    assert prediction.step_ms <= min(forced) * 1.001
+    assert decode(DECODE).attention_cores is None
 
 
-def test_every_constant_is_moved_by_itself() -> None:
+def test_sensitivity_scales_each_constant() -> None:
     rows = sensitivity(R1, "cloudmatrix384", PIPELINE, "decode", batch=96, context=4096, drafts=1)
-    assert {row["constant"] for row in rows} == set(MACHINES["cloudmatrix384"].constants) - {"hbm_gb"}
-    change = {row["constant"]: row["change"] for row in rows}
-    assert rows[0]["constant"] == "attention_tflops"
+    assert {row.constant for row in rows} == set(MACHINES["cloudmatrix384"].constants) - {"hbm_gb"}
+    change = {row.constant: row.change for row in rows}
+    assert rows[0].constant == "attention_tflops"
     assert -0.1 < change["attention_tflops"] < -0.02
     assert change["hbm_gb_s"] < 0 < change["matmul_launch_us"]
-    assert abs(rows[0]["change"]) >= abs(rows[-1]["change"])
+    assert abs(rows[0].change) >= abs(rows[-1].change)
 
 
 @pytest.mark.parametrize(
@@ -125,26 +127,26 @@ def test_every_constant_is_moved_by_itself() -> None:
         ({"hardware": "tpu"}, "hardware 'tpu', expected one of cloudmatrix384"),
     ],
 )
-def test_nonsense_is_one_line(fields: dict[str, Any], line: str) -> None:
+def test_bad_arguments_are_one_line(fields: dict[str, Any], line: str) -> None:
     with pytest.raises(CmxError, match=line) as error:
         decode(**fields)
     assert "\n" not in str(error.value)
 
 
-def test_a_prompt_that_ranks_cannot_share_is_one_line() -> None:
+def test_prompt_that_ranks_cannot_share_is_one_line() -> None:
     with pytest.raises(CmxError, match="context is 100, expected a multiple of the 32 ranks that share it"):
         predict(R1, "cloudmatrix384", PREFILL, "prefill", batch=2, context=100)
 
 
-def test_what_is_said_to_fit_fits() -> None:
-    with pytest.raises(CmxError) as error:
+def test_batch_named_by_the_error_fits() -> None:
+    with pytest.raises(DoesNotFit) as error:
         decode(batch=512)
-    most = int(str(error.value).split("at most ")[1].split()[0])
-    assert most % 4 == 0
-    assert sum(decode(batch=most)["memory_gb"].values()) <= 64
-    with pytest.raises(CmxError, match="GB"):
-        decode(batch=most + 4)
-    with pytest.raises(CmxError, match="not even one does: take more ranks"):
+    largest = int(str(error.value).split("at most ")[1].split()[0])
+    assert largest % 4 == 0
+    assert decode(batch=largest).memory_gb.total <= 64
+    with pytest.raises(DoesNotFit, match="GB"):
+        decode(batch=largest + 4)
+    with pytest.raises(DoesNotFit, match="not even one does: take more ranks"):
         decode(expert_parallel(8, 256), batch=2)
 
 
@@ -152,46 +154,46 @@ def test_what_is_said_to_fit_fits() -> None:
     ("name", "hardware", "step"),
     [("qwen3-235b-a22b", "cloudmatrix384", "prefill"), ("llama4-maverick", "h800", "decode")],
 )
-def test_other_families_have_predictions_too(name: str, hardware: str, step: str) -> None:
+def test_other_families_have_predictions(name: str, hardware: str, step: str) -> None:
     c = preset(name)
     layout = expert_parallel(64, c.n_routed_experts, wire="int8", microbatches=2)
-    found = predict(c, hardware, layout, step, batch=4, context=1024)
-    assert found["roofline"]["step_ms"] < found["step_ms"]
-    assert sum(row["ms"] for row in found["breakdown"]) == pytest.approx(found["step_ms"])
-    assert {"QKV", "FusedAttention"} < {row["operator"] for row in found["breakdown"]}
+    prediction = predict(c, hardware, layout, step, batch=4, context=1024)
+    assert prediction.roofline.step_ms < prediction.step_ms
+    assert sum(row.ms for row in prediction.breakdown) == pytest.approx(prediction.step_ms)
+    assert {"QKV", "FusedAttention"} < {row.operator for row in prediction.breakdown}
 
 
 @pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Of the end-to-end rows those of two deployments and the extremes of decode: each is a step to trace."""
+def report(monkeypatch: pytest.MonkeyPatch) -> published.PaperReport:
+    """A report with two prefill and two decode rows only, as each row is a step to trace."""
     monkeypatch.setattr(published, "PREFILLS", published.PREFILLS[2::3])
     monkeypatch.setattr(published, "DECODES", (published.DECODES[3], published.DECODES[-1]))
     return published.paper()
 
 
-def test_the_papers_rows_stand_beside_their_predictions(tables: dict[str, Any]) -> None:
-    rows = tables["rows"]
-    predicted = [r for r in rows if r["role"] == "predicted"]
+def test_paper_rows_and_their_predictions(report: published.PaperReport) -> None:
+    rows = report.rows
+    predicted = [r for r in rows if r.role == "predicted"]
     assert len(predicted) == 2 * 2 + 2 * 2 + 3
-    assert {r["table"] for r in rows if r["role"] == "calibrated"} == {"7", "8", "9", "10", "DeepGEMM", "FA3"}
-    assert all(r["error"] == pytest.approx(r["predicted"] / r["published"] - 1) for r in rows)
-    for s in tables["summary"]:
-        errors = [abs(r["error"]) for r in rows if r["group"] == s["group"]]
-        assert (s["mean"], s["worst"]) == (pytest.approx(np.mean(errors)), max(errors))
-    decodes = [r for r in predicted if r["table"] in ("4", "5")]
-    assert max(abs(r["error"]) for r in decodes) < 0.06
-    assert [r["predicted"] for r in predicted if r["unit"] == "AIC"] == [16]  # as the paper splits them
-    by_load = [r["error"] for r in predicted if r["unit"] == "tokens/s" and r["table"] == "3"]
+    assert {r.table for r in rows if r.role == "calibrated"} == {"7", "8", "9", "10", "DeepGEMM", "FA3"}
+    assert all(r.error == pytest.approx(r.predicted / r.published - 1) for r in rows)
+    for s in report.summary:
+        errors = [abs(r.error) for r in rows if r.group == s.group]
+        assert (s.mean, s.worst) == (pytest.approx(np.mean(errors)), max(errors))
+    decodes = [r for r in predicted if r.table in ("4", "5")]
+    assert max(abs(r.error) for r in decodes) < 0.06
+    assert [r.predicted for r in predicted if r.unit == "AIC"] == [16]  # as the paper splits them
+    by_load = [r.error for r in predicted if r.unit == "tokens/s" and r.table == "3"]
     assert by_load[0] > 0.1 > abs(by_load[1])  # of uneven experts nothing is known: a miss that is not hidden
-    text = published.render(tables)
-    assert all(r["row"] in text for r in rows)
+    text = published.render(report)
+    assert all(r.name in text for r in rows)
 
 
-def test_the_tables_are_the_papers() -> None:
+def test_published_rows_are_consistent() -> None:
     assert all(
         p.tokens_per_s / p.per_tflops == pytest.approx(n, rel=0.006)
         for p, n in zip(published.PREFILLS, (1979, 1979, 1504, 1979, 1979, 1504), strict=True)
     )
-    own = [d for d in published.DECODES if d.hardware == "cloudmatrix384"]
-    assert all(d.batch / d.tpot_ms * 1e3 == pytest.approx(d.tokens_per_s, rel=0.005) for d in own)
-    assert all(d.tpot_ms <= d.slo_ms for d in own)
+    decodes = [d for d in published.DECODES if d.hardware == "cloudmatrix384"]
+    assert all(d.batch / d.tpot_ms * 1e3 == pytest.approx(d.tokens_per_s, rel=0.005) for d in decodes)
+    assert all(d.tpot_ms <= d.slo_ms for d in decodes)

@@ -1,4 +1,4 @@
-"""Step times from predictions: against direct ones, closed forms, and through the command."""
+"""Step times from predictions, against direct predictions and closed forms, and through the command."""
 
 import json
 from dataclasses import replace
@@ -40,25 +40,25 @@ def prompts(*lengths: tuple[int, int]) -> list[list[Piece]]:
     return [[Piece(Job.of(Arrival(0.0, stop, 1)), start, stop) for start, stop in lengths]]
 
 
-def direct(of: Layout, step: str, batch: int, context: int) -> float:
-    found = predict(R1, "cloudmatrix384", of, step, batch=batch, context=context, drafts=1)
-    return float(found["step_ms"]) / 1e3
+def direct(layout: Layout, step: str, batch: int, context: int) -> float:
+    prediction = predict(R1, "cloudmatrix384", layout, step, batch=batch, context=context, drafts=1)
+    return prediction.step_ms / 1e3
 
 
-def test_between_the_points_decode_is_what_is_predicted_directly(times: Predicted) -> None:
+def test_decode_between_grid_points(times: Predicted) -> None:
     for sequences, context in [(10, 3000), (44, 900)]:
         expected = direct(DECODE, "decode", 2 * sequences, context)
         assert times.decode(sequences, context) == pytest.approx(expected, rel=0.03)
 
 
-def test_between_the_points_prefill_is_what_is_predicted_directly(times: Predicted) -> None:
+def test_prefill_between_grid_points(times: Predicted) -> None:
     for batch, length in [(1, 4096), (3, 1600)]:
         found = times.prefill(prompts(*[(0, length)] * (16 * batch)))
         assert found == pytest.approx(direct(PREFILL, "prefill", batch, length), rel=0.02)
 
 
-def test_chunks_take_what_their_prompt_s_attention_takes(times: Predicted) -> None:
-    """The same tokens: those behind a past see more."""
+def test_later_chunks_take_longer_by_their_attention(times: Predicted) -> None:
+    """Of the same number of tokens, those of a later chunk see more."""
     fresh, later = times.prefill(prompts((0, 8192))), times.prefill(prompts((8192, 16384)))
     pairs = 8192**2
     each = (times.prefill(prompts((0, 8192))) - times.prefill(prompts(*[(0, 1024)] * 8))) / (8192 * 7168 / 2)
@@ -66,27 +66,27 @@ def test_chunks_take_what_their_prompt_s_attention_takes(times: Predicted) -> No
     assert later > fresh
 
 
-def test_fewer_sequences_than_microbatches_take_as_long_as_one_in_each(times: Predicted) -> None:
+def test_decode_of_fewer_sequences_than_microbatches(times: Predicted) -> None:
     assert times.decode(1, 4096) == times.decode(2, 4096) == direct(DECODE, "decode", 4, 4096)
 
 
-def test_rows_travel_at_the_planes_bandwidths(times: Predicted) -> None:
+def test_transfer_and_fetch_match_bandwidths(times: Predicted) -> None:
     assert isinstance(times, StepTimes)
     row = 62 * 576 * 2  # 61 layers and the MTP layer's latent and rotated key, BF16
     assert times.transfer(4096) == pytest.approx(4096 * row / 25e9)
     assert times.fetch(4096) == pytest.approx(4096 * row / 147e9 + 1.7e-6)
 
 
-def test_acceptance_and_room() -> None:
+def test_acceptance_and_pools() -> None:
     two = Predicted(R1, "cloudmatrix384", PREFILL, DECODE, drafts=2)
     assert two.acceptance(0.7) == pytest.approx(0.7 + 0.49)
     with pytest.raises(CmxError, match=r"mtp_acceptance is 1\.5, expected 0 to 1"):
         two.acceptance(1.5)
     pool = two.pool("decode", 1, sequences=48)
     assert (pool.npus, pool.ranks, pool.sharing) == (160, 320, 1)
-    used = predict(R1, "cloudmatrix384", DECODE, "decode", batch=96, context=4096, drafts=2)["memory_gb"]
-    left = machine("cloudmatrix384")["hbm_gb"] - used["weights"] - used["mailboxes"]
-    assert pool.capacity.pages * 128 * used["cache"] / (48 * 4096) == pytest.approx(left, rel=0.01)
+    used = predict(R1, "cloudmatrix384", DECODE, "decode", batch=96, context=4096, drafts=2).memory_gb
+    left = machine("cloudmatrix384")["hbm_gb"] - used.weights - used.mailboxes
+    assert pool.capacity.pages * 128 * used.cache / (48 * 4096) == pytest.approx(left, rel=0.01)
     shared = two.pool("prefill", 6, budget=16 * 16384)
     assert (shared.npus, shared.ranks, shared.sharing) == (16, 1, 32)
     with pytest.raises(CmxError, match=r"at most \d+ fit"):
@@ -94,7 +94,7 @@ def test_acceptance_and_room() -> None:
 
 
 @given(st.floats(0, 1e6), st.integers(1, 300), st.integers(1, 4), st.none() | st.integers(1, 10**6))
-def test_a_grid_lies_around_what_is_asked_for(x: float, unit: int, parts: int, most: int | None) -> None:
+def test_grid_points_enclose_their_value(x: float, unit: int, parts: int, most: int | None) -> None:
     low, high = bracket(x, unit, parts, most)
     assert 0 < low <= high
     if most is None:
@@ -108,13 +108,13 @@ def test_a_grid_lies_around_what_is_asked_for(x: float, unit: int, parts: int, m
         )
 
 
-def test_gpus_have_no_pool() -> None:
+def test_gpus_have_no_memory_pool() -> None:
     gpus = Predicted(R1, "h800", layout("h800-ep32"), layout("h800-ep144"))
     with pytest.raises(CmxError, match="h800 has no memory pool"):
         gpus.fetch(512)
 
 
-def test_the_command_predicts_what_a_lone_request_takes(times: Predicted, capsys: Any) -> None:
+def test_command_predicts_a_lone_request(times: Predicted, capsys: Any) -> None:
     flags = ["--predict", "deepseek-r1", "--rate", "0.01", "--requests", "1", "--output", "18", "--json"]
     assert main(["simulate", *flags]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from cmx_jax.analysis.bench.report import RequestColumns, Summary
-from cmx_jax.analysis.compare.plots import COLOURS, STYLE, need_matplotlib
+from cmx_jax.analysis.plotting import COLOURS, STYLE, need_matplotlib
 
 WIDTH, BINS = 7.0, 60  # inches; bins over the duration
 WAIT, ANSWER, FAILED = COLOURS[1], COLOURS[0], COLOURS[5]

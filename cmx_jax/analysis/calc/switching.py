@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import jax.numpy as jnp
 
-from cmx_jax.analysis.cost.pool import read_s
+from cmx_jax.analysis.cost.operators import pool_read_s
 from cmx_jax.errors import CmxError
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.leaf import leaf_dtype
@@ -135,7 +135,7 @@ def switching(
     for name, value in {**counts, "obs_gb_s": obs_gb_s, "size": size}.items():
         if not 0 < value < math.inf:
             raise CmxError(f"{name} is {value:g}, expected more than 0")
-    load, warm = size / (obs_gb_s * 1e9), read_s(size, dies)
+    load, warm = size / (obs_gb_s * 1e9), pool_read_s(size, dies)
     hit = min(local_models / models, 1.0)
     tiers = {
         "no cache": Tier(instances * load, None, 0, 0.0, load),

@@ -8,8 +8,9 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from cmx_jax.analysis.compare.comparison import Comparison
-from cmx_jax.analysis.compare.plots import image, plots
+from cmx_jax.analysis.compare.plots import plots
 from cmx_jax.analysis.compare.report import heading, notes, tables, text
+from cmx_jax.analysis.plotting import image
 
 INK = "#010203"  # the colour that plots are drawn in, to be replaced by the page's own
 TEMPLATE = Path(__file__).with_name("page.html.j2")

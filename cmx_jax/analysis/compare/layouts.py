@@ -183,7 +183,7 @@ def _predicted_ms(job: _Job, layout: Layout, named: NamedLayout) -> tuple[float 
         prediction = predict(
             job.c, hardware, layout, job.step, batch=job.batch, context=job.context, drafts=job.drafts
         )
-        return prediction["step_ms"], []
+        return prediction.step_ms, []
     except CmxError as error:
         return None, [f"no time is predicted: {error}"]
 

@@ -4,40 +4,19 @@ Plots are narrow, so that a phone shows them at a readable size. Colours are Oka
 see red and green alike can tell apart; from the ninth on, bars are hatched too.
 """
 
-import importlib.util
-import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cmx_jax.analysis.compare.comparison import Comparison, LayoutRow
 from cmx_jax.analysis.compare.report import UNITS, text, unit
-from cmx_jax.errors import CmxError
+from cmx_jax.analysis.plotting import COLOURS, STYLE, need_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 HATCHES = ("", "///", "...")
 WIDTH = 4.0  # inches
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.parse_math": False,
-}
-
-
-def need_matplotlib() -> None:
-    """Raises an error unless matplotlib is installed.
-
-    Raises:
-      CmxError: matplotlib is missing.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CmxError("plots need matplotlib: pip install 'cmx_jax[plots]'")
 
 
 def plots(comparison: Comparison, ink: str = "black") -> "dict[str, Figure]":
@@ -74,23 +53,6 @@ def plots(comparison: Comparison, ink: str = "black") -> "dict[str, Figure]":
         for row in rows:
             figures[f"traffic-{row.name}"] = _map(row, smallest, largest, ink)
     return figures
-
-
-def image(figure: "Figure", kind: str, paper: str = "white") -> bytes:
-    """Returns a figure as `svg` or `png`; the same figure always gives the same bytes.
-
-    Args:
-      figure: Figure of matplotlib.
-      kind: `svg` or `png`.
-      paper: Colour of the background, or `none`.
-    """
-    import matplotlib
-
-    out = io.BytesIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": figure.get_label()}):
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(out, format=kind, facecolor=paper, metadata=metadata, dpi=200)
-    return out.getvalue()
 
 
 def _bars(

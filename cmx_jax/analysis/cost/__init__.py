@@ -1,3 +1,4 @@
-"""What an operator costs on a machine: `constants.py` has every constant and its source, `measured.py` the
-operator-level figures that they are held to, `operators.py` the time of one operator, `overlap.py` of many
-that share a machine, `imbalance.py` how much more than the mean the busiest rank gets."""
+"""Cost of an operator on a machine: `constants.py` has every constant and its source, `measured.py` the
+published operator-level figures to which constants are fitted, `operators.py` the time of one operator,
+`overlap.py` the time of many operators that share a machine, `imbalance.py` the load of the busiest rank
+relative to the mean."""

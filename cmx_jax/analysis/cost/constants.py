@@ -1,10 +1,10 @@
 """Every constant of the cost model, each with its source.
 
-A constant is `stated` (of the hardware, by a source outside this model), `fitted` to operator-level
-measurements (`analysis/cost/measured.py`), or `assumed`, where nobody states it; the source then says why. No
-end-to-end figure of a system sets any of them: those are what is predicted.
+A constant is `stated` (a property of the hardware, from a source outside this model), `fitted` to
+operator-level measurements (`analysis/cost/measured.py`), or `assumed` if no source states it; its source
+then gives the reason. No constant is set by an end-to-end figure of a system: those figures are predicted.
 
-The paper is arXiv 2506.12708, its sections and tables numbered as there.
+The paper is arXiv 2506.12708; sections and tables are numbered as in the paper.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,14 @@ Origin = Literal["stated", "fitted", "assumed"]
 
 @dataclass(frozen=True)
 class Constant:
-    """A number of one machine (per die or GPU): its value, unit, and where that is from."""
+    """One constant of a machine (per die or GPU).
+
+    Attributes:
+      value: Value in `unit`.
+      unit: Unit of the value.
+      origin: Kind of evidence for the value.
+      source: Publication, table or reason that the value comes from.
+    """
 
     value: float
     unit: str
@@ -29,16 +36,19 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """An accelerator as the cost model sees it; what it calls a rank is a die or a GPU.
+class MachineModel:
+    """An accelerator as the cost model sees it. A rank is a die or a GPU.
+
+    `model[name]` is the value of a constant.
 
     Attributes:
-      name: as `--hardware` has it.
-      ranks_per_npu: dies of a package.
-      ranks_per_node: that share the nearest network.
-      kind: `ascend`, whose matrix and vector cores work side by side and share out among streams, or `gpu`.
-      constants: by name.
-      moved: constants that are not as in the table, by name.
+      name: Value of `--hardware` that selects the machine.
+      ranks_per_npu: Number of dies per package.
+      ranks_per_node: Number of ranks on one node, the nearest network.
+      kind: Either `ascend`, whose matrix and vector cores work in parallel and can be divided among streams,
+        or `gpu`.
+      constants: Constants of the machine, keyed by name.
+      overrides: Values that replace those of `constants`, keyed by name.
     """
 
     name: str
@@ -46,14 +56,14 @@ class Machine:
     ranks_per_node: int
     kind: Literal["ascend", "gpu"]
     constants: Mapping[str, Constant]
-    moved: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    overrides: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def __getitem__(self, name: str) -> float:
-        return self.moved.get(name, self.constants[name].value)
+        return self.overrides.get(name, self.constants[name].value)
 
-    def moving(self, name: str, factor: float) -> "Machine":
-        """The same with one constant multiplied."""
-        return replace(self, moved={**self.moved, name: self[name] * factor})
+    def scaled(self, name: str, factor: float) -> "MachineModel":
+        """Returns a copy with one constant multiplied by `factor`."""
+        return replace(self, overrides={**self.overrides, name: self[name] * factor})
 
 
 _UB, _NODE, _DIE = CLOUDMATRIX384.across_nodes, CLOUDMATRIX384.within_node, ASCEND_910C
@@ -111,7 +121,8 @@ _GEMM = "DeepGEMM's table for H800: K = 512 to 16384 at M = 4096"
 
 
 def _hopper(network: str) -> dict[str, Constant]:
-    """H800 and H100 SXM: the same chip but for NVLink, which experts across nodes do not wait for."""
+    """Returns the constants of H800 and H100 SXM, which differ in NVLink only: experts across nodes do not
+    depend on it."""
     return {
         "int8_tops": Constant(1979, "TFLOPS FP8", "stated", "NVIDIA's data sheet, dense"),
         "bf16_tflops": Constant(989, "TFLOPS", "stated", "NVIDIA's data sheet, dense"),
@@ -153,17 +164,17 @@ def _hopper(network: str) -> dict[str, Constant]:
 
 
 MACHINES = {
-    "cloudmatrix384": Machine("cloudmatrix384", 2, 16, "ascend", _CLOUDMATRIX),
-    "h800": Machine("h800", 1, 8, "gpu", _hopper("CX7, 400 Gb/s a GPU")),
-    "h100": Machine("h100", 1, 8, "gpu", _hopper("CX7, 400 Gb/s a GPU")),
+    "cloudmatrix384": MachineModel("cloudmatrix384", 2, 16, "ascend", _CLOUDMATRIX),
+    "h800": MachineModel("h800", 1, 8, "gpu", _hopper("CX7, 400 Gb/s a GPU")),
+    "h100": MachineModel("h100", 1, 8, "gpu", _hopper("CX7, 400 Gb/s a GPU")),
 }
 
 
-def machine(name: str) -> Machine:
-    """A machine by name.
+def machine(name: str) -> MachineModel:
+    """Returns the machine called `name`.
 
     Raises:
-      CmxError: there is none.
+      CmxError: No machine has that name.
     """
     if name not in MACHINES:
         raise CmxError(f"hardware {name!r}, expected one of {', '.join(MACHINES)}")

@@ -1,24 +1,35 @@
-"""The time of one operator on one rank. Times are in microseconds.
+"""Time of one operator on one rank, and of reads of the memory pool. Times are in microseconds.
 
-A kernel's time is what it costs to start and the longest of what it computes, reads, and sends. `share` is
-the part of a rank's cores that it has. Memory serves whoever asks: a matrix core holds hundreds of KB of
-loads under way, so that a part of the cores can draw all of its bandwidth, and streams that do so at once
-are slowed (`analysis/cost/overlap.py`).
+A kernel's time is its launch plus the longest of its computation, its memory traffic and its network traffic.
+`Share` is the part of a rank's cores and memory that the kernel has. Memory bandwidth does not depend on the
+number of cores: a matrix core keeps hundreds of KB of loads in flight, so a part of the cores can draw all of
+it, and streams that do so at the same time slow each other down (`analysis/cost/overlap.py`).
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from cmx_jax.analysis.cost.constants import Machine
+from cmx_jax.analysis.cost.constants import MachineModel
+from cmx_jax.mesh.supernode import Path
 
 Bound = Literal["compute", "memory", "network", "vector cores", "launch"]
+ExchangePhase = Literal["dispatch", "combine"]
 PEAKS = {"int8": "int8_tops", "bfloat16": "bf16_tflops", "float16": "bf16_tflops"}
+POOL = Path(read_gb_s=147, write_gb_s=107, read_us=1.7, write_us=1.9)
+"""One die's path to the memory pool, the CPUs' DRAM that NPUs read and write over UB (section 4.4.1):
+Table 1, NPU to CPU across nodes."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Time of an operator, what is the most of it, and for how much of it memory is busy."""
+    """Cost of one kernel.
+
+    Attributes:
+      us: Duration in microseconds.
+      bound: Phase that accounts for most of the duration.
+      memory: Time in microseconds for which the kernel keeps memory busy.
+    """
 
     us: float
     bound: Bound
@@ -27,7 +38,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Share:
-    """What an operator has of a rank: part of its cores, and of the bandwidth of its memory."""
+    """Part of a rank that an operator has.
+
+    Attributes:
+      cores: Fraction of the rank's cores.
+      memory: Fraction of the rank's memory bandwidth.
+    """
 
     cores: float = 1.0
     memory: float = 1.0
@@ -36,82 +52,114 @@ class Share:
 ALL = Share()
 
 
-def peak(machine: Machine, dtype: str) -> float:
-    """Operations of a microsecond, in millions."""
+def peak(machine: MachineModel, dtype: str) -> float:
+    """Returns the peak number of operations per microsecond, in millions."""
     return machine[PEAKS.get(dtype, "fp32_tflops")]
 
 
-def longest(launch: float, **parts: float) -> Cost:
-    """`launch` and the longest part; the bound is what takes most."""
-    name = max(parts, key=lambda part: parts[part])
-    bound = "launch" if launch > parts[name] else name.replace("_", " ")
-    return Cost(launch + parts[name], bound, parts.get("memory", 0.0))  # type: ignore[arg-type]
+def kernel_cost(launch: float, **phases: float) -> Cost:
+    """Returns the cost of a kernel whose phases overlap: `launch` plus the longest phase.
+
+    Args:
+      launch: Microseconds that starting the kernel takes.
+      **phases: Microseconds of each phase. A keyword is the phase's `Bound`, with underscores for spaces.
+    """
+    name = max(phases, key=lambda phase: phases[phase])
+    bound = "launch" if launch > phases[name] else name.replace("_", " ")
+    return Cost(launch + phases[name], bound, phases.get("memory", 0.0))  # type: ignore[arg-type]
 
 
-def matmul_us(machine: Machine, dtype: str, shape: tuple[float, ...], cores: float = 1.0) -> float:
-    """Computing `[batch, m, k] x [batch, k, n]`.
+def matmul_us(machine: MachineModel, dtype: str, shape: tuple[float, ...], cores: float = 1.0) -> float:
+    """Returns the computing time of `[batch, m, k] x [batch, k, n]`.
 
-    Cores take tiles of `tile_rows x tile_columns` in turn, so the last turn may be partly idle; where tiles
-    are fewer than cores, kernels cut them finer. A tile costs its depth `k`, and a fill for its start and
-    end, given as depth in INT8: a time, whatever the type. A last tile with fewer rows costs those, 16 at a
-    time.
+    Cores take tiles of `tile_rows x tile_columns` in turn, so the last turn may be partly idle; if there are
+    fewer tiles than cores, kernels cut them finer. A tile costs its depth `k`, and a fill for its start and
+    end. The fill is given as depth in INT8, and takes the same time for every type. A last tile with fewer
+    rows costs only those, in multiples of 16.
     """
     batch, m, k, n = shape
     rows, columns, workers = machine["tile_rows"], machine["tile_columns"], machine["cores"] * cores
     high, wide = math.ceil(m / 16) * 16, math.ceil(n / columns)
     tiles = batch * math.ceil(m / rows) * wide
     turns = math.ceil(tiles / workers) if tiles > workers else tiles / workers
-    tall = high / math.ceil(m / rows)  # rows of a tile, on average
+    mean_rows = high / math.ceil(m / rows)  # per tile
     fill = machine["matmul_fill"] * peak(machine, dtype) / peak(machine, "int8")
-    a_core = peak(machine, dtype) * machine["matmul_efficiency"] / machine["cores"]
-    return turns * 2 * tall * columns * (k + fill) / (a_core * 1e6)
+    core_peak = peak(machine, dtype) * machine["matmul_efficiency"] / machine["cores"]
+    return turns * 2 * mean_rows * columns * (k + fill) / (core_peak * 1e6)
 
 
 def matmul(
-    machine: Machine,
+    machine: MachineModel,
     dtype: str,
     shape: tuple[float, ...],
     moved: float,
     share: Share = ALL,
     launch: bool = True,
 ) -> Cost:
-    """A product with weights; `moved`: bytes of operands and result. Few rows leave it to reading weights."""
+    """Returns the cost of a product with weights; with few rows, reading the weights bounds it.
+
+    Args:
+      machine: Machine that runs the product.
+      dtype: Type of the operands.
+      shape: Shape of the product, `(batch, m, k, n)`.
+      moved: Bytes of operands and result.
+      share: Part of the rank that the product has.
+      launch: Count a kernel launch; False for a product fused into the kernel before it.
+    """
     read = moved / (machine["hbm_gb_s"] * machine["matmul_memory"] * share.memory * 1e3)
     start = machine["matmul_launch_us"] if launch else 0.0
-    return longest(start, compute=matmul_us(machine, dtype, shape, share.cores), memory=read)
+    return kernel_cost(start, compute=matmul_us(machine, dtype, shape, share.cores), memory=read)
 
 
 def attention(
-    machine: Machine, flops: float, moved: float, share: Share = ALL, kernel: str = "attention_tflops"
+    machine: MachineModel, flops: float, moved: float, share: Share = ALL, kernel: str = "attention_tflops"
 ) -> Cost:
-    """Scores, softmax and sum as one kernel: bound by its products or by reading keys and values. `kernel`:
-    the constant that says what its products reach, `prefill_tflops` for whole prompts."""
+    """Returns the cost of scores, softmax and sum as one kernel.
+
+    It is bound by its products, or by reading keys and values.
+
+    Args:
+      machine: Machine that runs the kernel.
+      flops: Operations of the products.
+      moved: Bytes read and written.
+      share: Part of the rank that the kernel has.
+      kernel: Constant with the speed of the products; `prefill_tflops` for whole prompts.
+    """
     compute = flops / (machine[kernel] * share.cores * 1e6)
     read = moved / (machine["hbm_gb_s"] * machine["attention_memory"] * share.memory * 1e3)
-    return longest(machine["matmul_launch_us"], compute=compute, memory=read)
+    return kernel_cost(machine["matmul_launch_us"], compute=compute, memory=read)
 
 
-def vector(machine: Machine, moved: float, share: Share = ALL) -> Cost:
-    """Norms, activations, rounding: read and write memory, and compute next to nothing."""
+def vector(machine: MachineModel, moved: float, share: Share = ALL) -> Cost:
+    """Returns the cost of a norm, activation or rounding that reads and writes `moved` bytes.
+
+    Its computation takes next to no time.
+    """
     read = moved / (machine["hbm_gb_s"] * machine["vector_memory"] * share.memory * 1e3)
-    return longest(machine["vector_launch_us"], memory=read)
+    return kernel_cost(machine["vector_launch_us"], memory=read)
 
 
-def collective(machine: Machine, wire: float) -> Cost:
-    """A collective of which `wire` bytes leave the rank."""
+def collective(machine: MachineModel, wire: float) -> Cost:
+    """Returns the cost of a collective that sends `wire` bytes from each rank."""
     start = machine["exchange_launch_us"] + machine["network_us"]
-    return longest(start, network=wire / (machine["network_gb_s"] * 1e3))
+    return kernel_cost(start, network=wire / (machine["network_gb_s"] * 1e3))
 
 
 PASSES = 3
-"""How often a message passes memory: dispatch lands it, reads and places it; combine reads, lands,
-gathers."""
+"""Number of times that a message passes through memory: dispatch writes it on arrival, reads it and places
+it; combine reads it, writes it on arrival and gathers it."""
 
 
 @dataclass(frozen=True)
-class Exchanged:
-    """A dispatch or combine in its parts: the network's, and that of the vector cores which drive it;
-    `memory`: for how long memory is busy with it."""
+class ExchangeCost:
+    """Cost of a dispatch or combine by its parts, all in microseconds.
+
+    Attributes:
+      start: Launch and latency.
+      wire: Transfer over the network.
+      cores: Work of the vector cores that drive the exchange.
+      memory: Time for which the exchange keeps memory busy.
+    """
 
     start: float
     wire: float
@@ -120,41 +168,66 @@ class Exchanged:
 
     @property
     def us(self) -> float:
+        """Total duration."""
         return self.start + self.wire + self.cores
 
 
 def exchange(
-    machine: Machine,
-    which: Literal["dispatch", "combine"],
+    machine: MachineModel,
+    phase: ExchangePhase,
     messages: float,
     size: float,
     ranks: int,
     cores: float = 1.0,
-) -> Exchanged:
-    """Dispatch or combine of `messages` messages of `size` bytes over `ranks` ranks (section 4.2.1).
+) -> ExchangeCost:
+    """Returns the cost of a dispatch or combine (section 4.2.1).
 
-    Messages to ranks that are near do not cross the network, all others cost the same: that is how measured
-    times grow with the group and then no more (Table 7). Of a message's time what the network needs at the
-    bandwidth of Table 1 is the network's; the rest is the cores', which pack, place and gather, and grows
-    when they are fewer.
+    Messages to near ranks do not cross the network; all others cost the same. This is how measured times grow
+    with the size of the group and then level off (Table 7). Of the time per message, the network's part is
+    what it needs at Table 1's bandwidth. The rest is the work of the cores, which pack, place and gather, and
+    grows when there are fewer of them.
+
+    Args:
+      machine: Machine that runs the exchange.
+      phase: Direction of the exchange.
+      messages: Number of messages that a rank sends.
+      size: Bytes per message.
+      ranks: Number of ranks in the group.
+      cores: Fraction of the rank's cores.
     """
-    away = messages * max(ranks - machine["near_ranks"], 0) / ranks
+    remote = messages * max(ranks - machine["near_ranks"], 0) / ranks
     wire = size / machine["network_gb_s"] / 1e3
-    rest = max(machine[f"{which}_ns"] / 1e3 - wire, 0.0)
-    if machine.kind == "gpu":  # low-latency kernels leave the cores alone: the network is all there is
-        wire, rest = machine[f"{which}_ns"] / 1e3, 0.0
+    work = max(machine[f"{phase}_ns"] / 1e3 - wire, 0.0)
+    if machine.kind == "gpu":  # low-latency kernels use no cores: all of the time is the network's
+        wire, work = machine[f"{phase}_ns"] / 1e3, 0.0
     latency = machine["node_us"] if ranks <= machine.ranks_per_node else machine["network_us"]
     start = machine["exchange_launch_us"] + machine["flights"] * latency
-    moved = PASSES * messages * size / (machine["hbm_gb_s"] * machine["vector_memory"] * 1e3)
-    return Exchanged(start, away * wire, away * rest / cores, moved)
+    memory = PASSES * messages * size / (machine["hbm_gb_s"] * machine["vector_memory"] * 1e3)
+    return ExchangeCost(start, remote * wire, remote * work / cores, memory)
 
 
 def exchange_by_node(
-    machine: Machine, which: Literal["dispatch", "combine"], tokens: float, size: float, reached: float
-) -> Exchanged:
-    """GPUs' kernels for many tokens: a token crosses to each node that it needs once (`reached` of them), and
-    spreads there by NVLink."""
-    wire = tokens * reached * size / (machine[f"normal_{which}_gb_s"] * 1e3)
-    return Exchanged(
-        machine["exchange_launch_us"] + machine["flights"] * machine["network_us"], wire, 0.0, 0.0
-    )
+    machine: MachineModel, phase: ExchangePhase, tokens: float, size: float, reached: float
+) -> ExchangeCost:
+    """Returns the cost of GPUs' exchange kernels for many tokens.
+
+    A token crosses the network once to each node that it needs, and spreads there over NVLink.
+
+    Args:
+      machine: Machine that runs the exchange.
+      phase: Direction of the exchange.
+      tokens: Number of tokens per rank.
+      size: Bytes per token.
+      reached: Number of nodes that a token goes to, on average.
+    """
+    wire = tokens * reached * size / (machine[f"normal_{phase}_gb_s"] * 1e3)
+    start = machine["exchange_launch_us"] + machine["flights"] * machine["network_us"]
+    return ExchangeCost(start, wire, 0.0, 0.0)
+
+
+def pool_read_s(size: float, dies: int = 1) -> float:
+    """Returns the seconds in which `dies` dies together read `size` bytes of the memory pool.
+
+    Each die reads an equal part. CPUs are taken to be fast enough.
+    """
+    return POOL.read_us / 1e6 + size / dies / (POOL.read_gb_s * 1e9)

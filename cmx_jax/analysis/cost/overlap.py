@@ -1,4 +1,4 @@
-"""Operators of several streams that share a machine: when each runs, and which of them the step waits for."""
+"""Schedules the operators of several streams on one machine and finds those that the step waits for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,15 @@ from itertools import groupby
 
 @dataclass(frozen=True)
 class Task:
-    """An operator: what it needs for itself while it runs, and for how long; `bound` is what takes its time,
-    `memory` for how much of it memory is busy."""
+    """An operator on the resources of a rank.
+
+    Attributes:
+      name: Name of the operator.
+      resources: Resources that it holds exclusively while it runs.
+      us: Duration in microseconds.
+      bound: Resource or phase that accounts for most of the duration.
+      memory: Time in microseconds for which the operator keeps memory busy.
+    """
 
     name: str
     resources: tuple[str, ...]
@@ -19,8 +26,13 @@ class Task:
 
 @dataclass(frozen=True)
 class _Block:
-    """Tasks of one stream that ran behind each other on the same resources, and the block before which they
-    could not."""
+    """Consecutive tasks of one stream on the same resources.
+
+    Attributes:
+      tasks: Tasks of the block, in order.
+      end: End of the last task, in microseconds.
+      before: Block whose end this block had to wait for, if any.
+    """
 
     tasks: tuple[Task, ...]
     end: float
@@ -28,36 +40,37 @@ class _Block:
 
 
 def critical_path(streams: Sequence[Sequence[Task]]) -> list[Task]:
-    """Runs streams side by side and returns the tasks that the last one to end had to wait for, in time's
-    order: each begins when the one before it ends, so that their times add up to the whole.
+    """Runs the streams in parallel and returns the critical path in order of time.
 
-    A stream's tasks follow each other, and wait for their resources. What a stream does on the same resources
-    without a break is not broken into. Whichever can start first does; of several the one that waits longest.
+    Each task of the path begins when the one before it ends, so the durations add up to the total time. A
+    stream runs its tasks in order; each waits for its resources. Consecutive tasks of a stream on the same
+    resources run without interruption. The block that can start first runs next; of several, the one that has
+    waited longest.
     """
     queues = [[tuple(run) for _, run in groupby(tasks, lambda t: t.resources)] for tasks in streams]
-    at = [0] * len(queues)
+    position = [0] * len(queues)
     last: list[_Block | None] = [None] * len(queues)
     holder: dict[str, _Block] = {}
 
     def waits(s: int) -> list[_Block | None]:
-        """What must end before the stream's next block begins."""
-        return [last[s], *(holder.get(resource) for resource in queues[s][at[s]][0].resources)]
+        """Returns the blocks that must end before the stream's next block begins."""
+        return [last[s], *(holder.get(resource) for resource in queues[s][position[s]][0].resources)]
 
     def start(s: int) -> tuple[float, float]:
         return max(_end(block) for block in waits(s)), _end(last[s])
 
-    while open_ := [s for s in range(len(queues)) if at[s] < len(queues[s])]:
-        s = min(open_, key=start)
-        before, run = max(waits(s), key=_end), queues[s][at[s]]
-        block = _Block(run, _end(before) + sum(task.us for task in run), before)
-        holder |= dict.fromkeys(run[0].resources, block)
-        last[s] = block
-        at[s] += 1
+    while unfinished := [s for s in range(len(queues)) if position[s] < len(queues[s])]:
+        s = min(unfinished, key=start)
+        before, run = max(waits(s), key=_end), queues[s][position[s]]
+        added = _Block(run, _end(before) + sum(task.us for task in run), before)
+        holder |= dict.fromkeys(run[0].resources, added)
+        last[s] = added
+        position[s] += 1
     path: list[Task] = []
-    at_end = max(last, key=_end, default=None)
-    while at_end is not None:
-        path[:0] = at_end.tasks
-        at_end = at_end.before
+    block = max(last, key=_end, default=None)
+    while block is not None:
+        path[:0] = block.tasks
+        block = block.before
     return path
 
 

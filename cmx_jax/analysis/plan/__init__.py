@@ -1,1 +1,1 @@
-"""Which deployment serves a load within its service-level objectives."""
+"""Chooses the deployment that serves a workload within its service-level objectives."""

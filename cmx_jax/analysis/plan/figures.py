@@ -3,24 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from cmx_jax.analysis.compare.plots import COLOURS, STYLE, image, need_matplotlib
-from cmx_jax.analysis.plan.plan import named
+from cmx_jax.analysis.cost.measured import PaperRow
+from cmx_jax.analysis.plan.plan import Plan
+from cmx_jax.analysis.plotting import COLOURS, STYLE, image, need_matplotlib
+from cmx_jax.analysis.predict.candidates import InstancePlan
+from cmx_jax.analysis.predict.paper import PaperReport
 from cmx_jax.analysis.writing import need_folder, write_whole
 from cmx_jax.errors import CmxError
 
 GREY, WIDE = "#BBBBBB", 7.0  # inches
 TICKS = (-100, -30, -10, -5, 0, 5, 10, 30, 100)
 ROLES = {"calibrated": COLOURS[7], "predicted": COLOURS[0]}
+BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
 
 
 class Folder:
-    """Where figures go; looked at before anything is computed.
+    """A folder for figures, checked before anything is computed.
 
     Args:
-      path: made if its parent is there; None: nothing is written.
+      path: Path of the folder, which is made if its parent exists; None writes nothing.
 
     Raises:
-      CmxError: there cannot be such a folder, or matplotlib is missing.
+      CmxError: The folder cannot be made, or matplotlib is missing.
     """
 
     def __init__(self, path: str | None):
@@ -33,8 +37,12 @@ class Folder:
     def write(self, name: str, figure: Any) -> None:
         """Writes a figure as PNG and SVG.
 
+        Args:
+          name: Name of the files, without suffix.
+          figure: Figure of matplotlib.
+
         Raises:
-          CmxError: a file cannot be written; what was there before is still there.
+          CmxError: A file cannot be written; its former content is still there.
         """
         if self.path is None:
             return
@@ -46,32 +54,34 @@ class Folder:
             write_whole(self.path / f"{name}.{kind}", image(figure, kind))
 
 
-def paper_errors(found: dict[str, Any]) -> Any:
-    """Draws the error of each published row's prediction, by group (`analysis/predict/paper.py`)."""
+def paper_errors(report: PaperReport) -> Any:
+    """Draws the error of each published row's prediction, by group."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows, groups = found["rows"], list(dict.fromkeys(r["group"] for r in found["rows"]))
-    counts = [sum(r["group"] == group for r in rows) for group in groups]
+    rows = report.rows
+    groups = list(dict.fromkeys(row.group for row in rows))
+    counts = [sum(row.group == group for row in rows) for group in groups]
     with matplotlib.rc_context(STYLE):
         size = (WIDE, 0.6 + 0.15 * len(rows) + 0.5 * len(groups))
         figure = Figure(size, layout="constrained", label="published and predicted")
-        every: Any = figure.subplots(len(groups), 1, sharex=True, height_ratios=counts, squeeze=False)
-        for axes, group in zip(every[:, 0], groups, strict=True):
-            _errors(axes, [r for r in rows if r["group"] == group], group)
-        every[-1, 0].set_xlabel("error of the prediction, %; beyond 10 on a logarithmic scale", fontsize=8)
+        panels: Any = figure.subplots(len(groups), 1, sharex=True, height_ratios=counts, squeeze=False)
+        for axes, group in zip(panels[:, 0], groups, strict=True):
+            _errors(axes, [row for row in rows if row.group == group], group)
+        panels[-1, 0].set_xlabel("error of the prediction, %; beyond 10 on a logarithmic scale", fontsize=8)
         marks = [matplotlib.patches.Patch(color=colour, label=role) for role, colour in ROLES.items()]
         figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
-def _errors(axes: Any, rows: list[dict[str, Any]], group: str) -> None:
-    errors, at = [100 * r["error"] for r in rows], range(len(rows))
-    axes.barh(at, errors, 0.7, color=[ROLES[r["role"]] for r in rows])
-    axes.set_yticks(at, [f"{r['row']}, {r['unit']} ({r['table']})" for r in rows])
+def _errors(axes: Any, rows: list[PaperRow], group: str) -> None:
+    """Draws a bar for each row of a group."""
+    errors, positions = [100 * row.error for row in rows], range(len(rows))
+    axes.barh(positions, errors, 0.7, color=[ROLES[row.role] for row in rows])
+    axes.set_yticks(positions, [f"{row.name}, {row.unit} ({row.table})" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     numbers = axes.secondary_yaxis("right")
-    numbers.set_yticks(at, [f"{r['published']:,.4g} → {r['predicted']:,.4g}" for r in rows])
+    numbers.set_yticks(positions, [f"{row.published:,.4g} → {row.predicted:,.4g}" for row in rows])
     for side in (axes, numbers):
         side.tick_params(axis="y", labelsize=7, length=0)
     numbers.spines["right"].set_visible(False)
@@ -86,49 +96,41 @@ def _errors(axes: Any, rows: list[dict[str, Any]], group: str) -> None:
     axes.set_title(title, loc="left", fontsize="small", fontweight="bold")
 
 
-def front(found: dict[str, Any]) -> Any:
-    """Decode candidates of a plan, ms a token against tokens/s of an NPU, and the front of them, named."""
+def front(plan: Plan) -> Any:
+    """Draws the decode instances of a plan, ms a token against tokens/s of an NPU, and their Pareto front."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    best, slo = found["pareto"], found["load"]["slo_tpot_ms"]
+    slo = plan.request.workload.slo_tpot_ms
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDE, 4.5), layout="constrained", label="Pareto front of decode")
         axes: Any = figure.subplots()
-        every = found["decode"]
-        axes.scatter(
-            [x["tpot_ms"] for x in every],
-            [x["tokens_per_s"] for x in every],
-            12,
-            GREY,
-            label="candidates",
-        )
-        axes.plot(
-            [x["tpot_ms"] for x in best],
-            [x["tokens_per_s"] for x in best],
-            "o-",
-            color=COLOURS[0],
-            markersize=4,
-            label="no other has more of both",
-        )
-        chosen = [m["decode"] for m in found["deployments"]]
-        marks = {"s": 110, "facecolors": "none", "edgecolors": COLOURS[5], "linewidths": 1.5}
-        at = [x["tpot_ms"] for x in chosen], [x["tokens_per_s"] for x in chosen]
-        axes.scatter(*at, **marks, label="of the best deployments")
+        axes.scatter(*_points(plan.search.decode), 12, GREY, label="candidates")
+        label = "no other has more of both"
+        axes.plot(*_points(plan.search.pareto), "o-", color=COLOURS[0], markersize=4, label=label)
+        best = [served.deployment.decode for served in plan.deployments]
+        rings = {"facecolors": "none", "edgecolors": COLOURS[5]}
+        axes.scatter(*_points(best), s=110, linewidths=1.5, **rings, label="of the best deployments")
         axes.axvline(slo, color=COLOURS[5], linestyle="dashed", linewidth=1, label=f"SLO, {slo:g} ms")
-        for x in best:
-            where: dict[str, Any] = {
-                "xytext": (-5, 4),
-                "textcoords": "offset points",
-                "ha": "right",
-                "fontsize": 6.5,
-            }
-            where["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-            text = named(x).replace(", microbatches", "\nmicrobatches")
-            axes.annotate(text, (x["tpot_ms"], x["tokens_per_s"]), **where)
+        for x in plan.search.pareto:
+            text = x.sizes.replace(", microbatches", "\nmicrobatches")
+            axes.annotate(
+                text,
+                (x.latency_ms, x.tokens_per_s),
+                xytext=(-5, 4),
+                textcoords="offset points",
+                ha="right",
+                fontsize=6.5,
+                bbox=BOX,
+            )
         axes.set_xlabel("ms a token")
         axes.set_ylabel("tokens/s of an NPU")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure
+
+
+def _points(instances: list[InstancePlan]) -> tuple[list[float], list[float]]:
+    """Returns ms per token and tokens/s of an NPU for decode instances."""
+    return [x.latency_ms for x in instances], [x.tokens_per_s for x in instances]

@@ -1,178 +1,228 @@
-"""Which deployments could serve a load: layouts, batches, drafts and the ratio of prefill to decode.
+"""Finds the deployments that could serve a workload.
 
-Instances are those of `analysis/predict/candidates.py`. What is assumed beyond their predictions: load is
-steady; a prompt waits half a prefill step, runs one, and its rows travel over RDMA; a sequence attends to its
-prompt and half its output on average. `analysis/plan/plan.py` drops the first.
+A deployment is a choice of layouts, batches, drafts and the ratio of prefill to decode. Instances are those
+of `analysis/predict/candidates.py`. Further assumptions: load is steady; a prompt waits half a prefill step,
+runs for one, and its rows travel over RDMA; a sequence attends to its prompt and half its output on average.
+`analysis/plan/plan.py` drops the assumption of steady load.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from cmx_jax.analysis.cost.constants import machine
-from cmx_jax.analysis.predict.candidates import Load, candidates, predicted
+from cmx_jax.analysis.predict.candidates import InstancePlan, candidates, predict_instances
+from cmx_jax.analysis.predict.request import PlanRequest, Workload
 from cmx_jax.errors import CmxError
-from cmx_jax.model.config import ModelConfig
 
 STEPS = ("prefill", "decode")
 
 
-def search(
-    c: ModelConfig,
-    load: Load,
-    *,
-    hardware: str = "cloudmatrix384",
-    npus: int = 384,
-    rate: float | None = None,
-    mtp_acceptance: float = 0.7,
-    progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Searches instances of both pools, then how many of each.
+@dataclass(frozen=True)
+class DeploymentPlan:
+    """Numbers of prefill and decode instances, and the load that they serve.
+
+    Attributes:
+      requests_per_s: Requests per second under steady load.
+      npus: Number of NPUs of all instances.
+      tokens_per_s_npu: Output tokens per second of an NPU under steady load.
+      prefill_instances: Number of prefill instances.
+      decode_instances: Number of decode instances.
+      prefill: Prefill instance.
+      decode: Decode instance.
+      bottleneck: Sentence on the pool that limits the deployment, and how busy the other one is.
+    """
+
+    requests_per_s: float
+    npus: int
+    tokens_per_s_npu: float
+    prefill_instances: int
+    decode_instances: int
+    prefill: InstancePlan
+    decode: InstancePlan
+    bottleneck: str
+
+    def instances(self, step: str) -> int:
+        """Returns the number of instances for `prefill` or `decode`."""
+        return self.prefill_instances if step == "prefill" else self.decode_instances
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the deployment as `cmx plan --json` prints it."""
+        return {
+            "requests_per_s": self.requests_per_s,
+            "npus": self.npus,
+            "tokens_per_s_npu": self.tokens_per_s_npu,
+            "prefill_instances": self.prefill_instances,
+            "decode_instances": self.decode_instances,
+            "prefill": self.prefill.as_dict(),
+            "decode": self.decode.as_dict(),
+            "why": self.bottleneck,
+        }
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Result of a search under steady load.
+
+    Attributes:
+      deployments: Deployments with one batch of each decode instance, the best first: most requests per
+        second, or with a rate the fewest NPUs.
+      decode: Decode instances that were predicted.
+      pareto: Decode instances of which no other has both less time per token and more tokens per second of
+        an NPU, ordered by time per token.
+      candidates: Number of instances of both pools, counting each batch.
+      predicted: Number of them that were predicted.
+      unfit: Number of those that cannot run, keyed by the reason.
+    """
+
+    deployments: list[DeploymentPlan]
+    decode: list[InstancePlan]
+    pareto: list[InstancePlan]
+    candidates: int
+    predicted: int
+    unfit: dict[str, int]
+
+
+def search(request: PlanRequest, progress: Callable[[str], None] = lambda _: None) -> SearchResult:
+    """Searches the instances of both pools, then the number of each.
 
     Larger batches of an instance are predicted until one does not fit, or misses its SLO.
 
     Args:
-      c: the model.
-      load: prompts, answers, SLO.
-      hardware: a name in `cmx_jax.analysis.cost.constants.MACHINES`.
-      npus: that there are.
-      rate: requests a second to serve; None: as many as can be.
-      mtp_acceptance: how likely a draft is right.
-      progress: told what is predicted.
-
-    Returns:
-      `deployments`, with one batch of each decode instance, the best first: most requests a second, or with
-      a rate the fewest NPUs; `decode`: its candidates; `pareto`: those of which no other is faster for a user
-      (`tpot_ms`) and for the house (`tokens_per_s` an NPU); `candidates`: how many there are; `predicted`: of
-      how many; `unfit`: why others do not fit, and how many.
+      request: Model, workload and machine.
+      progress: Function that is called with a line on each prediction.
 
     Raises:
-      CmxError: nothing meets the SLO, or the rate; says what would.
+      CmxError: Nothing meets the SLO or the rate; the message says what would.
     """
-    on = machine(hardware)
-    if npus < 1 or (rate is not None and not 0 < rate < math.inf):
-        raise CmxError(f"npus is {npus} and rate {rate}, expected more than 0")
+    workload, npus, rate = request.workload, request.npus, request.rate
     unfit: dict[str, int] = {}
-    found = {
-        step: list(predicted(c, on, step, load, npus, mtp_acceptance, unfit, progress)) for step in STEPS
-    }
-    for step, of in found.items():
-        if not of:
-            raise CmxError(
-                f"{npus} NPUs of {hardware} hold no {step} instance: {next(iter(unfit), 'too few')}"
-            )
-    met = {step: _within(of, *load.slo(step)) for step, of in found.items()}
-    pairs = [(p, d) for p in met["prefill"] for d in met["decode"] if p["drafts"] == min(d["drafts"], 1)]
-    made = [m for p, d in pairs if (m := deployed(p, d, load, npus, rate))]
-    if not made:
-        most = max(
-            (m["requests_per_s"] for p, d in pairs if (m := deployed(p, d, load, npus, None))), default=0
-        )
-        raise CmxError(_beyond(npus, hardware, rate, most))
-    made.sort(key=lambda m: order(m, rate))
-    return {
-        "deployments": _different(made),
-        "decode": found["decode"],
-        "pareto": _pareto(found["decode"]),
-        "candidates": sum(len(of[-1]) for step in STEPS for of in candidates(c, on, step, npus)),
-        "predicted": sum(map(len, found.values())),
-        "unfit": unfit,
-    }
+    instances = {step: list(predict_instances(request, step, unfit, progress)) for step in STEPS}
+    for step, pool in instances.items():
+        if not pool:
+            reason = next(iter(unfit), "too few")
+            raise CmxError(f"{npus} NPUs of {request.hardware} hold no {step} instance: {reason}")
+    within = {step: _within_slo(pool, step, workload) for step, pool in instances.items()}
+    pairs = [(p, d) for p in within["prefill"] for d in within["decode"] if p.drafts == min(d.drafts, 1)]
+    deployments = [m for p, d in pairs if (m := deploy(p, d, workload, npus, rate))]
+    if not deployments:
+        unlimited = [m.requests_per_s for p, d in pairs if (m := deploy(p, d, workload, npus, None))]
+        raise CmxError(_too_much(request, max(unlimited, default=0)))
+    deployments.sort(key=lambda m: order(m, rate))
+    return SearchResult(
+        deployments=_distinct(deployments),
+        decode=instances["decode"],
+        pareto=_pareto(instances["decode"]),
+        candidates=sum(len(x.batches) for step in STEPS for x in candidates(request, step)),
+        predicted=sum(map(len, instances.values())),
+        unfit=unfit,
+    )
 
 
-def order(deployment: dict[str, Any], rate: float | None) -> tuple[float, ...]:
-    """Most requests a second first, with a rate the fewest NPUs; of equals the fastest tokens."""
-    npus, served = deployment["npus"], -deployment["requests_per_s"]
-    return (*((npus, served) if rate else (served, npus)), deployment["decode"]["tpot_ms"])
+def order(deployment: DeploymentPlan, rate: float | None) -> tuple[float, ...]:
+    """Sort key: most requests per second first, with a rate the fewest NPUs; of equals the fastest tokens."""
+    npus, served = deployment.npus, -deployment.requests_per_s
+    return (*((npus, served) if rate else (served, npus)), deployment.decode.latency_ms)
 
 
-def _within(of: list[dict[str, Any]], name: str, most: float) -> list[dict[str, Any]]:
-    met = [x for x in of if x[name] <= most]
-    if not met:
-        x, what = min(of, key=lambda x: x[name]), "a token" if name == "tpot_ms" else "to the first token"
+def _within_slo(pool: list[InstancePlan], step: str, workload: Workload) -> list[InstancePlan]:
+    slo_ms = workload.slo_ms(step)
+    within = [x for x in pool if x.latency_ms <= slo_ms]
+    if not within:
+        fastest = min(pool, key=lambda x: x.latency_ms)
+        goal = "a token" if step == "decode" else "to the first token"
         raise CmxError(
-            f"nothing meets {most:g} ms {what}: the fastest takes {x[name]:.1f} ms, {x['ranks']} ranks with "
-            f"{x['batch']} sequences an NPU"
+            f"nothing meets {slo_ms:g} ms {goal}: the fastest takes {fastest.latency_ms:.1f} ms, "
+            f"{fastest.ranks} ranks with {fastest.batch} sequences an NPU"
         )
-    return met
+    return within
 
 
-def _beyond(npus: int, hardware: str, rate: float | None, most: float) -> str:
-    there = f"{npus} NPUs of {hardware}"
-    if rate is None or not most:
-        return f"{there} do not hold both a prefill and a decode instance, expected more NPUs"
-    return f"{there} cannot serve {rate:g} requests/s, expected at most {most:.2f}, or more NPUs"
+def _too_much(request: PlanRequest, largest: float) -> str:
+    available = f"{request.npus} NPUs of {request.hardware}"
+    if request.rate is None or not largest:
+        return f"{available} do not hold both a prefill and a decode instance, expected more NPUs"
+    return (
+        f"{available} cannot serve {request.rate:g} requests/s, expected at most {largest:.2f}, or more NPUs"
+    )
 
 
-def deployed(
-    prefill: dict[str, Any], decode: dict[str, Any], load: Load, npus: int, rate: float | None
-) -> dict[str, Any] | None:
-    """So many instances of each as serve the rate, or the most; None if they are more than there is.
+def deploy(
+    prefill: InstancePlan, decode: InstancePlan, workload: Workload, npus: int, rate: float | None
+) -> DeploymentPlan | None:
+    """Returns the deployment that serves a rate, or the largest rate; None if it needs too many NPUs.
 
     Args:
-      prefill: an instance, as `search` has them.
-      decode: another.
-      load: what is asked of them.
-      npus: that there are.
-      rate: requests a second; None: as many as can be.
+      prefill: Prefill instance.
+      decode: Decode instance.
+      workload: Lengths of the requests.
+      npus: Number of NPUs available.
+      rate: Requests per second to serve; None to serve as many as possible.
     """
 
-    def of(count: int, wanted: float) -> tuple[float, int, int]:
-        takes = max(math.ceil(wanted / prefill["requests_per_s"] - 1e-9), 1)
-        most = (npus - count * decode["npus"]) // prefill["npus"]
-        takes = takes if rate else min(takes, most)
-        served = min(count * decode["requests_per_s"], takes * prefill["requests_per_s"])
-        return (served, count, takes) if 1 <= takes <= most else (0.0, count, takes)
+    def option(decoders: int, goal: float) -> tuple[float, int, int]:
+        prefillers = max(math.ceil(goal / prefill.requests_per_s - 1e-9), 1)
+        largest = (npus - decoders * decode.npus) // prefill.npus
+        prefillers = prefillers if rate else min(prefillers, largest)
+        served = min(decoders * decode.requests_per_s, prefillers * prefill.requests_per_s)
+        return (served if 1 <= prefillers <= largest else 0.0, decoders, prefillers)
 
     if rate:
-        counts = [math.ceil(rate / decode["requests_per_s"] - 1e-9)]
+        counts = [math.ceil(rate / decode.requests_per_s - 1e-9)]
     else:
-        counts = list(range(1, npus // decode["npus"] + 1))
-    tried = [of(count, rate or count * decode["requests_per_s"]) for count in counts]
-    served, decoders, prefillers = max(tried, default=(0.0, 0, 0))
+        counts = list(range(1, npus // decode.npus + 1))
+    options = [option(count, rate or count * decode.requests_per_s) for count in counts]
+    served, decoders, prefillers = max(options, default=(0.0, 0, 0))
     if not served:
         return None
-    return counted(prefill, prefillers, decode, decoders, load)
+    return combine(prefill, prefillers, decode, decoders, workload)
 
 
-def counted(
-    prefill: dict[str, Any], prefillers: int, decode: dict[str, Any], decoders: int, load: Load
-) -> dict[str, Any]:
-    """So many instances of each, and what they serve under steady load."""
-    rates = prefillers * prefill["requests_per_s"], decoders * decode["requests_per_s"]
-    used = decoders * decode["npus"] + prefillers * prefill["npus"]
-    return {
-        "requests_per_s": min(rates),
-        "npus": used,
-        "tokens_per_s_npu": min(rates) * load.output / used,
-        "prefill_instances": prefillers,
-        "decode_instances": decoders,
-        "prefill": prefill,
-        "decode": decode,
-        "why": _why(min(rates), *rates),
-    }
+def combine(
+    prefill: InstancePlan, prefillers: int, decode: InstancePlan, decoders: int, workload: Workload
+) -> DeploymentPlan:
+    """Returns the deployment with the given numbers of instances.
 
-
-def _why(served: float, prefill: float, decode: float) -> str:
-    """What limits it, and how much the other pool has left."""
-    first, other, most = (
-        ("prefill", "decode", decode) if prefill <= decode else ("decode", "prefill", prefill)
+    Args:
+      prefill: Prefill instance.
+      prefillers: Number of prefill instances.
+      decode: Decode instance.
+      decoders: Number of decode instances.
+      workload: Lengths of the requests.
+    """
+    rates = prefillers * prefill.requests_per_s, decoders * decode.requests_per_s
+    npus = decoders * decode.npus + prefillers * prefill.npus
+    return DeploymentPlan(
+        requests_per_s=min(rates),
+        npus=npus,
+        tokens_per_s_npu=min(rates) * workload.output / npus,
+        prefill_instances=prefillers,
+        decode_instances=decoders,
+        prefill=prefill,
+        decode=decode,
+        bottleneck=_bottleneck(*rates),
     )
-    return f"{first} limits it, {other} is busy {served / most:.0%} of the time"
 
 
-def _different(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first of those whose decode instances differ by their batch alone."""
-    seen: dict[Any, dict[str, Any]] = {}
-    for m in made:
-        seen.setdefault(tuple(m["decode"][n] for n in ("ranks", "drafts", "microbatches")), m)
-    return list(seen.values())
+def _bottleneck(prefill: float, decode: float) -> str:
+    """Returns a sentence on the pool with the smaller rate, and on how busy the other one is."""
+    slower, faster = ("prefill", "decode") if prefill <= decode else ("decode", "prefill")
+    busy = min(prefill, decode) / max(prefill, decode)
+    return f"{slower} limits it, {faster} is busy {busy:.0%} of the time"
 
 
-def _pareto(of: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By `tpot_ms`, each with more tokens a second than all faster ones."""
-    front: list[dict[str, Any]] = []
-    for x in sorted(of, key=lambda x: (x["tpot_ms"], -x["tokens_per_s"])):
-        if not front or x["tokens_per_s"] > front[-1]["tokens_per_s"]:
+def _distinct(deployments: list[DeploymentPlan]) -> list[DeploymentPlan]:
+    """Keeps the first of those deployments whose decode instances differ in their batch alone."""
+    first: dict[tuple[int, ...], DeploymentPlan] = {}
+    for m in deployments:
+        first.setdefault((m.decode.ranks, m.decode.drafts, m.decode.microbatches), m)
+    return list(first.values())
+
+
+def _pareto(pool: list[InstancePlan]) -> list[InstancePlan]:
+    """Returns the instances with more tokens per second than all faster ones, ordered by time per token."""
+    front: list[InstancePlan] = []
+    for x in sorted(pool, key=lambda x: (x.latency_ms, -x.tokens_per_s)):
+        if not front or x.tokens_per_s > front[-1].tokens_per_s:
             front.append(x)
     return front

@@ -1,1 +1,1 @@
-"""Predicts a step's time on a machine, from the program that would run there."""
+"""Predicts the time of a step on a machine from the program that would run there."""

@@ -1,9 +1,9 @@
-"""The operators of a traced step: its products and collectives, grouped and named as the paper does.
+"""The operators of a traced step: its products and collectives, grouped and named as in the paper.
 
-A step is a few loops over layers. In each, every stream (microbatch) has its operators in the order below;
-what belongs to no stream, such as the head, runs by itself. FLOPs and bytes are the program's; beside them
-stands what a fused kernel needs of them: attention looks only at what a token sees, and reads keys and
-values once.
+A step is a few loops over layers. In each loop, every stream (microbatch) runs its operators in the order of
+`STAGES`; operators that belong to no stream, such as the head, run alone. FLOPs and bytes are those of the
+program. `attention_work` gives the part of them that a fused kernel needs: it computes only scores of tokens
+that a token sees, and reads keys and values once.
 """
 
 from collections.abc import Sequence
@@ -44,12 +44,12 @@ STAGES = (
 
 @dataclass
 class Operator:
-    """What one stream does at one stage, once.
+    """One execution of one stage in one stream.
 
     Attributes:
-      stage: of `STAGES`.
-      products: matmuls, as traced.
-      collectives: likewise.
+      stage: Name from `STAGES`.
+      products: Matmuls of the stage, as traced.
+      collectives: Collectives of the stage, as traced.
     """
 
     stage: str
@@ -59,7 +59,13 @@ class Operator:
 
 @dataclass
 class Loop:
-    """Layers that are alike: how many, and each stream's operators in one; stream None: of no microbatch."""
+    """A loop over equal layers.
+
+    Attributes:
+      times: Number of layers.
+      mtp: True for the MTP layer.
+      streams: Operators of one layer in order, keyed by stream; None is the key of those in no microbatch.
+    """
 
     times: int
     mtp: bool
@@ -68,15 +74,15 @@ class Loop:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a model on one rank, by its sizes.
+    """Sizes of a model's step on one rank.
 
     Attributes:
-      c: the model.
-      layout: how it lies on its ranks.
-      kind: `decode` or `prefill`.
-      sequences: rows of a data rank's batch.
-      context: tokens of each sequence that are there: cached (decode) or of the prompt (prefill).
-      drafts: MTP drafts verified; in prefill whether the MTP layer runs.
+      c: Configuration of the model.
+      layout: Layout of the model on its ranks.
+      kind: Either `decode` or `prefill`.
+      sequences: Number of rows in the batch of a data rank.
+      context: Number of tokens of each sequence: in the cache (decode) or in the prompt (prefill).
+      drafts: Number of MTP drafts verified; in prefill, nonzero if the MTP layer runs.
     """
 
     c: ModelConfig
@@ -88,28 +94,29 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """That one rank takes through its layers, in all streams."""
-        each = self.context if self.kind == "prefill" else 1 + self.drafts
-        return self.sequences * each // self.layout.sequence_ranks
+        """Number of tokens that one rank processes in a step, in all streams."""
+        per_sequence = self.context if self.kind == "prefill" else 1 + self.drafts
+        return self.sequences * per_sequence // self.layout.sequence_ranks
 
     @property
     def stream_tokens(self) -> float:
+        """Number of tokens that one rank processes in each stream."""
         return self.tokens / self.layout.microbatches
 
     @property
     def span(self) -> int:
-        """Addresses that the program attends over: whole pages (decode), or the prompt."""
+        """Number of positions that the program attends over: whole pages (decode), or the prompt."""
         return self.context if self.kind == "prefill" else -(-self.context // PAGE_WIDTH) * PAGE_WIDTH
 
     @property
-    def seen(self) -> float:
-        """Share of the span that a token sees, on average: a prompt's tokens only what stands before them."""
+    def visible(self) -> float:
+        """Mean share of the span that a token sees: a prompt's tokens see only tokens up to themselves."""
         return (self.span + 1) / (2 * self.span) if self.kind == "prefill" else self.context / self.span
 
 
 @lru_cache(maxsize=1024)
-def traced(step: Step) -> Contents:
-    """The jaxpr of the step at full size, read."""
+def trace(step: Step) -> Contents:
+    """Traces the step at full size and returns the contents of its jaxpr."""
     program = trace_step(
         step.c,
         step.layout,
@@ -124,23 +131,23 @@ def traced(step: Step) -> Contents:
 
 @lru_cache(maxsize=1024)
 def loops(step: Step) -> tuple[Loop, ...]:
-    """The operators of a step by loop. Loops of equal length count as one: that changes no sum."""
-    found, microbatches = traced(step), step.layout.microbatches
+    """Returns the operators of a step by loop. Loops of equal length count as one: that changes no sum."""
+    contents, microbatches = trace(step), step.layout.microbatches
     by_loop: dict[tuple[int, bool], dict[tuple[int | None, str], Operator]] = {}
-    for x in (*found.products, *found.collectives):
+    for x in (*contents.products, *contents.collectives):
         scopes = x.scope.split("/")
         stream = _stream(scopes, microbatches)
         stage = _stage(scopes)
-        here = by_loop.setdefault((x.known, "MTP" in scopes), {})
-        operator = here.setdefault((stream, stage), Operator(stage))
+        operators = by_loop.setdefault((x.known, "MTP" in scopes), {})
+        operator = operators.setdefault((stream, stage), Operator(stage))
         (operator.products if isinstance(x, Product) else operator.collectives).append(x)  # type: ignore[arg-type]
-    made = []
+    result = []
     for (times, mtp), operators in by_loop.items():
         streams: dict[int | None, list[Operator]] = {}
         for (stream, _), operator in sorted(operators.items(), key=lambda item: STAGES.index(item[0][1])):
             streams.setdefault(stream, []).append(operator)
-        made.append(Loop(times, mtp, streams))
-    return tuple(made)
+        result.append(Loop(times, mtp, streams))
+    return tuple(result)
 
 
 def _stream(scopes: Sequence[str], microbatches: int) -> int | None:
@@ -162,18 +169,21 @@ def _stage(scopes: list[str]) -> str:
 
 
 def scores_or_sum(label: str) -> bool:
-    """Whether an einsum of attention pairs tokens with what they see, rather than applying weights."""
+    """Returns whether an einsum of attention pairs tokens with tokens, rather than tokens with weights."""
     return {"t", "s"} <= set(label.partition("->")[0])
 
 
-def attention_work(operators: Operator, step: Step) -> tuple[float, float]:
-    """FLOPs and bytes of attention as one kernel: without what a token does not see, the sum over the latent
-    alone where rows are wider, queries, keys, values and result moved once."""
+def attention_work(operator: Operator, step: Step) -> tuple[float, float]:
+    """Returns FLOPs and bytes of attention as one kernel.
+
+    Only tokens that a token sees count. The weighted sum is over the latent alone if cached rows are wider.
+    Queries, keys, values and the result are moved once.
+    """
     a, flops, moved = step.c.attention, 0.0, 0.0
     latent = isinstance(a, MLAConfig) and step.kind == "decode"
-    for i, p in enumerate(operators.products):
+    for i, p in enumerate(operator.products):
         narrow = a.kv_lora_rank / a.row_dim if latent and i % 2 and isinstance(a, MLAConfig) else 1.0
-        flops += p.flops * step.seen * narrow
+        flops += p.flops * step.visible * narrow
         batch, m, k, n = p.shape
         if i % 2:  # the sum: its values, unless they are the keys' rows, and its result
             share = step.context / step.span

@@ -1,19 +1,19 @@
-"""The paper's tables beside what is predicted for them. No row here sets a constant of the model.
+"""The paper's end-to-end tables beside the model's predictions. No row here sets a constant of the model.
 
-What is taken from a row is what was given to the system: model, batch, lengths, SLO. Of a load that the
-paper does not describe nothing is assumed: every expert is as popular as any other.
+A prediction uses only the inputs that a row states: model, batch, lengths, SLO. If the paper does not
+describe the load of the experts, all experts are equally popular.
 
-CloudMatrix384's decode runs in two microbatches, as section 4.2.3 has it, and where these miss the row's SLO
-and one does not, in one. The cores are split as balances the streams.
+CloudMatrix384's decode runs in two microbatches, as in section 4.2.3; if these miss the row's SLO and a
+single one does not, in one. The cores are split so as to balance the streams.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cmx_jax.analysis.cost.constants import machine
-from cmx_jax.analysis.cost.measured import operator_rows, row
-from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.cost import constants
+from cmx_jax.analysis.cost.measured import PaperRow, operator_rows
+from cmx_jax.analysis.predict.predict import Prediction, predict
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.model.config import ModelConfig
@@ -23,8 +23,17 @@ EXPERTS = 256
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """A row of Table 3: 16,384 tokens an accelerator, prompts of 4,096."""
+class PrefillRow:
+    """A row of Table 3: 16,384 tokens an accelerator, prompts of 4,096.
+
+    Attributes:
+      hardware: Name from `cmx_jax.analysis.cost.constants.MACHINES`.
+      name: System, as the table names it.
+      tokens_per_s: Published tokens per second of an accelerator.
+      per_tflops: Published tokens per second per TFLOPS.
+      balanced: True if experts were perfectly balanced.
+      note: Remark on the row.
+    """
 
     hardware: str
     name: str
@@ -35,11 +44,24 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Decode:
-    """A row of Table 4, or of Table 5 (`slo_ms`); `context` is the mean over a sequence's life.
+class DecodeRow:
+    """A row of Table 4 or 5.
 
-    `ranks`: of the expert-parallel group where that is not the paper's. `acceptance`: with which the source
-    of the tokens a second counted drafts; the paper has 0.7 for the time of one.
+    Attributes:
+      table: Number of the table.
+      hardware: Name from `cmx_jax.analysis.cost.constants.MACHINES`.
+      name: System or setting, as the table names it.
+      batch: Number of sequences per accelerator.
+      context: Mean number of tokens of a sequence, over its life.
+      tpot_ms: Published time per output token.
+      tokens_per_s: Published tokens per second of an accelerator.
+      drafts: Number of MTP drafts.
+      slo_ms: Objective for the time per output token (Table 5).
+      ranks: Number of ranks in the expert-parallel group (GPUs).
+      balanced: True if experts were perfectly balanced.
+      acceptance: Probability that a draft is right, in the tokens per second of the source; for the time per
+        token the paper has 0.7.
+      note: Remark on the row.
     """
 
     table: str
@@ -60,15 +82,15 @@ class Decode:
 POPULAR = "how popular experts were is not published; were all alike, EPLB would leave nothing to win"
 AVERAGE = "the mean of a day of live traffic, of machines that are not always full"
 PREFILLS = (
-    Prefill("h800", "DeepSeek on H800 (blog)", 4026, 2.03, False, AVERAGE),
-    Prefill("h100", "SGLang on H100 (default)", 6288, 3.18, False, POPULAR),
-    Prefill("cloudmatrix384", "CloudMatrix-Infer (default)", 5655, 3.76, False, POPULAR),
-    Prefill("h800", "DeepSeek on H800 (profile)", 7839, 3.96, True),
-    Prefill("h100", "SGLang on H100 (perfect EPLB)", 7417, 3.75, True),
-    Prefill("cloudmatrix384", "CloudMatrix-Infer (perfect EPLB)", 6688, 4.45, True),
+    PrefillRow("h800", "DeepSeek on H800 (blog)", 4026, 2.03, False, AVERAGE),
+    PrefillRow("h100", "SGLang on H100 (default)", 6288, 3.18, False, POPULAR),
+    PrefillRow("cloudmatrix384", "CloudMatrix-Infer (default)", 5655, 3.76, False, POPULAR),
+    PrefillRow("h800", "DeepSeek on H800 (profile)", 7839, 3.96, True),
+    PrefillRow("h100", "SGLang on H100 (perfect EPLB)", 7417, 3.75, True),
+    PrefillRow("cloudmatrix384", "CloudMatrix-Infer (perfect EPLB)", 6688, 4.45, True),
 )
 DECODES = (
-    Decode(
+    DecodeRow(
         "4",
         "h800",
         "DeepSeek on H800 (blog)",
@@ -80,7 +102,7 @@ DECODES = (
         ranks=144,
         note=AVERAGE + "; batch not given",
     ),
-    Decode(
+    DecodeRow(
         "4",
         "h800",
         "DeepSeek on H800 (profile)",
@@ -93,7 +115,7 @@ DECODES = (
         balanced=True,
         note="both cannot be: 128 sequences at 50.2 ms are 2,550 tokens/s",
     ),
-    Decode(
+    DecodeRow(
         "4",
         "h100",
         "SGLang on H100 (simulated MTP)",
@@ -106,23 +128,56 @@ DECODES = (
         acceptance=0.6,
         note="SGLang's report counts 60 % of drafts as right, the paper's time of a token 70 %",
     ),
-    Decode("4", "cloudmatrix384", "CloudMatrix-Infer", 96, 4096, 49.4, 1943),
-    Decode("5", "cloudmatrix384", "50 ms, 1024 + 1024 tokens", 128, 1024 + 512, 46.8, 2733),
-    Decode("5", "cloudmatrix384", "50 ms, 2048 + 256 tokens", 112, 2048 + 128, 47.4, 2360),
-    Decode("5", "cloudmatrix384", "50 ms, 4096 + 256 tokens", 96, 4096 + 128, 49.4, 1943),
-    Decode("5", "cloudmatrix384", "30 ms, 4096 + 256 tokens", 24, 4096 + 128, 24.6, 974, slo_ms=30),
-    Decode("5", "cloudmatrix384", "15 ms, 4096 + 256 tokens", 8, 4096 + 128, 14.9, 538, slo_ms=15),
+    DecodeRow("4", "cloudmatrix384", "CloudMatrix-Infer", 96, 4096, 49.4, 1943),
+    DecodeRow("5", "cloudmatrix384", "50 ms, 1024 + 1024 tokens", 128, 1024 + 512, 46.8, 2733),
+    DecodeRow("5", "cloudmatrix384", "50 ms, 2048 + 256 tokens", 112, 2048 + 128, 47.4, 2360),
+    DecodeRow("5", "cloudmatrix384", "50 ms, 4096 + 256 tokens", 96, 4096 + 128, 49.4, 1943),
+    DecodeRow("5", "cloudmatrix384", "30 ms, 4096 + 256 tokens", 24, 4096 + 128, 24.6, 974, slo_ms=30),
+    DecodeRow("5", "cloudmatrix384", "15 ms, 4096 + 256 tokens", 8, 4096 + 128, 14.9, 538, slo_ms=15),
 )
 
 
-def paper() -> dict[str, Any]:
-    """Every published figure beside its prediction.
+@dataclass(frozen=True)
+class GroupErrors:
+    """Summary of a group of rows.
 
-    Returns:
-      `rows`: each `table`, `row`, `unit`, `published`, `predicted`, `error` (relative), `role` (`calibrated`
-      or `predicted`), `group`, and `note` where something is known to be amiss; `summary`: for each group
-      the number of rows, mean and worst of the errors' sizes.
+    Attributes:
+      group: Name of the group.
+      rows: Number of rows.
+      mean: Mean absolute relative error.
+      worst: Largest absolute relative error.
+      worst_row: Row with the largest error.
     """
+
+    group: str
+    rows: int
+    mean: float
+    worst: float
+    worst_row: str
+
+
+@dataclass(frozen=True)
+class PaperReport:
+    """Published figures beside their predictions.
+
+    Attributes:
+      rows: Rows of operators, then of whole systems.
+      summary: Errors of each group of rows.
+    """
+
+    rows: list[PaperRow]
+    summary: list[GroupErrors]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the report as `cmx predict --paper --json` prints it."""
+        return {
+            "rows": [row.as_dict() for row in self.rows],
+            "summary": [asdict(errors) for errors in self.summary],
+        }
+
+
+def paper() -> PaperReport:
+    """Returns every published figure beside its prediction."""
     c = preset("deepseek-r1")
     rows = operator_rows()
     for prefill in PREFILLS:
@@ -130,92 +185,118 @@ def paper() -> dict[str, Any]:
     for decode in DECODES:
         rows += _decode(c, decode)
     rows += _pipeline(c)
-    return {"rows": rows, "summary": summary(rows)}
+    return PaperReport(rows, summary(rows))
 
 
 def _group(hardware: str) -> str:
     return "CloudMatrix end to end" if hardware == "cloudmatrix384" else "H800 and H100 end to end"
 
 
-def _prefill(c: ModelConfig, given: Prefill) -> Iterable[dict[str, Any]]:
-    on = machine(given.hardware)
-    if on.kind == "ascend":
+def _prefill(c: ModelConfig, row: PrefillRow) -> Iterable[PaperRow]:
+    machine = constants.machine(row.hardware)
+    if machine.kind == "ascend":
         layout = replace(named_layout("ep32").make(EXPERTS), microbatches=2)
     else:
-        layout = _gpus(32, redundant_slots=32)
-    ideal = 1.0 if given.balanced else None
-    drafts = int(on.kind == "ascend")  # decode has MTP, which needs the prompt's rows
-    found = predict(c, on, layout, "prefill", batch=4, context=4096, drafts=drafts, imbalance=ideal)
-    group, rate = _group(given.hardware), found["tokens_per_s"]
-    more = {"group": group, "note": given.note}
-    yield row("3", given.name, "tokens/s", given.tokens_per_s, rate, "predicted", **more)
-    per = rate / on["int8_tops"] / on.ranks_per_npu
-    yield row("3", given.name, "tokens/s/TFLOPS", given.per_tflops, per, "predicted", **more)
+        layout = _gpu_layout(32, redundant_slots=32)
+    imbalance = 1.0 if row.balanced else None
+    drafts = int(machine.kind == "ascend")  # decode has MTP, which needs the prompt's rows
+    rate = predict(
+        c, machine, layout, "prefill", batch=4, context=4096, drafts=drafts, imbalance=imbalance
+    ).tokens_per_s
+    group = _group(row.hardware)
+    yield PaperRow("3", row.name, "tokens/s", row.tokens_per_s, rate, "predicted", group, row.note)
+    per_tflops = rate / machine["int8_tops"] / machine.ranks_per_npu
+    yield PaperRow("3", row.name, "tokens/s/TFLOPS", row.per_tflops, per_tflops, "predicted", group, row.note)
 
 
-def _gpus(ranks: int, **fields: Any) -> Layout:
+def _gpu_layout(ranks: int, **fields: Any) -> Layout:
     return expert_parallel(ranks, EXPERTS, exchange="hierarchical", wire="int8", microbatches=2, **fields)
 
 
-def _decode(c: ModelConfig, given: Decode) -> Iterable[dict[str, Any]]:
-    on = machine(given.hardware)
-    if on.kind == "ascend":
-        layout = _decode_layout()
-    else:
-        layout = _gpus(given.ranks, redundant_slots=-EXPERTS % given.ranks, mailbox_rows=0)
-    sizes: dict[str, Any] = {"batch": given.batch, "context": given.context, "drafts": given.drafts}
-    sizes["imbalance"] = 1.0 if given.balanced else None
-    found = predict(c, on, layout, "decode", **sizes)
-    if found["tpot_ms"] > given.slo_ms and on.kind == "ascend":
-        single = predict(c, on, _decode_layout(1), "decode", **sizes)
-        found = single if single["tpot_ms"] <= given.slo_ms else found
-    how = f"microbatches: {found['microbatches']}"
-    how += f", {found['attention_cores']} cores attend" if found["attention_cores"] else ""
-    more = {"group": _group(given.hardware), "note": given.note or how}
-    yield row(given.table, given.name, "ms a token", given.tpot_ms, found["tpot_ms"], "predicted", **more)
-    tokens = 1 + given.acceptance * given.drafts
-    rate = given.batch * tokens / found["step_ms"] * 1e3
-    yield row(given.table, given.name, "tokens/s", given.tokens_per_s, rate, "predicted", **more)
+def _decode(c: ModelConfig, row: DecodeRow) -> Iterable[PaperRow]:
+    prediction = _decode_prediction(c, row)
+    split = f", {prediction.attention_cores} cores attend" if prediction.attention_cores else ""
+    note = row.note or f"microbatches: {prediction.microbatches}{split}"
+    group = _group(row.hardware)
+    assert prediction.tpot_ms is not None
+    tpot_ms = prediction.tpot_ms
+    yield PaperRow(row.table, row.name, "ms a token", row.tpot_ms, tpot_ms, "predicted", group, note)
+    tokens = 1 + row.acceptance * row.drafts
+    rate = row.batch * tokens / prediction.step_ms * 1e3
+    yield PaperRow(row.table, row.name, "tokens/s", row.tokens_per_s, rate, "predicted", group, note)
+
+
+def _decode_prediction(c: ModelConfig, row: DecodeRow) -> Prediction:
+    machine = constants.machine(row.hardware)
+
+    def prediction(layout: Layout) -> Prediction:
+        return predict(
+            c,
+            machine,
+            layout,
+            "decode",
+            batch=row.batch,
+            context=row.context,
+            drafts=row.drafts,
+            imbalance=1.0 if row.balanced else None,
+        )
+
+    if machine.kind == "gpu":
+        redundant = -EXPERTS % row.ranks
+        return prediction(_gpu_layout(row.ranks, redundant_slots=redundant, mailbox_rows=0))
+    two = prediction(_decode_layout())
+    if _meets(two, row.slo_ms):
+        return two
+    one = prediction(_decode_layout(1))
+    return one if _meets(one, row.slo_ms) else two
+
+
+def _meets(prediction: Prediction, slo_ms: float) -> bool:
+    return prediction.tpot_ms is not None and prediction.tpot_ms <= slo_ms
 
 
 def _decode_layout(microbatches: int = 2) -> Layout:
     return replace(named_layout("ep320").make(EXPERTS), microbatches=microbatches)
 
 
-def _pipeline(c: ModelConfig) -> Iterable[dict[str, Any]]:
-    """Section 4.2.3: how cores are split at 96 sequences of 4,096 tokens, and how long each stream takes."""
-    found = predict(c, "cloudmatrix384", _decode_layout(), "decode", batch=96, context=4096, drafts=1)
-    more: dict[str, Any] = {"role": "predicted", "group": "CloudMatrix streams"}
-    yield row("4.2.3", "cores of the attention stream", "AIC", 16, found["attention_cores"], **more)
-    for engine, us in found["stream_us"].items():
+def _pipeline(c: ModelConfig) -> Iterable[PaperRow]:
+    """Yields the rows of section 4.2.3: the split of the cores, and the time of each stream.
+
+    The batch is 96 sequences of 4,096 tokens.
+    """
+    prediction = predict(c, "cloudmatrix384", _decode_layout(), "decode", batch=96, context=4096, drafts=1)
+    group = "CloudMatrix streams"
+    cores, stream_us = prediction.attention_cores, prediction.stream_us
+    assert cores is not None
+    assert stream_us is not None
+    yield PaperRow("4.2.3", "cores of the attention stream", "AIC", 16, cores, "predicted", group)
+    for engine, us in stream_us.items():
         name = f"{engine.removesuffix(' cores')} stream, a layer and microbatch"
-        yield row("4.2.3", name, "us", 600, us, **more)
+        yield PaperRow("4.2.3", name, "us", 600, us, "predicted", group)
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each group: rows, mean and worst size of the error, and which row that is."""
-    made = []
-    for group in dict.fromkeys(r["group"] for r in rows):
-        of = [r for r in rows if r["group"] == group]
-        worst = max(of, key=lambda r: abs(r["error"]))
-        mean = sum(abs(r["error"]) for r in of) / len(of)
-        named = f"{worst['row']}, {worst['unit']}"
-        made.append(
-            {"group": group, "rows": len(of), "mean": mean, "worst": abs(worst["error"]), "worst_row": named}
-        )
-    return made
+def summary(rows: list[PaperRow]) -> list[GroupErrors]:
+    """Returns the errors of each group of rows."""
+    groups = []
+    for group in dict.fromkeys(row.group for row in rows):
+        members = [row for row in rows if row.group == group]
+        worst = max(members, key=lambda row: abs(row.error))
+        mean = sum(abs(row.error) for row in members) / len(members)
+        name = f"{worst.name}, {worst.unit}"
+        groups.append(GroupErrors(group, len(members), mean, abs(worst.error), name))
+    return groups
 
 
-def render(found: dict[str, Any]) -> str:
-    """The rows as a table, then each group's errors."""
+def render(report: PaperReport) -> str:
+    """Returns the rows as a table, followed by the errors of each group."""
     lines = [f"{'table':9}{'row':38}{'unit':17}{'published':>10}{'predicted':>11}{'error':>8}  role"]
-    for r in found["rows"]:
-        numbers = f"{r['published']:>10,.4g}{r['predicted']:>11,.4g}{r['error']:>+8.1%}"
-        note = f"  {r['note']}" if r.get("note") else ""
-        lines.append(f"{r['table']:9}{r['row']:38}{r['unit']:17}{numbers}  {r['role']}{note}")
-    for s in found["summary"]:
+    for row in report.rows:
+        numbers = f"{row.published:>10,.4g}{row.predicted:>11,.4g}{row.error:>+8.1%}"
+        note = f"  {row.note}" if row.note else ""
+        lines.append(f"{row.table:9}{row.name:38}{row.unit:17}{numbers}  {row.role}{note}")
+    for errors in report.summary:
         lines.append(
-            f"{s['group']}: {s['rows']} rows, mean error {s['mean']:.1%}, "
-            f"worst {s['worst']:.1%} ({s['worst_row']})"
+            f"{errors.group}: {errors.rows} rows, mean error {errors.mean:.1%}, "
+            f"worst {errors.worst:.1%} ({errors.worst_row})"
         )
     return "\n".join(lines)

@@ -1,22 +1,22 @@
-"""What a step would cost on a machine, from the program that would run.
+"""Time of a step on a machine, predicted from the program that would run there.
 
-The step is traced at full size (`operators.py`), its operators become tasks with a time and a place on the
-machine (`tasks.py`), and the streams are laid side by side (`analysis/cost/overlap.py`).
+The step is traced at full size (`operators.py`), its operators become tasks with a duration and a place on
+the machine (`tasks.py`), and the streams are scheduled in parallel (`analysis/cost/overlap.py`).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from cmx_jax.analysis.cost.constants import Machine, machine
+from cmx_jax.analysis.cost import constants
+from cmx_jax.analysis.cost.constants import MachineModel
 from cmx_jax.analysis.cost.imbalance import busiest, power_law
 from cmx_jax.analysis.cost.overlap import Task, critical_path
-from cmx_jax.analysis.predict.fits import check_fits
-from cmx_jax.analysis.predict.operators import Loop, Step, loops, traced
-from cmx_jax.analysis.predict.roofline import roofline
-from cmx_jax.analysis.predict.tasks import CORES, Setting, busy_us, chains
+from cmx_jax.analysis.predict.limits import RankMemory, Roofline, memory_of, roofline
+from cmx_jax.analysis.predict.operators import Loop, Step, loops, trace
+from cmx_jax.analysis.predict.tasks import CORES, CostContext, busy_us, chains
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.trace.ops.contents import Contents
@@ -25,9 +25,95 @@ from cmx_jax.model.sharding import shared_in_slots
 from cmx_jax.model.weights import int8_fields
 
 
+@dataclass(frozen=True)
+class OperatorTime:
+    """Time of an operator in a step.
+
+    Attributes:
+      operator: Name of the operator.
+      ms: Time for which the step waits for the operator; these times add up to the step.
+      busy_ms: Total running time in all streams, including the time in which other operators hide it.
+    """
+
+    operator: str
+    ms: float
+    busy_ms: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted time of a step, and quantities derived from it.
+
+    Attributes:
+      hardware: Name of the machine.
+      step: Either `decode` or `prefill`.
+      batch: Number of sequences per NPU.
+      context: Number of tokens of each sequence.
+      drafts: Number of MTP drafts.
+      microbatches: Number of streams of the step.
+      imbalance: Load of the busiest expert rank relative to the mean.
+      step_ms: Time of the step.
+      tokens_per_s: Tokens per second of an NPU.
+      tpot_ms: Time per output token; None in prefill.
+      bound: Resource or phase that accounts for most of the step.
+      attention_cores: Number of a die's cores that attention has; None if streams share all cores.
+      stream_us: Time that one microbatch needs each stream's cores in one layer, keyed by stream; None if
+        streams share all cores.
+      breakdown: Times of the operators, longest first.
+      roofline: The least time that the step could take.
+      memory_gb: Memory that a rank needs.
+      flops: Operations as traced, keyed by type.
+      wire_bytes: Bytes that a rank sends, as traced.
+    """
+
+    hardware: str
+    step: str
+    batch: int
+    context: int
+    drafts: int
+    microbatches: int
+    imbalance: float
+    step_ms: float
+    tokens_per_s: float
+    tpot_ms: float | None
+    bound: str
+    attention_cores: int | None
+    stream_us: dict[str, float] | None
+    breakdown: tuple[OperatorTime, ...]
+    roofline: Roofline
+    memory_gb: RankMemory
+    flops: dict[str, int]
+    wire_bytes: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the prediction as `cmx predict --json` prints it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Time of a step with one constant changed.
+
+    Attributes:
+      constant: Name of the constant.
+      value: Value of the constant before the change.
+      unit: Unit of the value.
+      source: Source of the value.
+      step_ms: Time of the step after the change.
+      change: Relative change of the step's time.
+    """
+
+    constant: str
+    value: float
+    unit: str
+    source: str
+    step_ms: float
+    change: float
+
+
 def predict(
     c: ModelConfig,
-    hardware: str | Machine,
+    hardware: str | MachineModel,
     layout: Layout,
     step: str,
     *,
@@ -41,76 +127,71 @@ def predict(
     exponent: float = 0.0,
     eplb: bool = True,
     weights: str = "int8",
-) -> dict[str, Any]:
-    """Time of a step, and what follows from it.
+) -> Prediction:
+    """Predicts the time of a step.
 
     Args:
-      c: the model.
-      hardware: a name in `cmx_jax.analysis.cost.constants.MACHINES`, or such a machine with constants moved.
-      layout: how the model lies on its ranks.
-      step: `decode`, or `prefill` of whole prompts.
-      batch: sequences of an NPU (or GPU).
-      context: tokens that each sequence attends over (decode), or of each prompt.
-      drafts: MTP drafts that a decode step verifies; in prefill whether the MTP layer runs.
-      mtp_acceptance: how likely a draft is right, if all before it were.
-      attention_cores: that the attention stream of a decode step has, of a CloudMatrix384 die's 24; None:
-        what balances the streams. It matters with microbatches only.
-      imbalance: load of the busiest expert rank over the mean; None: what `cost/imbalance.py` expects of
-        `load` or `exponent`, and `eplb`.
-      load: how often each routed expert was chosen, [layers, E]; None: `exponent` has it.
-      exponent: power law of the experts' popularity; 0: all alike.
-      eplb: whether experts are placed by it.
-      weights: `int8` for the matrices that may be (FP8 where a machine has that: as many bytes), or
-        `bfloat16`.
-
-    Returns:
-      `step_ms`; `tokens_per_s` of an NPU; `tpot_ms` (decode); `bound`; `attention_cores` and `stream_us`
-      where streams have cores of their own; `breakdown`: rows of `operator`, `ms`, which add up to the step,
-      with `busy_ms` of both hidden and seen; `roofline`; `flops`, `wire_bytes` as traced.
+      c: Configuration of the model.
+      hardware: Name from `cmx_jax.analysis.cost.constants.MACHINES`, or a machine with changed constants.
+      layout: Layout of the model on its ranks.
+      step: Either `decode`, or `prefill` of whole prompts.
+      batch: Number of sequences per NPU (or GPU).
+      context: Number of tokens that each sequence attends over (decode), or of each prompt.
+      drafts: Number of MTP drafts that a decode step verifies; in prefill, nonzero if the MTP layer runs.
+      mtp_acceptance: Probability that a draft is right if all drafts before it were.
+      attention_cores: Number of a CloudMatrix384 die's 24 cores for the attention stream of a decode step;
+        None balances the streams. It matters with microbatches only.
+      imbalance: Load of the busiest expert rank relative to the mean; None derives it from `load` or
+        `exponent`, and `eplb` (`cost/imbalance.py`).
+      load: Number of times that each routed expert was chosen, [layers, E]; None uses `exponent`.
+      exponent: Power-law exponent of the experts' popularity; 0 makes all equally popular.
+      eplb: Place experts by their popularity.
+      weights: Type of the matrices that may be quantised: `int8` (FP8 on a machine that has it, which has as
+        many bytes), or `bfloat16`.
 
     Raises:
-      CmxError: there is no such hardware, batch, context, acceptance or imbalance, or it does not fit.
+      DoesNotFit: The step needs more memory than a rank has.
+      CmxError: The hardware, batch, context, acceptance or imbalance is not valid.
     """
-    on = machine(hardware) if isinstance(hardware, str) else hardware
-    of = _step(c, on, layout, step, batch, context, drafts, weights)
+    machine = constants.machine(hardware) if isinstance(hardware, str) else hardware
+    sizes = _step(c, machine, layout, step, batch, context, drafts, weights)
     if not 0 <= mtp_acceptance <= 1:
         raise CmxError(f"mtp_acceptance is {mtp_acceptance}, expected 0 to 1")
     if imbalance is not None and not 1 <= imbalance <= layout.expert_ranks:
         raise CmxError(
             f"imbalance is {imbalance}, expected 1 (even) to the {layout.expert_ranks} expert ranks"
         )
-    memory = check_fits(of, on, batch)
-    found, parts = traced(of), loops(of)
-    busy = _busy(of, load, exponent, eplb) if imbalance is None else imbalance
-    setting = Setting(of, on, busy)
-    path, every, setting = _run(parts, setting, attention_cores)
-    us, made = sum(task.us for task in path), _tokens(of, drafts, mtp_acceptance)
-    split = bool(setting.load) and step == "decode"
-    return {
-        "hardware": on.name,
-        "step": step,
-        "batch": batch,
-        "context": context,
-        "drafts": drafts,
-        "microbatches": layout.microbatches,
-        "imbalance": busy,
-        "step_ms": us / 1e3,
-        "tokens_per_s": batch * made / us * 1e6,
-        "tpot_ms": us / 1e3 / made if step == "decode" else None,
-        "bound": max(_sums(path, "bound").items(), key=lambda item: item[1])[0],
-        "attention_cores": round(setting.attention_share * on["cores"]) if split else None,
-        "stream_us": _stream_us(parts, setting) if split else None,
-        "breakdown": _breakdown(path, every),
-        "roofline": roofline(of, on),
-        "memory_gb": memory,
-        "flops": _flops(found, of),
-        "wire_bytes": sum(x.known * x.wire_bytes for x in found.collectives),
-    }
+    memory, contents, parts = memory_of(sizes, machine, batch), trace(sizes), loops(sizes)
+    if imbalance is None:
+        imbalance = _imbalance(sizes, load, exponent, eplb)
+    path, tasks, cost = _run(parts, CostContext(sizes, machine, imbalance), attention_cores)
+    us, tokens = sum(task.us for task in path), _tokens(sizes, drafts, mtp_acceptance)
+    split = bool(cost.memory_load) and step == "decode"
+    return Prediction(
+        hardware=machine.name,
+        step=step,
+        batch=batch,
+        context=context,
+        drafts=drafts,
+        microbatches=layout.microbatches,
+        imbalance=imbalance,
+        step_ms=us / 1e3,
+        tokens_per_s=batch * tokens / us * 1e6,
+        tpot_ms=us / 1e3 / tokens if step == "decode" else None,
+        bound=max(_sums(path, "bound").items(), key=lambda item: item[1])[0],
+        attention_cores=round(cost.attention_share * machine["cores"]) if split else None,
+        stream_us=_stream_us(parts, cost) if split else None,
+        breakdown=_breakdown(path, tasks),
+        roofline=roofline(sizes, machine),
+        memory_gb=memory,
+        flops=_flops(contents, sizes),
+        wire_bytes=sum(x.known * x.wire_bytes for x in contents.collectives),
+    )
 
 
 def _step(
     c: ModelConfig,
-    on: Machine,
+    machine: MachineModel,
     layout: Layout,
     step: str,
     batch: int,
@@ -118,16 +199,17 @@ def _step(
     drafts: int,
     weights: str,
 ) -> Step:
+    """Returns the sizes of a step on one rank, after checking them; see `predict`."""
     if step not in ("decode", "prefill"):
         raise CmxError(f"step is {step!r}, expected decode or prefill")
     if weights not in ("int8", "bfloat16"):
         raise CmxError(f"weights are {weights!r}, expected int8 or bfloat16")
-    parts, ranks = layout.microbatches, on.ranks_per_npu
-    sequences, rest = divmod(batch * layout.sequence_ranks, ranks)
-    if batch < 1 or rest or sequences % parts:
-        each = ranks * parts if layout.sequence_ranks % ranks else parts
+    parts, ranks = layout.microbatches, machine.ranks_per_npu
+    sequences, remainder = divmod(batch * layout.sequence_ranks, ranks)
+    if batch < 1 or remainder or sequences % parts:
+        multiple = ranks * parts if layout.sequence_ranks % ranks else parts
         raise CmxError(
-            f"batch is {batch}, expected a positive multiple of {each}: "
+            f"batch is {batch}, expected a positive multiple of {multiple}: "
             f"{ranks} ranks an NPU, {parts} microbatches"
         )
     if not 1 <= context <= c.max_position_embeddings:
@@ -137,136 +219,147 @@ def _step(
             f"context is {context}, expected a multiple of the {layout.sequence_ranks} ranks that share it"
         )
     if drafts < 0 or (drafts and not c.num_nextn_predict_layers):
-        most = "0: the model has no MTP layer" if not c.num_nextn_predict_layers else "0 or more"
-        raise CmxError(f"drafts is {drafts}, expected {most}")
+        expected = "0: the model has no MTP layer" if not c.num_nextn_predict_layers else "0 or more"
+        raise CmxError(f"drafts is {drafts}, expected {expected}")
     if weights == "int8":
         c = replace(c, int8=int8_fields(c, drafts > 0))
     return Step(c, layout, step, sequences, context, drafts)
 
 
-def _tokens(of: Step, drafts: int, acceptance: float) -> float:
-    """That a sequence gets by one step (decode), or brings into it."""
-    if of.kind == "prefill":
-        return float(of.context)
+def _tokens(step: Step, drafts: int, acceptance: float) -> float:
+    """Returns the mean number of tokens per sequence and step: generated (decode) or consumed (prefill)."""
+    if step.kind == "prefill":
+        return float(step.context)
     return sum(acceptance**i for i in range(drafts + 1))
 
 
-def _busy(of: Step, load: np.ndarray | None, exponent: float, eplb: bool) -> float:
-    """Load of the busiest rank over the mean; the mean over layers, where each has its own."""
-    c, layout = of.c, of.layout
+def _imbalance(step: Step, load: np.ndarray | None, exponent: float, eplb: bool) -> float:
+    """Returns the load of the busiest rank relative to the mean, averaged over the layers of `load`."""
+    c, layout = step.c, step.layout
     if not c.n_routed_experts:
         return 1.0
-    popular = power_law(c.n_routed_experts, exponent)[None] if load is None else np.asarray(load, np.float64)
-    if popular.ndim != 2 or popular.shape[1] != c.n_routed_experts or not (popular.sum(axis=1) > 0).all():
-        raise CmxError(f"load of shape {popular.shape}, expected [layers, {c.n_routed_experts}] counts")
-    popular = popular / popular.sum(axis=1, keepdims=True)
-    given = c.num_experts_per_tok, shared_in_slots(c, layout), max(round(of.stream_tokens), 1), eplb
-    return float(np.mean([busiest(layout, tuple(layer), *given) for layer in popular.tolist()]))
+    counts = power_law(c.n_routed_experts, exponent)[None] if load is None else np.asarray(load, np.float64)
+    if counts.ndim != 2 or counts.shape[1] != c.n_routed_experts or not (counts.sum(axis=1) > 0).all():
+        raise CmxError(f"load of shape {counts.shape}, expected [layers, {c.n_routed_experts}] counts")
+    popularity = counts / counts.sum(axis=1, keepdims=True)
+    shared, tokens = shared_in_slots(c, layout), max(round(step.stream_tokens), 1)
+    layers = [
+        busiest(layout, tuple(layer), c.num_experts_per_tok, shared, tokens, eplb)
+        for layer in popularity.tolist()
+    ]
+    return float(np.mean(layers))
 
 
 def _run(
-    parts: Sequence[Loop], at: Setting, attention_cores: int | None
-) -> tuple[list[Task], list[Task], Setting]:
-    """The critical path, all tasks, and the setting in which they run.
+    parts: Sequence[Loop], context: CostContext, attention_cores: int | None
+) -> tuple[list[Task], list[Task], CostContext]:
+    """Returns the critical path, all tasks, and the context in which they run.
 
-    Where streams have cores of their own these are split as told, or so that neither stream waits for the
-    other more than it must (section 4.2.3: the split follows the length of the cache). Then what each engine
-    takes of memory's time is taken from the others.
+    If streams have cores of their own, these are split by `attention_cores`, or so that the streams take
+    equally long (section 4.2.3: the split follows the length of the cache). Then the memory time of each
+    engine is subtracted from that of the others.
     """
-    streams, alone = chains(parts, at)
-    if len(streams) > 1 and at.on.kind == "ascend":
-        if at.of.kind == "decode":
-            at = _split(parts, at, attention_cores)
-            streams, alone = chains(parts, at)
+    streams, unstreamed = chains(parts, context)
+    if len(streams) > 1 and context.machine.kind == "ascend":
+        if context.step.kind == "decode":
+            context = _split_cores(parts, context, attention_cores)
+            streams, unstreamed = chains(parts, context)
         us = sum(task.us for task in critical_path(streams))
         load: dict[str, float] = {}
         for task in (task for stream in streams for task in stream if task.resources != CORES):
             for engine in task.resources:
                 load[engine] = load.get(engine, 0.0) + task.memory / us
-        at = replace(at, load=load)
-        streams, alone = chains(parts, at)
-    return [*critical_path(streams), *alone], [task for tasks in (*streams, alone) for task in tasks], at
+        context = replace(context, memory_load=load)
+        streams, unstreamed = chains(parts, context)
+    path = [*critical_path(streams), *unstreamed]
+    return path, [task for tasks in (*streams, unstreamed) for task in tasks], context
 
 
-def _split(parts: Sequence[Loop], at: Setting, attention_cores: int | None) -> Setting:
-    cores = round(at.on["cores"])
+def _split_cores(parts: Sequence[Loop], context: CostContext, attention_cores: int | None) -> CostContext:
+    """Returns the context with `attention_cores`, or with the split that minimises the longer stream."""
+    cores = round(context.machine["cores"])
     if attention_cores is not None:
         if not 1 <= attention_cores < cores:
             raise CmxError(f"attention_cores is {attention_cores}, expected 1 to {cores - 1}")
-        return replace(at, attention_share=attention_cores / cores)
+        return replace(context, attention_share=attention_cores / cores)
 
     def longest(share: float) -> float:
-        return max(busy_us(parts, replace(at, attention_share=share)).values())
+        return max(busy_us(parts, replace(context, attention_share=share)).values())
 
-    return replace(at, attention_share=min((i / cores for i in range(1, cores)), key=longest))
+    return replace(context, attention_share=min((i / cores for i in range(1, cores)), key=longest))
 
 
 def _sums(tasks: Iterable[Task], by: str) -> dict[str, float]:
+    """Returns the microseconds of tasks, summed by an attribute."""
     sums: dict[str, float] = {}
     for task in tasks:
         sums[getattr(task, by)] = sums.get(getattr(task, by), 0.0) + task.us
     return sums
 
 
-def _stream_us(parts: Sequence[Loop], at: Setting) -> dict[str, float]:
-    """What one microbatch needs of each stream's cores in one layer (section 4.2.3)."""
-    layers = (at.of.c.num_hidden_layers, at.of.c.num_moe_layers)
-    busy = busy_us(parts, at)
-    parts_of = at.of.layout.microbatches
-    return {name: busy[name] / parts_of / max(n, 1) for name, n in zip(CORES, layers, strict=True)}
+def _stream_us(parts: Sequence[Loop], context: CostContext) -> dict[str, float]:
+    """Returns the time that one microbatch needs each stream's cores in one layer (section 4.2.3)."""
+    layers = (context.step.c.num_hidden_layers, context.step.c.num_moe_layers)
+    busy = busy_us(parts, context)
+    microbatches = context.step.layout.microbatches
+    return {name: busy[name] / microbatches / max(n, 1) for name, n in zip(CORES, layers, strict=True)}
 
 
-def _breakdown(path: list[Task], every: list[Task]) -> list[dict[str, Any]]:
-    """Operators by the time for which the step waits for them; these add up to it."""
-    seen, busy = _sums(path, "name"), _sums(every, "name")
-    rows = [
-        {"operator": name, "ms": seen.get(name, 0.0) / 1e3, "busy_ms": us / 1e3} for name, us in busy.items()
-    ]
-    return sorted(rows, key=lambda row: -row["ms"])
+def _breakdown(path: list[Task], tasks: list[Task]) -> tuple[OperatorTime, ...]:
+    """Returns the operators of all tasks, those that the step waits for longest first."""
+    exposed, busy = _sums(path, "name"), _sums(tasks, "name")
+    rows = [OperatorTime(name, exposed.get(name, 0.0) / 1e3, us / 1e3) for name, us in busy.items()]
+    return tuple(sorted(rows, key=lambda row: -row.ms))
 
 
-def _flops(found: Contents, of: Step) -> dict[str, int]:
-    """Operations by type as `cmx trace` counts them."""
+def _flops(contents: Contents, step: Step) -> dict[str, int]:
+    """Returns the operations by type, as `cmx trace` counts them."""
     flops: dict[str, int] = {}
-    copies = of.c.num_experts_per_tok + shared_in_slots(of.c, of.layout)
-    for p in found.products:
-        each = p.flops
+    copies = step.c.num_experts_per_tok + shared_in_slots(step.c, step.layout)
+    for p in contents.products:
+        operations = p.flops
         if "MLP" in p.scope.split("/"):
-            each = int(2 * of.stream_tokens * copies * p.shape[2] * p.shape[3])
-        flops[p.dtype] = flops.get(p.dtype, 0) + p.known * each
+            operations = int(2 * step.stream_tokens * copies * p.shape[2] * p.shape[3])
+        flops[p.dtype] = flops.get(p.dtype, 0) + p.known * operations
     return flops
 
 
 def sensitivity(
-    c: ModelConfig, hardware: str, layout: Layout, step: str, *, by: float = 0.1, **given: Any
-) -> list[dict[str, Any]]:
-    """The step's time with each constant, one at a time, `by` larger: rows of `constant`, `value`, `unit`,
-    `source`, `step_ms` and `change` (of the time, as a fraction), the most telling first."""
-    on = machine(hardware)
-    before = predict(c, on, layout, step, **given)["step_ms"]
+    c: ModelConfig, hardware: str, layout: Layout, step: str, *, by: float = 0.1, **arguments: Any
+) -> list[Sensitivity]:
+    """Predicts a step once for each constant, with that constant increased; the largest change comes first.
+
+    Args:
+      c: Configuration of the model.
+      hardware: Name from `cmx_jax.analysis.cost.constants.MACHINES`.
+      layout: Layout of the model on its ranks.
+      step: Either `decode` or `prefill`.
+      by: Relative increase of the constant.
+      **arguments: Further arguments of `predict`.
+    """
+    machine = constants.machine(hardware)
+    before = predict(c, machine, layout, step, **arguments).step_ms
     rows = []
-    for name, constant in on.constants.items():
-        if name == "hbm_gb":  # whether it fits, not how long it takes
+    for name, constant in machine.constants.items():
+        if name == "hbm_gb":  # decides whether a step fits, not how long it takes
             continue
-        after = predict(c, on.moving(name, 1 + by), layout, step, **given)["step_ms"]
-        about = {"constant": name, "value": constant.value, "unit": constant.unit, "source": constant.source}
-        rows.append({**about, "step_ms": after, "change": after / before - 1})
-    return sorted(rows, key=lambda row: -abs(row["change"]))
+        after = predict(c, machine.scaled(name, 1 + by), layout, step, **arguments).step_ms
+        change = after / before - 1
+        rows.append(Sensitivity(name, constant.value, constant.unit, constant.source, after, change))
+    return sorted(rows, key=lambda row: -abs(row.change))
 
 
-def render(found: dict[str, Any]) -> str:
-    """A prediction for people."""
+def render(prediction: Prediction) -> str:
+    """Returns a prediction as text for a terminal."""
+    p = prediction
     head = [
-        f"{found['step']} on {found['hardware']}: {found['batch']} sequences an NPU, "
-        f"{found['context']} tokens each, microbatches: {found['microbatches']}",
-        f"step {found['step_ms']:.2f} ms, {found['tokens_per_s']:,.0f} tokens/s an NPU"
-        + (f", {found['tpot_ms']:.2f} ms a token" if found["tpot_ms"] else "")
-        + f"; bound by {found['bound']}",
+        f"{p.step} on {p.hardware}: {p.batch} sequences an NPU, "
+        f"{p.context} tokens each, microbatches: {p.microbatches}",
+        f"step {p.step_ms:.2f} ms, {p.tokens_per_s:,.0f} tokens/s an NPU"
+        + (f", {p.tpot_ms:.2f} ms a token" if p.tpot_ms else "")
+        + f"; bound by {p.bound}",
+        f"roofline {p.roofline.step_ms:.2f} ms ({p.roofline.bound}); "
+        f"busiest expert rank {p.imbalance:.2f} x the mean",
     ]
-    r = found["roofline"]
-    head.append(
-        f"roofline {r['step_ms']:.2f} ms ({r['bound']}); "
-        f"busiest expert rank {found['imbalance']:.2f} x the mean"
-    )
-    rows = [f"{row['operator']:16}{row['ms']:10.3f}{row['busy_ms']:12.3f}" for row in found["breakdown"]]
+    rows = [f"{row.operator:16}{row.ms:10.3f}{row.busy_ms:12.3f}" for row in p.breakdown]
     return "\n".join([*head, f"{'operator':16}{'ms':>10}{'busy ms':>12}", *rows])

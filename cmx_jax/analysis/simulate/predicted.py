@@ -15,12 +15,11 @@ Between the points, times are within 3 % of a direct prediction, and within 1 % 
 from collections.abc import Callable
 from functools import cached_property
 from itertools import count
-from typing import Any
 
 from cmx_jax.analysis.cost.constants import Machine, machine
-from cmx_jax.analysis.cost.pool import read_s
+from cmx_jax.analysis.cost.operators import pool_read_s
 from cmx_jax.analysis.predict.candidates import transfer_ms
-from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.predict.predict import Prediction, predict
 from cmx_jax.analysis.simulate.deployment import InstancePool
 from cmx_jax.analysis.trace.memory import page_bytes
 from cmx_jax.analysis.trace.steps import PAGE_WIDTH
@@ -79,7 +78,7 @@ class Predicted:
         self.c, self.machine, self.drafts, self.context = c, machine(hardware), drafts, context
         self.layouts = {"prefill": prefill, "decode": decode}
         # grid points need not fit into memory: `pool` limits what runs
-        self._boundless = self.machine.moving("hbm_gb", 1e6)
+        self._boundless = self.machine.scaled("hbm_gb", 1e6)
         self._lines: dict[tuple[int, int], tuple[float, float, float]] = {}
         self._known: dict[tuple[str, int, int], float] = {}
         self._units = {step: self._unit(layout) for step, layout in self.layouts.items()}
@@ -109,7 +108,7 @@ class Predicted:
             raise CmxError(
                 f"{self.machine.name} has no memory pool, expected cloudmatrix384 for a prefix cache"
             )
-        return read_s(page_bytes(self.c, tokens, "auto", self.drafts > 0))
+        return pool_read_s(page_bytes(self.c, tokens, "auto", self.drafts > 0))
 
     def acceptance(self, chance: float) -> float:
         """Mean number of accepted drafts per step.
@@ -148,12 +147,10 @@ class Predicted:
         layout, shared = self.layouts[step], self.layouts[step].sequence_ranks
         if tokens is None:
             if step == "prefill":
-                needed = self._predict(step, *self._prompts(max(budget, self._least)), self.machine)[
-                    "memory_gb"
-                ]
+                needed = self._predict(step, *self._prompts(max(budget, self._least)), self.machine).memory_gb
             else:
-                needed = self._predict(step, sequences, PAGE_WIDTH, self.machine)["memory_gb"]
-            left = self.machine["hbm_gb"] - needed["weights"] - needed["mailboxes"]
+                needed = self._predict(step, sequences, PAGE_WIDTH, self.machine).memory_gb
+            left = self.machine["hbm_gb"] - needed.weights - needed.mailboxes
             tokens = int(left * 1e9 * shared / page_bytes(self.c, 1, "auto", self.drafts > 0))
         capacity = Capacity(
             sequences=sequences,
@@ -224,10 +221,10 @@ class Predicted:
     def _ms(self, step: str, sequences: int, context: int) -> float:
         key = (step, sequences, context)
         if key not in self._known:
-            self._known[key] = self._predict(*key, self._boundless)["step_ms"]
+            self._known[key] = self._predict(*key, self._boundless).step_ms
         return self._known[key]
 
-    def _predict(self, step: str, sequences: int, context: int, hardware: Machine) -> dict[str, Any]:
+    def _predict(self, step: str, sequences: int, context: int, hardware: Machine) -> Prediction:
         layout = self.layouts[step]
         drafts = self.drafts if step == "decode" else min(self.drafts, 1)
         batch = sequences * hardware.ranks_per_npu // layout.sequence_ranks
