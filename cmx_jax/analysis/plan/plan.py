@@ -24,7 +24,7 @@ from cmx_jax.analysis.predict.request import PlanRequest, Workload
 from cmx_jax.analysis.simulate.deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.predicted import Predicted
 from cmx_jax.analysis.simulate.report import summary
-from cmx_jax.analysis.simulate.supernodes import Outcome, simulate
+from cmx_jax.analysis.simulate.supernodes import SimulationOutcome, simulate
 from cmx_jax.analysis.simulate.workload import synthetic
 from cmx_jax.analysis.trace.steps import PAGE_WIDTH
 from cmx_jax.errors import CmxError
@@ -215,7 +215,7 @@ class Trial:
         return _served(rate, replace(outcome, columns=columns), workload)
 
 
-def _served(rate: float, outcome: Outcome, workload: Workload) -> ServedRate:
+def _served(rate: float, outcome: SimulationOutcome, workload: Workload) -> ServedRate:
     report = summary(outcome, workload.slo_ttft_ms, workload.slo_tpot_ms)
     assert report.goodput is not None  # there are objectives
     c = outcome.columns

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import cached_property
 from itertools import count
 
-from cmx_jax.analysis.cost.constants import Machine, machine
+from cmx_jax.analysis.cost.constants import MachineModel, machine
 from cmx_jax.analysis.cost.operators import pool_read_s
 from cmx_jax.analysis.predict.candidates import transfer_ms
 from cmx_jax.analysis.predict.predict import Prediction, predict
@@ -224,7 +224,7 @@ class Predicted:
             self._known[key] = self._predict(*key, self._boundless).step_ms
         return self._known[key]
 
-    def _predict(self, step: str, sequences: int, context: int, hardware: Machine) -> Prediction:
+    def _predict(self, step: str, sequences: int, context: int, hardware: MachineModel) -> Prediction:
         layout = self.layouts[step]
         drafts = self.drafts if step == "decode" else min(self.drafts, 1)
         batch = sequences * hardware.ranks_per_npu // layout.sequence_ranks

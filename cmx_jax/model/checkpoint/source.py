@@ -13,7 +13,7 @@ import numpy as np
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.weights import Leaf, leaf_dtype
+from cmx_jax.model.leaf import Leaf, leaf_dtype
 from cmx_jax.quant.weights import channel_scale, quantize
 
 SAMPLE = 1 << 20  # bytes
