@@ -105,8 +105,8 @@ def decode_step(
         outputs.append(output)
     rows, addresses = concatenate([state.rows for state in states], axis=1), concatenate(positions).addresses
     cache = paged.write(cache, batch.page_table, addresses, rows, layout.groups)
-    stats = sum_microbatches([state.stats for state in states])
-    return cache, concatenate(outputs).replace(stats=stats)
+    output = concatenate(outputs)
+    return cache, output.replace(stats=sum_microbatches([state.stats for state in states]))
 
 
 def _verify(

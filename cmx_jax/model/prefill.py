@@ -69,8 +69,8 @@ def prefill_step(
         outputs.append(StepOutput(tokens, None, drafts, None, chosen))
     rows, addresses = concatenate([state.rows for state in states], axis=1), concatenate(positions).addresses
     cache = paged.write(cache, batch.page_table, addresses, rows, layout.groups)
-    stats = sum_microbatches([state.stats for state in states])
-    return cache, concatenate(outputs).replace(stats=stats)
+    output = concatenate(outputs)
+    return cache, output.replace(stats=sum_microbatches([state.stats for state in states]))
 
 
 def _attend(
