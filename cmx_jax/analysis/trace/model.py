@@ -87,7 +87,7 @@ def trace_model(
     result.seconds["trace"] += trace_seconds
     if layout.auto and source != "hlo":
         result.notes.append(
-            "auto: the compiler inserts the collectives, which source hlo shows; products are of all ranks"
+            "auto: collectives are the compiler's, which source hlo shows; products are of all ranks"
         )
     return result
 

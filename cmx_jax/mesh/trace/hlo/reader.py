@@ -195,7 +195,7 @@ class _Reader:
         if condition or body:
             count = self.loops.trip_count(loop)
             if count is None:
-                self.notes.append(f"loop {loop.name}: data decide how often it runs")
+                self.notes.append(f"loop {loop.name}: unknown how often it runs, data decide")
             add(content, body, count)
             add(content, condition, None if count is None else count + 1)
 
