@@ -53,7 +53,8 @@ PUBLISHED = {
 }
 """Table 2, called illustrative there: 671 GB, 8 instances, 8 models, a bucket of 2.5 GB/s."""
 NOTES = (
-    "one load takes ~320 s in table 2, and 671 GB at 2.5 GB/s are 268 s: the difference is not published",
+    "one load takes ~320 s in table 2, and 671 GB at 2.5 GB/s are 268 s: "
+    "the cause of the rest is not published",
     "warm starts of ~5 s are one die's path to the pool (147 GB/s); with --dies more read at once",
 )
 
