@@ -59,9 +59,8 @@ def busiest(
         table = place(known[None], layout, top_k=top_k, shared_experts=shared_experts)[0]
     else:
         table = spread_evenly(1, experts, layout)[0]
-    per_copy = np.append(
-        popularity, np.full(shared_experts, 1 / top_k)
-    )  # each token goes to all shared experts
+    # every token goes to each shared expert
+    per_copy = np.append(popularity, np.full(shared_experts, 1 / top_k))
     per_copy /= np.maximum(np.bincount(table[table >= 0], minlength=len(per_copy)), 1)
     share = np.where(table < 0, 0.0, per_copy[np.maximum(table, 0)]) * choices
     random_share = np.where(table < experts, share, 0.0)  # copies of a shared expert are dealt in turn
