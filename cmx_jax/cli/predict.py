@@ -65,7 +65,8 @@ def _paper(args: argparse.Namespace) -> None:
 def _step(args: argparse.Namespace) -> None:
     from dataclasses import asdict, replace
 
-    from cmx_jax.analysis.predict.predict import predict, render, sensitivity
+    from cmx_jax.analysis.predict.predict import predict, sensitivity
+    from cmx_jax.analysis.predict.prediction import render
     from cmx_jax.mesh.named_layouts import named_layout
     from cmx_jax.serving.deploy.model import config_of
 

@@ -6,9 +6,10 @@ Names and definitions of the metrics are those of vLLM's `benchmark_serving`.
 from cmx_jax.analysis.bench.client import Client, EventParser, RequestOutcome
 from cmx_jax.analysis.bench.files import OutputFiles
 from cmx_jax.analysis.bench.load import LoadGenerator, measure
+from cmx_jax.analysis.bench.options import ReportOptions, Settings
 from cmx_jax.analysis.bench.plot import timeline
 from cmx_jax.analysis.bench.prompts import BenchRequest, Words, check_lengths, drawn, prefixed, replayed
-from cmx_jax.analysis.bench.report import ReportOptions, RequestColumns, Settings, Summary, render, summary
+from cmx_jax.analysis.bench.report import RequestColumns, Summary, render, summary
 from cmx_jax.analysis.bench.target import Target
 
 __all__ = [

@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
+from cmx_jax.analysis.bench.options import Settings
 from cmx_jax.analysis.bench.plot import timeline
-from cmx_jax.analysis.bench.report import Settings, Summary
+from cmx_jax.analysis.bench.report import Summary
 from cmx_jax.analysis.plotting import image, need_matplotlib
 from cmx_jax.analysis.writing import need_folder, write_whole
 from cmx_jax.errors import CmxError

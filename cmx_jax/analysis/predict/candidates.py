@@ -6,7 +6,8 @@ from typing import Any
 
 from cmx_jax.analysis.cost.constants import MachineModel
 from cmx_jax.analysis.predict.limits import DoesNotFit
-from cmx_jax.analysis.predict.predict import Prediction, predict
+from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.predict.prediction import Prediction
 from cmx_jax.analysis.predict.request import PlanRequest
 from cmx_jax.analysis.trace.memory import page_bytes
 from cmx_jax.errors import CmxError

@@ -13,7 +13,8 @@ from typing import Any
 
 from cmx_jax.analysis.cost import constants
 from cmx_jax.analysis.cost.measured import PaperRow, operator_rows
-from cmx_jax.analysis.predict.predict import Prediction, predict
+from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.predict.prediction import Prediction
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.model.config import ModelConfig
@@ -245,14 +246,10 @@ def _decode_prediction(c: ModelConfig, row: DecodeRow) -> Prediction:
         redundant = -EXPERTS % row.ranks
         return prediction(_gpu_layout(row.ranks, redundant_slots=redundant, mailbox_rows=0))
     two = prediction(_decode_layout())
-    if _meets(two, row.slo_ms):
+    if two.tpot_ms is not None and two.tpot_ms <= row.slo_ms:
         return two
     one = prediction(_decode_layout(1))
-    return one if _meets(one, row.slo_ms) else two
-
-
-def _meets(prediction: Prediction, slo_ms: float) -> bool:
-    return prediction.tpot_ms is not None and prediction.tpot_ms <= slo_ms
+    return one if one.tpot_ms is not None and one.tpot_ms <= row.slo_ms else two
 
 
 def _decode_layout(microbatches: int = 2) -> Layout:

@@ -19,7 +19,8 @@ from itertools import count
 from cmx_jax.analysis.cost.constants import MachineModel, machine
 from cmx_jax.analysis.cost.operators import pool_read_s
 from cmx_jax.analysis.predict.candidates import transfer_ms
-from cmx_jax.analysis.predict.predict import Prediction, predict
+from cmx_jax.analysis.predict.predict import predict
+from cmx_jax.analysis.predict.prediction import Prediction
 from cmx_jax.analysis.simulate.deployment import InstancePool
 from cmx_jax.analysis.trace.memory import page_bytes
 from cmx_jax.analysis.trace.steps import PAGE_WIDTH

@@ -12,13 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.rebalance import Move
 from cmx_jax.serving.engine.checks import check_context, check_pages, check_prompt, check_rebalanced
 from cmx_jax.serving.engine.page_mover import PageMover
+from cmx_jax.serving.engine.recarve import Recarver
 from cmx_jax.serving.engine.timeline import Timeline
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.kv import LeasedPages, Local, RemotePages, Ticket
@@ -26,21 +26,6 @@ from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, State, TokenLogprob
 from cmx_jax.serving.scheduling.scheduler import Scheduler
 from cmx_jax.serving.scheduling.waiting import QueueLimits, Waiting
-
-
-@dataclass(frozen=True)
-class Recarve:
-    """A change of instances that is pending.
-
-    Attributes:
-      prefill: Prefill instances after the change.
-      decoders: Decode instances after the change.
-      deadline: Clock time in seconds at which requests on leaving instances are preempted.
-    """
-
-    prefill: list[Instance]
-    decoders: list[Instance]
-    deadline: float
 
 
 class Engine:
@@ -101,7 +86,6 @@ class Engine:
         self.moves: list[Move] = []
         self.steps = 0
         self.step_s = self.busy_s = 0.0
-        self._pending_recarve: Recarve | None = None
         check_rebalanced(decoders if eplb_interval else ())
         check_pages(instances)
         lookahead = 1 + max(instance.programs.num_speculative_tokens for instance in instances)
@@ -110,6 +94,7 @@ class Engine:
         self.outbox = outbox or LeasedPages(Local(), instances[0].programs.fingerprint())
         self.mover = PageMover(self.scheduler, self.timeline, self.outbox, context, recompute)
         self.scheduler.subscribe(self.timeline.on_change)
+        self._recarver = Recarver(self.scheduler)
 
     @property
     def prefill(self) -> list[Instance]:
@@ -232,7 +217,7 @@ class Engine:
     def busy(self) -> bool:
         """True while a request is unfinished or a change of instances is pending."""
         placed = any(instance.allocator.places for instance in self.instances)
-        return bool(self.waiting or self.transfers or placed or self._pending_recarve)
+        return bool(self.waiting or self.transfers or placed or self._recarver.pending)
 
     def run(self) -> None:
         """Steps until every submitted request is finished."""
@@ -243,7 +228,7 @@ class Engine:
         """Runs one turn of the loop; returns the requests that finished in it."""
         began, before = time.perf_counter(), self.step_s
         finished = self._expire()
-        self._apply_recarve()
+        self._recarver.apply()
         for instance, request in self.scheduler.admit():
             self.mover.fetch_blocks(instance, request)
         self.mover.put_blocks()
@@ -324,24 +309,4 @@ class Engine:
             raise CmxError("expected at least one prefill and one decode instance")
         check_pages([*prefill, *decoders, *self.instances])
         check_rebalanced(decoders if self.eplb_interval else ())
-        self._pending_recarve = Recarve(list(prefill), list(decoders), self.clock() + grace_s)
-        self.scheduler.leaving = set(self.instances) - {*prefill, *decoders}
-
-    def _apply_recarve(self) -> None:
-        """Replaces the instances if those that leave are idle or their time is up."""
-        pending = self._pending_recarve
-        if pending is None:
-            return
-        running = [
-            (i, r)
-            for i in self.scheduler.leaving
-            for r in i.allocator.places
-            if r.state is not State.TRANSFER
-        ]
-        if running and self.clock() < pending.deadline:
-            return
-        for instance, request in running:
-            self.scheduler.preempt(instance, request)
-        self._pending_recarve = None
-        self.scheduler.leaving = set()
-        self.scheduler.set_instances(pending.prefill, pending.decoders)
+        self._recarver.begin(prefill, decoders, grace_s)
