@@ -54,7 +54,7 @@ def check_context(request: Request, config: ModelConfig) -> None:
     """Checks that a request fits the model's context.
 
     Raises:
-      CmxError: Its prompt and longest answer exceed the context.
+      CmxError: The prompt and the longest answer exceed the context.
     """
     if request.total_tokens > config.max_position_embeddings:
         raise CmxError(
