@@ -10,7 +10,7 @@ One thread at a time may use an engine.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -131,11 +131,6 @@ class Engine:
         """Tickets of prompts that another process continues; the reader of a ticket removes it."""
         return self.mover.tickets
 
-    @property
-    def clock(self) -> Callable[[], float]:
-        """Returns the time in seconds that stamps the requests."""
-        return self.scheduler.clock
-
     def submit(
         self, prompt: list[int], params: SamplingParams, *, priority: int = 0, namespace: str = ""
     ) -> Request:
@@ -156,13 +151,15 @@ class Engine:
             raise CmxError("there is no prefill instance here: send prompts to a process that has one")
         config = self.prefill[0].config
         check_prompt(prompt, config)
-        request = Request(list(prompt), params, priority=priority, namespace=namespace, arrived=self.clock())
+        request = Request(
+            list(prompt), params, priority=priority, namespace=namespace, arrived=self.scheduler.clock()
+        )
         check_context(request, config)
         waiting = self.waiting
         if waiting:
             oldest = waiting.first()
             tokens = waiting.tokens + len(prompt)
-            self.limits.check(len(waiting) + 1, tokens, lambda: self.clock() - oldest.arrived)
+            self.limits.check(len(waiting) + 1, tokens, lambda: self.scheduler.clock() - oldest.arrived)
         self.scheduler.enqueue(request)
         return request
 
@@ -196,7 +193,7 @@ class Engine:
         request = Request(list(prompt), params, priority=priority, state=State.TRANSFER)
         request.tokens, request.drafts = [first], drafts
         request.logprobs = [] if logprob is None else [logprob]
-        request.arrived = request.first_token = self.clock()
+        request.arrived = request.first_token = self.scheduler.clock()
         self.scheduler.enqueue_transfer(RemotePages(pages), request)
         return request
 
@@ -243,10 +240,7 @@ class Engine:
     def _expire(self) -> list[Request]:
         """Fails requests that have waited too long for their first place, and returns them."""
         ttl_s = self.limits.queue_ttl_s
-        if ttl_s is None:
-            return []
-        oldest = self.clock() - ttl_s
-        expired = [r for r in self.waiting if r.arrived < oldest and not r.preemptions]
+        expired = [] if ttl_s is None else self.waiting.expired(self.scheduler.clock() - ttl_s)
         for request in expired:
             self.cancel(request, "error", f"waited longer than {ttl_s:g} s for a place")
         return expired
@@ -296,14 +290,10 @@ class Engine:
     def recarve(
         self, prefill: Sequence[Instance], decoders: Sequence[Instance], grace_s: float = 30.0
     ) -> None:
-        """Replaces the instances (section 2: the ratio of prefill to decode changes while serving).
-
-        Instances that leave get no further requests. When they are idle, or `grace_s` seconds have passed,
-        what still runs there goes back to the queue with its tokens, and the new instances begin.
+        """Replaces the instances; see `Recarver`. Requests that still run after `grace_s` seconds wait again.
 
         Raises:
-          CmxError: Instances do not have the same pages, slots cannot be rebalanced, or there is no instance
-            of a kind.
+          CmxError: Instances have different pages, slots cannot be rebalanced, or a kind has no instance.
         """
         if not prefill or not decoders:
             raise CmxError("expected at least one prefill and one decode instance")

@@ -97,6 +97,10 @@ class Waiting:
         self._count += 1
         self.tokens += len(request.prefill_tokens)
 
+    def expired(self, arrived: float) -> list[Request]:
+        """Returns the requests that came before the clock time `arrived` and never had a place."""
+        return [r for r in self if r.arrived < arrived and not r.preemptions]
+
     def first(self) -> Request:
         """Returns the request whose turn it is."""
         return self._queues[self._order[0]][0]

@@ -252,7 +252,7 @@ class Service:
 
     def _hand_over(self) -> None:
         """Sends all new chunks to the event loop, as one batch."""
-        now = self.engine.clock()
+        now = self.engine.scheduler.clock()
         chunks = []
         for request, live in list(self.live.items()):
             chunk = live.chunk(now)
@@ -265,7 +265,7 @@ class Service:
 
     def _end(self, error: Interrupted) -> None:
         """Ends all requests with an error for their clients; the event loop may call it during a step."""
-        now, live = self.engine.clock(), list(self.live.values())
+        now, live = self.engine.scheduler.clock(), list(self.live.values())
         self._publish([(x.generation, x.end(now, error)) for x in live if not x.ended])
 
     def _publish(self, chunks: list[tuple[Generation, Chunk]]) -> None:
