@@ -67,6 +67,20 @@ def test_imports_go_down_the_wings() -> None:
     assert up == [("cmx_jax.cli", "cmx_jax")]
 
 
+def test_public_classes_have_different_names() -> None:
+    files: dict[str, list[str]] = {}
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in files.items() if len(where) > 1} == {}
+
+
+def test_files_have_at_most_300_lines() -> None:
+    lines = {name: path.read_text().count("\n") for name, path in FILES.items()}
+    assert {name: count for name, count in lines.items() if count > 300} == {}
+
+
 def test_no_private_jax() -> None:
     assert [name for name, path in FILES.items() if "jax._src" in path.read_text()] == []
 

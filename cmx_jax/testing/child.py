@@ -33,7 +33,7 @@ or `done`, the id of a test that has ended."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ChildJob:
     """The session that a child process runs.
 
     Attributes:
@@ -51,7 +51,7 @@ class Job:
     path: list[str]
 
 
-def serve(job: Job) -> NoReturn:
+def serve(job: ChildJob) -> NoReturn:
     """Runs the session of a job, with requests on stdin and answers on stdout, and exits."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that what tests print is not taken for an answer
@@ -67,7 +67,7 @@ def serve(job: Job) -> NoReturn:
 class _Session:
     """The plugin that runs requested tests instead of all tests in order."""
 
-    def __init__(self, job: Job, requests: Any, answers: Any) -> None:
+    def __init__(self, job: ChildJob, requests: Any, answers: Any) -> None:
         self.job, self.stream, self.answers = job, requests, answers
         self.requests: queue.Queue[Message | None] = queue.Queue()
         self.busy = False

@@ -29,11 +29,11 @@ from typing import IO
 
 import pytest
 
-from cmx_jax.testing.child import Job, Message
+from cmx_jax.testing.child import ChildJob, Message
 
 START = (
     "import json, sys; job = json.loads(open(0, 'rb', 0, closefd=False).readline()); "
-    "sys.path[:] = job['path']; from cmx_jax.testing.child import Job, serve; serve(Job(**job))"
+    "sys.path[:] = job['path']; from cmx_jax.testing.child import ChildJob, serve; serve(ChildJob(**job))"
 )
 
 
@@ -172,7 +172,7 @@ class _Process:
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
         base = config.getoption("basetemp")
-        job = Job(
+        job = ChildJob(
             args=list(map(str, config.invocation_params.args)),
             basetemp=f"{base}-devices-{count}" if base else None,
             count=count,

@@ -12,7 +12,7 @@ from cmx_jax.analysis.cost.constants import machine
 from cmx_jax.analysis.predict.predict import predict
 from cmx_jax.analysis.simulate import Arrival, Predicted, StepTimes
 from cmx_jax.analysis.simulate.predicted import bracket, interpolate
-from cmx_jax.analysis.simulate.virtual import Job
+from cmx_jax.analysis.simulate.virtual import SimRequest
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
@@ -37,7 +37,7 @@ def times() -> Predicted:
 
 def prompts(*lengths: tuple[int, int]) -> list[list[Piece]]:
     """One row of pieces `[start, stop)`."""
-    return [[Piece(Job.of(Arrival(0.0, stop, 1)), start, stop) for start, stop in lengths]]
+    return [[Piece(SimRequest.of(Arrival(0.0, stop, 1)), start, stop) for start, stop in lengths]]
 
 
 def direct(layout: Layout, step: str, batch: int, context: int) -> float:

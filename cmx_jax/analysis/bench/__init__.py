@@ -9,11 +9,28 @@ from cmx_jax.analysis.bench.load import LoadGenerator, measure
 from cmx_jax.analysis.bench.options import ReportOptions, Settings
 from cmx_jax.analysis.bench.plot import timeline
 from cmx_jax.analysis.bench.prompts import BenchRequest, Words, check_lengths, drawn, prefixed, replayed
-from cmx_jax.analysis.bench.report import RequestColumns, Summary, render, summary
+from cmx_jax.analysis.bench.report import BenchmarkSummary, RequestColumns, render, summary
 from cmx_jax.analysis.bench.target import Target
 
 __all__ = [
-    "BenchRequest", "Client", "EventParser", "LoadGenerator", "OutputFiles", "ReportOptions",
-    "RequestColumns", "RequestOutcome", "Settings", "Summary", "Target", "Words", "check_lengths", "drawn",
-    "measure", "prefixed", "render", "replayed", "summary", "timeline",
+    "BenchRequest",
+    "BenchmarkSummary",
+    "Client",
+    "EventParser",
+    "LoadGenerator",
+    "OutputFiles",
+    "ReportOptions",
+    "RequestColumns",
+    "RequestOutcome",
+    "Settings",
+    "Target",
+    "Words",
+    "check_lengths",
+    "drawn",
+    "measure",
+    "prefixed",
+    "render",
+    "replayed",
+    "summary",
+    "timeline",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cmx_jax.analysis.bench.options import Settings
 from cmx_jax.analysis.bench.plot import timeline
-from cmx_jax.analysis.bench.report import Summary
+from cmx_jax.analysis.bench.report import BenchmarkSummary
 from cmx_jax.analysis.plotting import image, need_matplotlib
 from cmx_jax.analysis.writing import need_folder, write_whole
 from cmx_jax.errors import CmxError
@@ -45,7 +45,7 @@ class OutputFiles:
             raise CmxError(f"{file} is a directory, expected a file")
         need_folder(file.parent)
 
-    def write(self, settings: Settings, summary: Summary) -> None:
+    def write(self, settings: Settings, summary: BenchmarkSummary) -> None:
         """Writes the files.
 
         Raises:

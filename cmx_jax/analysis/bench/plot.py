@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cmx_jax.analysis.bench.report import RequestColumns, Summary
+from cmx_jax.analysis.bench.report import BenchmarkSummary, RequestColumns
 from cmx_jax.analysis.plotting import COLOURS, STYLE, need_matplotlib
 
 WIDTH, BINS = 7.0, 60  # inches; bins over the duration
@@ -12,7 +12,7 @@ WAIT, ANSWER, FAILED = COLOURS[1], COLOURS[0], COLOURS[5]
 TALLEST, GREY = 6.0, "#BBBBBB"  # largest height of all bars in inches
 
 
-def timeline(s: Summary) -> Any:
+def timeline(s: BenchmarkSummary) -> Any:
     """Draws a matplotlib figure: a bar for each request, in order of their starts, above a rate of tokens.
 
     Raises:
@@ -60,7 +60,7 @@ def _requests(axes: Any, r: RequestColumns) -> None:
     axes.set_axisbelow(True)
 
 
-def _rate(axes: Any, s: Summary) -> None:
+def _rate(axes: Any, s: BenchmarkSummary) -> None:
     """Draws tokens per second; the tokens of an answer are spread evenly over its chunks."""
     edges, r = np.linspace(0, s.duration or 1, BINS + 1), s.requests
     tokens = np.zeros(BINS)

@@ -75,7 +75,7 @@ class RequestColumns:
 
 
 @dataclass(frozen=True)
-class Summary:
+class BenchmarkSummary:
     """Metrics of a measurement; throughputs and latencies are of completed requests only.
 
     Attributes:
@@ -127,7 +127,7 @@ class Summary:
         return document | vars(self.requests)
 
 
-def summary(load: LoadGenerator, options: ReportOptions) -> Summary:
+def summary(load: LoadGenerator, options: ReportOptions) -> BenchmarkSummary:
     """Computes the metrics of a measurement.
 
     Args:
@@ -147,7 +147,7 @@ def summary(load: LoadGenerator, options: ReportOptions) -> Summary:
         "e2el": [o.e2el for o in completed],
     }
     hit_rate, numbers = cached / inputs if inputs else 0.0, options.numbers()
-    return Summary(
+    return BenchmarkSummary(
         duration=load.duration,
         completed=len(completed),
         failed=len(outcomes) - len(completed),
@@ -184,7 +184,7 @@ def _failures(outcomes: Sequence[RequestOutcome]) -> list[FailureCount]:
     return [FailureCount(reason, count, first[reason]) for reason, count in counts.most_common()]
 
 
-def render(s: Summary) -> str:
+def render(s: BenchmarkSummary) -> str:
     """Formats the metrics for a terminal."""
     lines = [f"{' Serving Benchmark Result ':=^60}"]
 

@@ -2,12 +2,23 @@
 
 from cmx_jax.analysis.simulate.deployment import InstancePool, SimulatedDeployment
 from cmx_jax.analysis.simulate.predicted import Predicted
-from cmx_jax.analysis.simulate.report import Summary, render, summary
+from cmx_jax.analysis.simulate.report import SimulationSummary, render, summary
 from cmx_jax.analysis.simulate.supernodes import SimulationOutcome, simulate
 from cmx_jax.analysis.simulate.times import Linear, StepTimes
 from cmx_jax.analysis.simulate.workload import Arrival, mooncake, synthetic
 
 __all__ = [
-    "Arrival", "InstancePool", "Linear", "Predicted", "SimulatedDeployment", "SimulationOutcome", "StepTimes",
-    "Summary", "mooncake", "render", "simulate", "summary", "synthetic",
+    "Arrival",
+    "InstancePool",
+    "Linear",
+    "Predicted",
+    "SimulatedDeployment",
+    "SimulationOutcome",
+    "SimulationSummary",
+    "StepTimes",
+    "mooncake",
+    "render",
+    "simulate",
+    "summary",
+    "synthetic",
 ]  # fmt: skip

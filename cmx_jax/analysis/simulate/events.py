@@ -30,7 +30,7 @@ class Events:
 class Host:
     """Runs its instances' steps one at a time, round-robin: each prefill instance, then each decode instance.
 
-    `node` is the `cmx_jax.analysis.simulate.simulator.Supernode` that they belong to.
+    `node` is the `cmx_jax.analysis.simulate.simulator.SimSupernode` that they belong to.
     """
 
     def __init__(self, node: Any, prefill: list[Virtual], decoders: list[Virtual]):

@@ -60,7 +60,7 @@ class Goodput:
 
 
 @dataclass(frozen=True)
-class Summary:
+class SimulationSummary:
     """Metrics of a simulation.
 
     Attributes:
@@ -119,7 +119,7 @@ class Summary:
 
 def summary(
     outcome: SimulationOutcome, slo_ttft_ms: float | None = None, slo_tpot_ms: float | None = None
-) -> Summary:
+) -> SimulationSummary:
     """Computes the metrics of a simulation.
 
     Args:
@@ -145,7 +145,7 @@ def summary(
         goodput = Goodput(slo_ttft_ms, slo_tpot_ms, float(good.sum()) / span, float(good.mean()))
     prefill = [instance for node in nodes for instance in node.scheduler.prefill]
     decode = [instance for node in nodes for instance in node.scheduler.decoders]
-    return Summary(
+    return SimulationSummary(
         completed=len(ttft),
         duration=duration,
         total_input_tokens=inputs,
@@ -179,7 +179,7 @@ TITLES = {
 }
 
 
-def render(s: Summary) -> str:
+def render(s: SimulationSummary) -> str:
     """Formats the metrics for a terminal."""
     lines = [
         f"{s.completed:,} requests in {s.duration:,.1f} s on {s.npus:,} NPUs of {s.supernodes} "

@@ -17,13 +17,13 @@ from cmx_jax.analysis.simulate.deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.events import Events, Host
 from cmx_jax.analysis.simulate.prefix import PrefixCache
 from cmx_jax.analysis.simulate.times import StepTimes
-from cmx_jax.analysis.simulate.virtual import Job, Virtual
+from cmx_jax.analysis.simulate.virtual import SimRequest, Virtual
 from cmx_jax.serving.kv.mapping import prefill_tp_rank
 from cmx_jax.serving.scheduling.request import Request, State
 from cmx_jax.serving.scheduling.scheduler import Scheduler
 
 
-class Supernode:
+class SimSupernode:
     """The instances of a deployment with their scheduler, prefix cache and links."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Supernode:
         deployment: SimulatedDeployment,
         times: StepTimes,
         events: Events,
-        done: Callable[[Job], None],
+        done: Callable[[SimRequest], None],
     ):
         self.times, self.events, self.done = times, events, done
         speed = 1 + deployment.acceptance
@@ -55,7 +55,7 @@ class Supernode:
             self._hosts |= dict.fromkeys(group, host)
         self._link_free: defaultdict[tuple[Virtual, int], float] = defaultdict(float)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: SimRequest) -> None:
         """Queues a request that arrives now."""
         self.scheduler.enqueue(job)
         self.outstanding += 1

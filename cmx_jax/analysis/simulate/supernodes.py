@@ -9,13 +9,13 @@ import numpy as np
 
 from cmx_jax.analysis.simulate.deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.events import Events
-from cmx_jax.analysis.simulate.simulator import Supernode
+from cmx_jax.analysis.simulate.simulator import SimSupernode
 from cmx_jax.analysis.simulate.times import StepTimes
-from cmx_jax.analysis.simulate.virtual import Job
+from cmx_jax.analysis.simulate.virtual import SimRequest
 from cmx_jax.analysis.simulate.workload import Arrival
 from cmx_jax.errors import CmxError
 
-Route = Callable[[list[Supernode], Job, int], Supernode]
+Route = Callable[[list[SimSupernode], SimRequest, int], SimSupernode]
 
 # Functions that choose a supernode for a request, the n-th.
 ROUTERS: dict[str, Route] = {
@@ -40,7 +40,7 @@ class SimulationOutcome:
     """
 
     columns: dict[str, np.ndarray]
-    nodes: list[Supernode]
+    nodes: list[SimSupernode]
     deployment: SimulatedDeployment
 
 
@@ -70,11 +70,11 @@ def simulate(
         raise CmxError(f"supernodes is {supernodes}, expected at least 1")
     events, rows = Events(), array("d")
 
-    def done(job: Job) -> None:
+    def done(job: SimRequest) -> None:
         times: tuple[Any, ...] = (job.arrived, job.started, job.first_token, job.finished)
         rows.extend((*times, len(job.prompt), job.params.max_tokens, job.cached))
 
-    nodes = [Supernode(deployment, times, events, done) for _ in range(supernodes)]
+    nodes = [SimSupernode(deployment, times, events, done) for _ in range(supernodes)]
     arrived = _run(iter(arrivals), nodes, events, ROUTERS[router])
     table = np.array(rows).reshape(-1, len(COLUMNS))
     if not arrived:
@@ -84,14 +84,14 @@ def simulate(
     return SimulationOutcome(dict(zip(COLUMNS, table.T, strict=True)), nodes, deployment)
 
 
-def _run(arrivals: Iterable[Arrival], nodes: list[Supernode], events: Events, route: Route) -> int:
+def _run(arrivals: Iterable[Arrival], nodes: list[SimSupernode], events: Events, route: Route) -> int:
     """Runs events and arrivals in order of time, events first; returns the number of requests."""
     arrived = 0
     for arrived, arrival in enumerate(arrivals, 1):
         while events.heap and events.heap[0][0] <= arrival.time:
             events.next()
         events.now = arrival.time
-        job = Job.of(arrival)
+        job = SimRequest.of(arrival)
         node = nodes[0] if len(nodes) == 1 else route(nodes, job, arrived)
         node.submit(job)
     while events.heap:

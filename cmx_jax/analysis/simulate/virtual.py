@@ -12,7 +12,7 @@ from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
 
 @dataclass(eq=False)
-class Job(Request):
+class SimRequest(Request):
     """A request whose prompt has a length and no tokens (`range(length)`).
 
     Attributes:
@@ -26,7 +26,7 @@ class Job(Request):
     started: float | None = None
 
     @classmethod
-    def of(cls, arrival: Arrival) -> "Job":
+    def of(cls, arrival: Arrival) -> "SimRequest":
         return cls(
             range(arrival.prompt), _params(arrival.output), arrived=arrival.time, blocks=arrival.blocks
         )
@@ -55,10 +55,10 @@ class Virtual:
         self.name = name
         self.allocator = RankAllocator(pool.capacity, pool.ranks)
         self.sharing, self.speed = pool.sharing, speed
-        self.ready: list[Job] = []
+        self.ready: list[SimRequest] = []
         self.steps = self.running = self.busiest = 0
         self.tokens = self.busy = self.row_seconds = 0.0
-        self.ends: list[tuple[int, int, Job]] = []
+        self.ends: list[tuple[int, int, SimRequest]] = []
         self._count = [0] * pool.ranks  # running requests of each rank
         self._having = [pool.ranks] + [0] * pool.capacity.sequences  # number of ranks by running requests
 
@@ -76,7 +76,7 @@ class Virtual:
             self._shift(self.allocator.places[job].rank, 1)
         self.ready.clear()
 
-    def advance(self, steps: int) -> list[Job]:
+    def advance(self, steps: int) -> list[SimRequest]:
         """Advances by `steps` decode steps; returns the requests that finish."""
         self.steps += steps
         self.tokens += self.running * steps * self.speed

@@ -33,7 +33,7 @@ class ChosenEntry(TokenEntry):
     top_logprobs: list[TokenEntry]
 
 
-class Logprobs(TypedDict):
+class ChatLogprobs(TypedDict):
     """OpenAI's `logprobs` of a chat completion."""
 
     content: list[ChosenEntry]
@@ -87,7 +87,7 @@ async def _whole(answer: Answer, logprobs: bool) -> Document:
 
 
 async def _events(answer: Answer, logprobs: bool) -> AsyncIterator[Document]:
-    def event(index: int, delta: dict[str, str], scores: Logprobs | None, end: str | None) -> Document:
+    def event(index: int, delta: dict[str, str], scores: ChatLogprobs | None, end: str | None) -> Document:
         choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": end}
         return answer.event(CHUNK, choice)
 
@@ -95,7 +95,7 @@ async def _events(answer: Answer, logprobs: bool) -> AsyncIterator[Document]:
         yield event(index, {"role": "assistant", "content": ""}, None, None)
     async for index, delta in answer.deltas():
         if delta.text or (logprobs and delta.tokens):
-            scores: Logprobs | None = {"content": _entries(answer.context, delta)} if logprobs else None
+            scores: ChatLogprobs | None = {"content": _entries(answer.context, delta)} if logprobs else None
             yield event(index, {"content": delta.text}, scores, None)
         if answer.choices[index].finish_reason is not None:
             yield event(index, {}, None, answer.choices[index].finish_reason)

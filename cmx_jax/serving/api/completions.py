@@ -19,7 +19,7 @@ TokenScores = Sequence[TokenLogprob | None]
 Echoed = tuple[str, Sequence[int], TokenScores]  # text, its tokens, and their log-probabilities
 
 
-class Logprobs(TypedDict):
+class CompletionLogprobs(TypedDict):
     """OpenAI's `logprobs` of a completion; each list has an entry for each token.
 
     Attributes:
@@ -47,7 +47,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         answer.generation.close()
 
 
-class Part:
+class ChoicePart:
     """Converts a choice's text and tokens to OpenAI's form, part by part.
 
     Text offsets are those of the tokens' own texts, one after the other.
@@ -60,7 +60,7 @@ class Part:
         """Makes the fields of a choice for its next part."""
         return {"text": text, "logprobs": self._scores(tokens, scores) if self._logprobs else None}
 
-    def _scores(self, tokens: Sequence[int], scores: TokenScores) -> Logprobs:
+    def _scores(self, tokens: Sequence[int], scores: TokenScores) -> CompletionLogprobs:
         texts = [self._context.token_text(token) for token in tokens]
         offsets = []
         for text in texts:
@@ -109,7 +109,7 @@ async def _whole(answer: Answer, echoed: list[Echoed], body: CompletionRequest) 
     async for index, delta in answer.deltas():
         text, tokens, scores = grown[index]
         grown[index] = (text + delta.text, [*tokens, *delta.tokens], [*scores, *delta.logprobs])
-    parts = [Part(answer.context, body.logprobs is not None).document(*choice) for choice in grown]
+    parts = [ChoicePart(answer.context, body.logprobs is not None).document(*choice) for choice in grown]
     ends = [choice.finish_reason or "length" for choice in answer.choices]
     choices = [{"index": i, **part, "finish_reason": ends[i]} for i, part in enumerate(parts)]
     return answer.document(KIND, choices)
@@ -117,7 +117,7 @@ async def _whole(answer: Answer, echoed: list[Echoed], body: CompletionRequest) 
 
 async def _events(answer: Answer, echoed: list[Echoed], body: CompletionRequest) -> AsyncIterator[Document]:
     logprobs = body.logprobs is not None
-    parts = [Part(answer.context, logprobs) for _ in answer.choices]
+    parts = [ChoicePart(answer.context, logprobs) for _ in answer.choices]
 
     def event(index: int, text: str, tokens: Sequence[int], scores: TokenScores, end: str | None) -> Document:
         part = parts[index].document(text, tokens, scores)

@@ -120,7 +120,7 @@ class CompletionRequest(Generate):
     logprobs: int | None = None
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     """A part of a message's content; only text is supported."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -140,7 +140,7 @@ _PART = {
     "additionalProperties": False,
 }
 _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
-Content = Annotated[list[Part], BeforeValidator(_parts), WithJsonSchema(_CONTENT)]
+Content = Annotated[list[ContentPart], BeforeValidator(_parts), WithJsonSchema(_CONTENT)]
 
 
 class Message(BaseModel):

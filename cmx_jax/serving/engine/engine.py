@@ -72,8 +72,7 @@ class Engine:
           limits: Limits of the waiting queue; None: no limits.
 
         Raises:
-          CmxError: `eplb_interval` is negative, a layout's slots cannot be rebalanced, instances do not have
-            the same pages, or there is no instance.
+          CmxError: The interval is negative, slots cannot be rebalanced, pages differ, or no instance is given.
         """
         if eplb_interval < 0:
             raise CmxError(f"eplb_interval is {eplb_interval}, expected zero (never) or more")
@@ -81,8 +80,7 @@ class Engine:
         instances = [*prefill, *decoders]
         if not instances:
             raise CmxError("an engine without instances, expected at least one that prefills or decodes")
-        self.eplb_interval = eplb_interval
-        self.limits = limits or QueueLimits()
+        self.eplb_interval, self.limits = eplb_interval, limits or QueueLimits()
         self.moves: list[Move] = []
         self.steps = 0
         self.step_s = self.busy_s = 0.0

@@ -16,7 +16,7 @@ from cmx_jax.serving.service.generation import Generation, Interrupted
 T = TypeVar("T")
 
 
-class Stream(StreamingResponse):
+class GenerationStream(StreamingResponse):
     """An answer in parts.
 
     If the client disconnects, even before the first part, the generation is cancelled.
@@ -33,7 +33,7 @@ class Stream(StreamingResponse):
             self._generation.close()
 
 
-class EventStream(Stream):
+class EventStream(GenerationStream):
     """JSON documents as server-sent events."""
 
     def __init__(self, documents: AsyncIterator[Mapping[str, object]], generation: Generation):

@@ -32,7 +32,7 @@ class Preempted(CmxError):
 
 
 @dataclass(eq=False)
-class Job:
+class DispatchedRequest:
     """A routed request.
 
     Attributes:
@@ -107,7 +107,7 @@ class Dispatcher:
         """Waits for all tasks."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def serve(self, job: Job) -> None:
+    async def serve(self, job: DispatchedRequest) -> None:
         """Serves a request to its end, which may be an error."""
         request = job.request
         try:
@@ -121,7 +121,7 @@ class Dispatcher:
             request.error = str(error)
             self._give(job, [], [], "error", error)
 
-    async def _until_done(self, job: Job) -> None:
+    async def _until_done(self, job: DispatchedRequest) -> None:
         failures = 0
         while True:
             tokens_before = len(job.request.tokens)
@@ -137,7 +137,7 @@ class Dispatcher:
                 self.retried += 1
                 log.warning("request %s goes on elsewhere: %s", job.request.id, error)
 
-    async def _attempt(self, job: Job) -> None:
+    async def _attempt(self, job: DispatchedRequest) -> None:
         """Prefills prompt and tokens so far, and decodes until the end or until a worker is lost."""
         request = job.request
         params = replace(request.params, max_tokens=request.params.max_tokens - len(request.tokens))
@@ -166,7 +166,7 @@ class Dispatcher:
                 raise
 
     async def _decode(
-        self, job: Job, sender: Member, prefilled: PrefillRequest, answer: PrefillAnswer
+        self, job: DispatchedRequest, sender: Member, prefilled: PrefillRequest, answer: PrefillAnswer
     ) -> None:
         body = DecodeRequest(
             prompt=prefilled.prompt,
@@ -202,7 +202,7 @@ class Dispatcher:
 
     def _give(
         self,
-        job: Job,
+        job: DispatchedRequest,
         tokens: list[int],
         logprobs: list[TokenLogprob],
         finish_reason: str | None,

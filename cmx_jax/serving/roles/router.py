@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cmx_jax.serving.roles.dispatch import ATTEMPTS, Dispatcher, Job
+from cmx_jax.serving.roles.dispatch import ATTEMPTS, DispatchedRequest, Dispatcher
 from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.messages import TraceEvent
 from cmx_jax.serving.roles.peer import PeerError
@@ -61,7 +61,7 @@ class Router(Frontend):
         }
         check_limits(**self._limits)
         self.members = members
-        self.live: dict[Request, Job] = {}
+        self.live: dict[Request, DispatchedRequest] = {}
         self.draining = False
         self.watchers: list[Callable[[Chunk], None]] = []
 
@@ -93,11 +93,11 @@ class Router(Frontend):
         generation, now = Generation(len(requests), self.cancel), time.perf_counter()
         for index, (prompt, params) in enumerate(requests):
             request = Request(list(prompt), params, priority=priority, namespace=namespace, arrived=now)
-            job = self.live[request] = Job(generation, index, request, now)
+            job = self.live[request] = DispatchedRequest(generation, index, request, now)
             job.task = self._dispatcher.begin(self._serve(job))
         return generation
 
-    async def _serve(self, job: Job) -> None:
+    async def _serve(self, job: DispatchedRequest) -> None:
         try:
             await self._dispatcher.serve(job)
         finally:

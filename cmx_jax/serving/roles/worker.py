@@ -19,7 +19,7 @@ from cmx_jax.serving.ems.keys import Fingerprint
 from cmx_jax.serving.http import errors
 from cmx_jax.serving.http.errors import Gone
 from cmx_jax.serving.http.guard import BodyLimit, Keys
-from cmx_jax.serving.http.streaming import Stream, unless_gone
+from cmx_jax.serving.http.streaming import GenerationStream, unless_gone
 from cmx_jax.serving.kv import Ticket, TransferError, fetch
 from cmx_jax.serving.roles.messages import (
     DecodeLine,
@@ -220,7 +220,7 @@ async def decode(body: DecodeRequest, request: Request) -> Response:
         ),
         already_sent=1,
     )
-    return Stream(_lines(generation), generation, "application/x-ndjson")
+    return GenerationStream(_lines(generation), generation, "application/x-ndjson")
 
 
 async def _fetch_pages(worker: Worker, control: str, ticket: Ticket) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from cmx_jax.analysis.bench import RequestColumns, Summary, timeline
+from cmx_jax.analysis.bench import BenchmarkSummary, RequestColumns, timeline
 
 REQUESTS = RequestColumns(
     input_lens=[8, 8, 0],
@@ -17,7 +17,7 @@ REQUESTS = RequestColumns(
     generated_texts=["", "", ""],
     errors=["", "", "HTTP 500: broken"],
 )
-SUMMARY = Summary(
+SUMMARY = BenchmarkSummary(
     duration=6.0,
     completed=2,
     failed=1,
