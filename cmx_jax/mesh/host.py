@@ -34,6 +34,12 @@ def request_devices(count: int) -> None:
 
     Raises:
       CmxError: JAX has already started with fewer devices, or `XLA_FLAGS` asks for fewer.
+
+    Example:
+      >>> request_devices(2)
+      >>> import jax
+      >>> len(jax.devices("cpu")) >= 2
+      True
     """
     flags = os.environ.get("XLA_FLAGS", "")
     for name, value in _FLAGS.items():
@@ -104,6 +110,10 @@ def host_devices(count: int) -> list[jax.Device]:
 
     Raises:
       CmxError: There are too few devices, or `JAX_PLATFORMS` names a platform that is missing.
+
+    Example:
+      >>> len(host_devices(2)) >= 2
+      True
     """
     request_devices(count)
     try:
@@ -129,6 +139,9 @@ def enable_compilation_cache() -> None:
     """Keeps compiled programs between processes, unless the user has set JAX's own options for it.
 
     If the folder cannot be written, nothing is kept.
+
+    Example:
+      >>> enable_compilation_cache()
     """
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return

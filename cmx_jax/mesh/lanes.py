@@ -22,6 +22,14 @@ class Lanes:
 
     Attributes:
       axes: Name and size of each mesh axis, outermost first.
+
+    Example:
+      >>> import jax, numpy as np
+      >>> from jax.sharding import PartitionSpec as P
+      >>> runner = Lanes((("ep", 4),))
+      >>> total = runner.jit(lambda x: jax.lax.psum(x, "ep"), (P("ep"),), P())
+      >>> float(total(runner.put(np.arange(4, dtype="float32"), P("ep")))[0])
+      6.0
     """
 
     axes: Axes

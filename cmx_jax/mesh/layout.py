@@ -40,6 +40,14 @@ class Layout:
         `float32`.
       mailbox_rows: Rows of the mailbox for each peer. None sizes it for twice the mean load, 0 for the worst
         case.
+
+    Example:
+      >>> from dataclasses import replace
+      >>> layout = expert_parallel(8, 256)
+      >>> layout.ranks, layout.slots
+      (8, 256)
+      >>> replace(layout, wire="int8").wire
+      'int8'
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -219,6 +227,10 @@ def expert_parallel(
 
     Raises:
       CmxError: There is no rank, ranks are not whole nodes where nodes are needed, or slots do not divide.
+
+    Example:
+      >>> expert_parallel(160, 256).slots  # equally many on each rank; 64 stay empty
+      320
     """
     _check_ranks(ranks)
     axes: tuple[tuple[str, int], ...] = (("ep", ranks),)
@@ -250,6 +262,10 @@ def tensor_parallel(ranks: int, experts: int, *, whole_experts: bool = False, **
 
     Raises:
       CmxError: There is no rank.
+
+    Example:
+      >>> tensor_parallel(4, 256).tensor_ranks
+      4
     """
     _check_ranks(ranks)
     names = ("tp",)

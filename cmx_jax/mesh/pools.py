@@ -44,6 +44,10 @@ class Pools:
       decode: Decode instances.
       prefill: Prefill instances.
       spare: NPUs that are left.
+
+    Example:
+      >>> carve().spare.npus
+      128
     """
 
     supernode: Supernode
@@ -84,6 +88,11 @@ def carve(
 
     Raises:
       CmxError: A size is not positive, or spans several nodes but not whole ones, or there are too few NPUs.
+
+    Example:
+      >>> pools = carve(decode=1, prefill=6)
+      >>> pools.decode[0].npus, len(pools.prefill), pools.prefill[0].start
+      (160, 6, 160)
     """
     node = supernode.npus_per_node
     for name, npus in (("decode_npus", decode_npus), ("prefill_npus", prefill_npus)):

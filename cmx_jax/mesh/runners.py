@@ -32,7 +32,12 @@ _ALIGNMENT = 64  # bytes: XLA:CPU requires it of a buffer
 
 @runtime_checkable
 class Runner(Protocol):
-    """Interface of the runners."""
+    """Interface of the runners.
+
+    Example:
+      >>> isinstance(make_runner("lanes", (("ep", 4),)), Runner)
+      True
+    """
 
     @property
     def axes(self) -> Axes:
@@ -95,7 +100,16 @@ def _jit_on_mesh(
 
 @dataclass(frozen=True)
 class Devices:
-    """Runner that is `shard_map` over a mesh of real devices: real collectives, real sharded buffers."""
+    """Runner that is `shard_map` over a mesh of real devices: real collectives, real sharded buffers.
+
+    Example:
+      >>> import jax, numpy as np
+      >>> from jax.sharding import PartitionSpec as P
+      >>> runner = make_runner("devices", (("ep", 4),))
+      >>> total = runner.jit(lambda x: jax.lax.psum(x, "ep"), (P("ep"),), P())
+      >>> float(total(runner.put(np.arange(4, dtype="float32"), P("ep")))[0])
+      6.0
+    """
 
     mesh: Mesh
 
@@ -136,6 +150,15 @@ class Abstract:
       axes: Name and size of each mesh axis, outermost first.
       mesh: Mesh or AbstractMesh to trace over; None for an AbstractMesh of `axes`. For a mesh of devices,
         possibly of a topology that is not there, programs can also be compiled.
+
+    Example:
+      >>> import jax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> runner = Abstract((("ep", 320),))
+      >>> total = runner.jit(lambda x: jax.lax.psum(x, "ep"), (P("ep"),), P())
+      >>> x = runner.put(jax.ShapeDtypeStruct((320, 4), "float32"), P("ep"))
+      >>> total.eval_shape(x).shape
+      (1, 4)
     """
 
     axes: Axes
@@ -192,6 +215,10 @@ def make_runner(kind: str, axes: Axes, first_device: int = 0) -> Runner:
 
     Raises:
       CmxError: The name is unknown, there are too few devices, or the program would deadlock.
+
+    Example:
+      >>> make_runner("lanes", (("node", 2), ("npu", 8))).axes
+      (('node', 2), ('npu', 8))
     """
     if kind == "lanes":
         return Lanes(axes)

@@ -45,7 +45,12 @@ class Npu:
 
 @dataclass(frozen=True, kw_only=True)
 class Supernode:
-    """Nodes of NPUs that share one scale-up network. RDMA connects several supernodes."""
+    """Nodes of NPUs that share one scale-up network. RDMA connects several supernodes.
+
+    Example:
+      >>> CLOUDMATRIX384.npus, CLOUDMATRIX384.node_of(9)
+      (384, 1)
+    """
 
     name: str
     nodes: int

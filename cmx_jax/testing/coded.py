@@ -22,6 +22,10 @@ def rank_coded(ranks: int, shape: tuple[int, ...], dtype: Any = np.float32) -> n
 
     Raises:
       CmxError: The type cannot represent as many whole numbers exactly as there are elements.
+
+    Example:
+      >>> rank_coded(2, (3,)).tolist()
+      [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     """
     total, dtype = ranks * math.prod(shape), jnp.dtype(dtype)
     exact = 2 ** (jnp.finfo(dtype).nmant + 1) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
@@ -42,6 +46,11 @@ def where_from(coded: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarr
 
     Returns:
       Two int64 arrays of the shape of `coded`; an element that is zero comes from rank -1.
+
+    Example:
+      >>> ranks, positions = where_from(rank_coded(2, (3,)), (3,))
+      >>> ranks.tolist(), positions.tolist()
+      ([0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2])
     """
     rank, position = np.divmod(np.asarray(coded).astype(np.int64) - 1, math.prod(shape))
     return rank, position

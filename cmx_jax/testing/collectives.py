@@ -38,6 +38,13 @@ def assert_collectives(
     Raises:
       AssertionError: The collectives differ; the message has the differences and a table of all collectives.
       CmxError: An operation is unknown.
+
+    Example:
+      >>> import jax
+      >>> from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
+      >>> mesh = AbstractMesh((8,), ("x",), axis_types=(AxisType.Auto,))
+      >>> total = jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=P("x"), out_specs=P())
+      >>> assert_collectives(total, [jax.ShapeDtypeStruct((64,), "float32")], {("all_reduce", "x"): 1})
     """
     __tracebackhide__ = True
     counts = {_key(key): count for key, count in expected.items()}

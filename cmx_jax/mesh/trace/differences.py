@@ -35,6 +35,10 @@ def differences(before: Rows, now: Rows, names: tuple[str, str], by: Sequence[st
       before, now: Rows of two tables, as in `Trace.collectives`.
       names: Names of the two tables.
       by: Keys of a row that make up its kind.
+
+    Example:
+      >>> differences([], [], ("before", "now"))
+      []
     """
     first, second = (_summed(rows, by) for rows in (before, now))
     lines = []

@@ -40,6 +40,13 @@ def read_jaxpr(jaxpr: Any) -> Contents:
 
     Loops of known length are counted. An operation in a `while`, or in one branch of a condition and not in
     the same way in all of them, has count None: data decide.
+
+    Example:
+      >>> import jax
+      >>> jaxpr = jax.make_jaxpr(lambda x: x @ x)(jax.ShapeDtypeStruct((4, 4), "float32"))
+      >>> [product] = read_jaxpr(jaxpr).products
+      >>> product.flops
+      128
     """
     contents, program = Contents(), getattr(jaxpr, "jaxpr", jaxpr)
     _walk(program, Context(), contents)

@@ -52,6 +52,15 @@ def trace(
     Raises:
       CmxError: The source is unknown, the program cannot be compiled, or `shard_map` refuses an argument that
         is not split over a mesh of `Explicit` axes as it should be. Other errors pass through.
+
+    Example:
+      >>> import jax
+      >>> from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
+      >>> mesh = AbstractMesh((8,), ("x",), axis_types=(AxisType.Auto,))
+      >>> total = jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=P("x"), out_specs=P())
+      >>> [row] = trace(total, jax.ShapeDtypeStruct((64,), "float32")).collectives
+      >>> row["op"], row["axes"], row["wire_bytes"]
+      ('all_reduce', ['x'], 56.0)
     """
     if source not in SOURCES:
         raise CmxError(f"source {source!r}, expected one of {', '.join(SOURCES)}")

@@ -26,6 +26,10 @@ class View:
       first_npu: NPU of rank 0.
       payload: Function that returns the useful bytes of a collective where these are less than its operand.
       useful: Function that returns the useful operations of a product where these are less than all.
+
+    Example:
+      >>> View(ranks_per_npu=2).machine.name
+      'CloudMatrix384'
     """
 
     machine: Supernode = CLOUDMATRIX384
@@ -51,6 +55,12 @@ class Trace:
       seconds: Seconds taken to `trace`, `lower` and `compile`.
       notes: Sentences on what is uncertain, and on the differences between sources.
       contents: The collectives and products themselves; not in JSON.
+
+    Example:
+      >>> import jax
+      >>> from cmx_jax.mesh.trace import trace
+      >>> trace(lambda x: x @ x, jax.ShapeDtypeStruct((4, 4), "float32")).flops
+      {'float32': 128}
     """
 
     source: str
@@ -109,7 +119,15 @@ def table(
 
 
 def render(t: Trace) -> str:
-    """Returns a table of the collectives, with the operations of products and the notes below it."""
+    """Returns a table of the collectives, with the operations of products and the notes below it.
+
+    Example:
+      >>> import jax
+      >>> from cmx_jax.mesh.trace import trace
+      >>> t = trace(lambda x: x @ x, jax.ShapeDtypeStruct((4, 4), "float32"))
+      >>> print(render(t).splitlines()[1])
+      products: 128 FLOP in float32
+    """
     size, unit = unit_of(max((r["wire_bytes"] for r in t.collectives), default=0))
     titles = ("op", "axes", "plane", "operand", "count", f"payload {unit}", f"wire {unit}", "scope")
     rows: list[tuple[str, ...]] = [titles]

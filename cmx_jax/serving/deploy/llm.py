@@ -59,6 +59,13 @@ class LLM:
       instance: The instance; `instance.traffic` has counts of its exchanges and drafts.
       engine: Serving loop over the instance.
       max_model_len: Longest sequence that there is room for, in tokens.
+
+    Example:
+      >>> import cmx_jax
+      >>> model = cmx_jax.from_pretrained("tiny", ranks=2, max_num_seqs=2, max_model_len=64)
+      >>> [answer] = model.generate(["The json module"], max_new_tokens=4)
+      >>> len(answer.tokens)
+      4
     """
 
     def __init__(self, model: Model, layout: Layout, args: EngineArgs):
@@ -207,6 +214,12 @@ def from_pretrained(name_or_path: str | Path, *, layout: str | Layout | None = N
 
     Raises:
       CmxError: The model is unknown or refused, or the layout does not fit it or the machine.
+
+    Example:
+      >>> import cmx_jax
+      >>> model = cmx_jax.from_pretrained("tiny", ranks=2, max_num_seqs=2, max_model_len=64)
+      >>> model.logits([[462, 1113, 83]]).shape
+      (1, 3, 2048)
     """
     enable_compilation_cache()
     args = EngineArgs(**options)

@@ -72,7 +72,7 @@ class Engine:
           limits: Limits of the waiting queue; None: no limits.
 
         Raises:
-          CmxError: The interval is negative, slots cannot be rebalanced, pages differ, or no instance is given.
+          CmxError: Negative interval, slots that cannot be rebalanced, different pages, or no instances.
         """
         if eplb_interval < 0:
             raise CmxError(f"eplb_interval is {eplb_interval}, expected zero (never) or more")

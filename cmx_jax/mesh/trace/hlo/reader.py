@@ -100,6 +100,12 @@ def read_hlo(text: str, mesh_axes: Axes | None = None) -> Program:
 
     Raises:
       CmxError: The text is not optimised HLO, or is cut short.
+
+    Example:
+      >>> import jax
+      >>> compiled = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((64, 64), "float32")).compile()
+      >>> read_hlo(compiled.as_text()).flops
+      {'float32': 524288}
     """
     return _Reader(text, mesh_axes).program()
 

@@ -46,6 +46,11 @@ class Collective:
       position: Position in the program, counted among products too.
       awaited_at: Position at which it is awaited, if it is asynchronous; None if the program blocks on it.
       pairs: Pairs (source, target) of ranks (permute); None for other operations.
+
+    Example:
+      >>> gather = Collective("all_gather", ("ep",), 4, "float32", (8, 2), count=1)
+      >>> gather.operand_bytes, gather.wire_bytes
+      (64, 192)
     """
 
     op: str
