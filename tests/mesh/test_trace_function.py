@@ -1,6 +1,9 @@
 """`cmx trace --function`: functions that are not ours, and every mistake in one line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,7 +142,9 @@ def test_explicit_axes_of_a_mesh_by_sizes(explicit: str, mesh: str) -> None:
 
 
 def test_argument_that_is_not_placed_says_how_to_place_it(explicit: str) -> None:
-    with pytest.raises(CmxError, match=r"total: in_specs passed .*dtype\[shape\]@axes on --mesh") as error:
+    with pytest.raises(
+        CmxError, match=r"total: in_specs passed .*dtype\[shape\]@axes on --mesh places it"
+    ) as error:
         trace_function(f"{explicit}:total", ["float32[8,16]"])
     assert "\n" not in str(error.value)
 
@@ -156,3 +161,33 @@ def test_a_mistake_in_the_mesh_is_one_line(mesh: str, message: str) -> None:
     with pytest.raises(CmxError, match=message) as error:
         trace_function("jax.numpy:sin", ["float32[4]"], mesh)
     assert "\n" not in str(error.value)
+
+
+MODULE_WITH_MESH = """
+import jax
+from jax.sharding import PartitionSpec as P
+
+mesh = jax.make_mesh((2, 4), ("x", "y"))
+
+def total(x):
+    return jax.shard_map(lambda a: jax.lax.psum(a, "z"), in_specs=P("x"), out_specs=P("x"))(x)
+"""
+
+
+def test_module_that_makes_a_mesh_gets_its_devices(tmp_path: Path) -> None:
+    """In a process of its own, as JAX has started here; the axis that does not exist is hinted at."""
+    (tmp_path / "with_mesh.py").write_text(MODULE_WITH_MESH)
+    command = [sys.executable, "-m", "cmx_jax.cli", "trace", "--function", "with_mesh:total"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def run(*options: str) -> str:
+        done = subprocess.run(
+            [*command, "--args", "float32[8,16]@x", *options],
+            cwd=tmp_path, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2
+        [line] = done.stderr.strip().splitlines()
+        return line
+
+    assert "is the axis of each collective one of the mesh's axes?" in run("--mesh", "x=2,y=4")
+    assert "--devices N asks for N virtual devices" in run("--mesh", "with_mesh:mesh")

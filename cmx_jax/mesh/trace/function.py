@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,21 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
+from cmx_jax.mesh.host import request_devices
 from cmx_jax.mesh.jax_versions import placement_advice, typed_mesh
 from cmx_jax.mesh.targets import target_devices
-from cmx_jax.mesh.trace.program import trace
+from cmx_jax.mesh.trace.program import SOURCES, trace
 from cmx_jax.mesh.trace.table import Trace, View
 
 ARRAY = re.compile(r"(\w+)\[([\d,\s]*)\](?:@(.+))?")
+MAX_REQUESTED = 1024  # devices; wider meshes are abstract ones
 FORM = "such as float32[1024,4096]@-,x (a dimension over no axis, one over x; a+b: over both)"
+
+
+HINTS = {  # part of a message of JAX, and what to do
+    "Number of devices": "; --devices N asks for N virtual devices",
+    "should match the mesh passed to shard_map": "; give the function's own mesh: --mesh package.module:mesh",
+}
 
 
 def trace_function(
@@ -48,6 +56,10 @@ def trace_function(
     Raises:
       CmxError: The function does not exist or fails, or an argument or the mesh is not understood.
     """
+    if source not in SOURCES:
+        raise CmxError(f"source {source!r}, expected one of {', '.join(SOURCES)}")
+    if mesh is not None and "=" in mesh:
+        _request_devices(math.prod(read_mesh(mesh)[0].values()))
     fn = load(name)
     actual_mesh = _mesh_of(mesh, target if source == "hlo" else None)
     arguments = read_args(args, actual_mesh)
@@ -100,6 +112,13 @@ def read_mesh(text: str | None) -> tuple[dict[str, int], frozenset[str]]:
         if kind == "explicit":
             explicit.add(axis)
     return sizes, frozenset(explicit)
+
+
+def _request_devices(count: int) -> None:
+    """Asks for virtual devices, as a module may make a mesh of them while it is imported."""
+    if count <= MAX_REQUESTED:
+        with suppress(CmxError):  # JAX has started: there are as many as there are
+            request_devices(count)
 
 
 def _attribute(name: str) -> Any:
@@ -168,9 +187,11 @@ def _failed(name: str, error: Exception) -> CmxError:
     line = f" ({Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno})" if last is not None else ""
     if advice := placement_advice(error):
         reason = _first_line(error).split(". ")[0]
-        return CmxError(f"{name}: {reason}; {advice}; with --args, dtype[shape]@axes on --mesh places it")
-    return CmxError(f"{name}: {type(error).__name__}: {_first_line(error)}{line}")
+        return CmxError(f"{name}: {reason}; with --args, dtype[shape]@axes on --mesh places it; {advice}")
+    hint = next((hint for text, hint in HINTS.items() if text in str(error)), "")
+    return CmxError(f"{name}: {type(error).__name__}: {_first_line(error)}{line}{hint}")
 
 
 def _first_line(error: Exception) -> str:
-    return next(filter(None, str(error).splitlines()), "no reason given")
+    no_message = "JAX gave no message; is the axis of each collective one of the mesh's axes?"
+    return next(filter(None, str(error).splitlines()), no_message)

@@ -54,7 +54,7 @@ def read_jaxpr(jaxpr: Any) -> Contents:
     if explicit := [aval for aval in arguments if explicit_axes(aval)]:
         contents.axes |= dict(explicit[0].sharding.mesh.shape)
         contents.arguments = sum(local_bytes(aval) for aval in arguments)
-    if explicit or contents.implied:
+    if contents.implied or (explicit and not _only_maps(program)):
         named = ", ".join(f"{count} x {name}" for name, count in contents.implied.items())
         contents.notes.append(
             "shardings are explicit: the compiler inserts the collectives that they imply"
@@ -92,6 +92,21 @@ def _walk(jaxpr: Any, context: Context, contents: Contents) -> None:
         else:
             for inner in _inner(eqn.params.values()):
                 _walk(inner, inside, contents)
+
+
+def _only_maps(jaxpr: Any) -> bool:
+    """Returns whether explicitly sharded arrays only go into `shard_map`s over all axes."""
+
+    def is_map(eqn: Any) -> bool:
+        inside = eqn.params["jaxpr"].invars if eqn.primitive.name == "shard_map" else eqn.invars
+        return not any(explicit_axes(v.aval) for v in inside)
+
+    return all(
+        all(map(_only_maps, _inner(eqn.params.values())))
+        if eqn.primitive.name in ("jit", "pjit")
+        else is_map(eqn)
+        for eqn in jaxpr.eqns
+    )
 
 
 def _inner(values: Any) -> Iterator[Any]:

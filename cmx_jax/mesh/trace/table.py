@@ -105,7 +105,8 @@ def table(
     """Returns the trace of a program's contents; `memory` and `seconds` as in `Trace`."""
     notes = list(contents.notes)
     if any(x.count is None for x in (*contents.collectives, *contents.products)):
-        notes.append("count None: in a loop or branch that data decide; counted once")
+        where = "count `data`" if any(c.count is None for c in contents.collectives) else "some products"
+        notes.append(f"{where}: in a loop or branch that data decide; counted once")
     flops: dict[str, int] = {}
     scopes: dict[str, dict[str, dict[str, int]]] = {}
     for p in contents.products:
