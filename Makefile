@@ -12,10 +12,10 @@ demo: $(VENV)/.demo
 
 # The quick tests, for daily work.
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -20,28 +20,6 @@ from support import BASE  # noqa: E402
 from cmx_jax.mesh.host import enable_compilation_cache, request_devices  # noqa: E402
 from cmx_jax.serving.deploy.model import Model  # noqa: E402
 
-# tests that share a server, a cluster of processes or a loaded model run in one worker, which makes it once
-GROUPS = {
-    "tests/serving/roles": "cluster",
-    "tests/serving/api": "api",
-    "tests/analysis/bench": "bench",
-    "tests/analysis/test_eval": "tiny",
-}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts tests into groups for pytest-xdist, and the groups first, as they take longest."""
-    grouped: list[pytest.Item] = []
-    others: list[pytest.Item] = []
-    for item in items:
-        name = next((name for path, name in GROUPS.items() if item.nodeid.startswith(path)), None)
-        if name is not None:
-            item.add_marker(pytest.mark.xdist_group(name))
-        (others if name is None else grouped).append(item)
-    items[:] = grouped + others
-
-
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 request_devices(384)
