@@ -258,7 +258,7 @@ def test_an_interrupted_run_leaves_no_process(elsewhere: pytest.Pytester) -> Non
         os.kill(int(pid.read_text()), 0)
 
 
-def test_the_readmes_example(elsewhere: pytest.Pytester) -> None:
-    section = (ROOT / "README.md").read_text().partition("### Testing your own code")[2]
+def test_example_of_the_docs(elsewhere: pytest.Pytester) -> None:
+    section = (ROOT / "docs" / "testing.md").read_text()
     elsewhere.makepyfile(section.partition("```python\n")[2].partition("```")[0])
     elsewhere.runpytest_subprocess().assert_outcomes(passed=3)
