@@ -21,15 +21,18 @@ def router(args: argparse.Namespace) -> None:
     from cmx_jax.serving.http.server import bind
     from cmx_jax.serving.roles.members import Members
     from cmx_jax.serving.roles.router import Router
+    from cmx_jax.serving.scheduling.waiting import QueueLimits
 
-    limits = {name: getattr(args, name) for name in hosting.LIMITS[:2]}
+    # `Members` has the time that a request waits for a worker
+    limits = QueueLimits(**{name: getattr(args, name) for name in hosting.LIMITS[:2]})
     with bind(args.host, args.port) as sock:
         model = Model.read(args.model)
         members = Members(args.prefill, args.decode, args.cluster_secret, args.queue_ttl_s)
         context = model.config.max_position_embeddings
         length = min(context, 4096) if args.max_model_len is None else args.max_model_len
         hosted = ModelInfo(name="router", model=model, max_model_len=length)
-        hosting.answer_api(args, sock, hosted, Router(members, policy=args.kv_failure_policy, **limits))
+        frontend = Router(members, policy=args.kv_failure_policy, limits=limits)
+        hosting.answer_api(args, sock, hosted, frontend)
 
 
 def worker(args: argparse.Namespace) -> None:

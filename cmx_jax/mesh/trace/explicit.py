@@ -17,8 +17,9 @@ def explicit_axes(aval: Any) -> dict[str, int]:
 
 def local_shape(aval: Any) -> tuple[int, ...]:
     """Returns the shape of one rank's part of an array, as far as its type shows how it is split."""
+    sizes = explicit_axes(aval)
     return tuple(
-        size // math.prod(explicit_axes(aval)[axis] for axis in axes)
+        size // math.prod(sizes[axis] for axis in axes)
         for size, axes in zip(aval.shape, _split(aval), strict=True)
     )
 
@@ -44,23 +45,20 @@ def _itemsize(aval: Any) -> int:
 def implied_collective(eqn: Any) -> str:
     """Returns the name of an operation whose explicit shardings imply a collective, else ''."""
     name = eqn.primitive.name
-    avals = [v.aval for v in eqn.invars if hasattr(v.aval, "shape")]
-    if not any(map(explicit_axes, avals)):
-        return ""
     if name == "reshard":
-        result = eqn.outvars[0].aval
+        before, result = eqn.invars[0].aval, eqn.outvars[0].aval
         if not explicit_axes(result):
             return ""  # the compiler decides from here on
-        before, after = _split(avals[0]), _split(result)
-        kept = all(b == a[: len(b)] for b, a in zip(before, after, strict=True))
-        return "" if kept else name  # a rank already has every part of its own part
+        pairs = zip(_split(before), _split(result), strict=True)
+        return "" if all(b == a[: len(b)] for b, a in pairs) else name  # a rank holds its new part already
     if name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        summed = [axis for dim in contracted for axis in _split(avals[0])[dim]]
-    elif name.startswith(("reduce_", "arg")) and "axes" in eqn.params:
-        summed = [axis for dim in eqn.params["axes"] for axis in _split(avals[0])[dim]]
+        (summed_dims, _), _ = eqn.params["dimension_numbers"]
+    elif name.startswith(("reduce_", "arg")):
+        summed_dims = eqn.params.get("axes", ())
     else:
         return ""
+    split = _split(eqn.invars[0].aval)
+    summed = [axis for dim in summed_dims for axis in split[dim]]
     return f"{name} over {', '.join(summed)}" if summed else ""
 
 

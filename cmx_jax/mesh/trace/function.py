@@ -18,7 +18,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import request_devices
 from cmx_jax.mesh.jax_versions import placement_advice, typed_mesh
 from cmx_jax.mesh.targets import target_devices
-from cmx_jax.mesh.trace.program import SOURCES, trace
+from cmx_jax.mesh.trace.program import check_source, trace
 from cmx_jax.mesh.trace.table import Trace, View
 
 ARRAY = re.compile(r"(\w+)\[([\d,\s]*)\](?:@(.+))?")
@@ -56,8 +56,7 @@ def trace_function(
     Raises:
       CmxError: The function does not exist or fails, or an argument or the mesh is not understood.
     """
-    if source not in SOURCES:
-        raise CmxError(f"source {source!r}, expected one of {', '.join(SOURCES)}")
+    check_source(source)  # before the module is imported
     if mesh is not None and "=" in mesh:
         _request_devices(math.prod(read_mesh(mesh)[0].values()))
     fn = load(name)

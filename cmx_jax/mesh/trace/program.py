@@ -62,8 +62,7 @@ def trace(
       >>> row["op"], row["axes"], row["wire_bytes"]
       ('all_reduce', ['x'], 56.0)
     """
-    if source not in SOURCES:
-        raise CmxError(f"source {source!r}, expected one of {', '.join(SOURCES)}")
+    check_source(source)
     seconds: dict[str, float] = {}
     with _timed(seconds, "trace"):
         traced = fn if hasattr(fn, "jaxpr") else _traced(fn, args)
@@ -83,6 +82,16 @@ def trace(
     if dump is not None:
         _dump(dump, texts, result, view)
     return result
+
+
+def check_source(source: str) -> None:
+    """Checks that a source is one of `SOURCES`.
+
+    Raises:
+      CmxError: The source is unknown.
+    """
+    if source not in SOURCES:
+        raise CmxError(f"source {source!r}, expected one of {', '.join(SOURCES)}")
 
 
 def _traced(fn: Any, args: Any) -> Any:

@@ -11,7 +11,7 @@ from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.messages import TraceEvent
 from cmx_jax.serving.roles.peer import PeerError
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
-from cmx_jax.serving.scheduling.waiting import check_limits, check_queue
+from cmx_jax.serving.scheduling.waiting import QueueLimits
 from cmx_jax.serving.service.frontend import Frontend, Unavailable
 from cmx_jax.serving.service.generation import Chunk, Generation
 
@@ -30,6 +30,7 @@ class Router(Frontend):
 
     Attributes:
       members: Workers.
+      limits: Limits of requests without a first token.
       live: Requests that are not finished.
       draining: True while new requests are refused.
       watchers: Functions that get each chunk of an answer.
@@ -40,27 +41,20 @@ class Router(Frontend):
         members: Members,
         *,
         policy: str = "recompute",
-        max_num_queued_reqs: int | None = None,
-        max_num_queued_tokens: int | None = None,
+        limits: QueueLimits | None = None,
     ):
         """Puts a router in front of workers.
 
         Args:
           members: Workers.
           policy: Reaction to the loss of a worker or of pages under way: `recompute` or `fail`.
-          max_num_queued_reqs: Largest number of requests without a first token; None is no limit.
-          max_num_queued_tokens: Largest number of prompt tokens of such requests; None is no limit.
+          limits: Limits of requests without a first token; None is no limits.
 
         Raises:
-          CmxError: The policy does not exist, or a limit is not above zero.
+          CmxError: The policy does not exist.
         """
         self._dispatcher = Dispatcher(members, policy, self._publish)
-        self._limits = {
-            "max_num_queued_reqs": max_num_queued_reqs,
-            "max_num_queued_tokens": max_num_queued_tokens,
-        }
-        check_limits(**self._limits)
-        self.members = members
+        self.members, self.limits = members, limits or QueueLimits()
         self.live: dict[Request, DispatchedRequest] = {}
         self.draining = False
         self.watchers: list[Callable[[Chunk], None]] = []
@@ -110,10 +104,10 @@ class Router(Frontend):
     def _check_queue(self, prompts: Sequence[list[int]]) -> None:
         waiting = self._waiting()
         tokens = sum(len(request.prompt) for request in waiting) + sum(map(len, prompts))
-        counts = {"max_num_queued_reqs": len(waiting) + len(prompts), "max_num_queued_tokens": tokens}
         if waiting:
-            check_queue(
-                {name: (limit, counts[name]) for name, limit in self._limits.items()},
+            self.limits.check(
+                len(waiting) + len(prompts),
+                tokens,
                 lambda: time.perf_counter() - min(request.arrived for request in waiting),
             )
 

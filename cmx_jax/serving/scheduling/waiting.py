@@ -1,40 +1,11 @@
 """The queue of requests that wait for a place, by priority and then in order of arrival; and its limits."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.scheduling.request import Overloaded, Request
-
-
-def check_limits(**limits: float | None) -> None:
-    """Checks that limits let something in; None is no limit.
-
-    Raises:
-      CmxError: A limit is not above zero.
-    """
-    for name, limit in limits.items():
-        if limit is not None and not limit > 0:
-            raise CmxError(f"{name} is {limit}, expected more than zero")
-
-
-def check_queue(counts: Mapping[str, tuple[int | None, int]], waited_s: Callable[[], float]) -> None:
-    """Checks that the queue has room for another request.
-
-    A client that is refused is told to retry after as long as the oldest request has waited, an estimate of
-    the current queueing time.
-
-    Args:
-      counts: The limit (None: no limit) and the count with the new request, by the limit's name.
-      waited_s: Returns the seconds that the oldest request has waited.
-
-    Raises:
-      Overloaded: A count is above its limit.
-    """
-    for name, (limit, count) in counts.items():
-        if limit is not None and count > limit:
-            raise Overloaded(f"the queue is full ({name} {limit}), retry later", max(waited_s(), 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +26,29 @@ class QueueLimits:
     queue_ttl_s: float | None = None
 
     def __post_init__(self) -> None:
-        check_limits(**asdict(self))
+        for name, limit in asdict(self).items():
+            if limit is not None and not limit > 0:
+                raise CmxError(f"{name} is {limit}, expected more than zero")
 
     def check(self, requests: int, tokens: int, waited_s: Callable[[], float]) -> None:
         """Checks that a queue of `requests` requests with `tokens` prompt tokens is within the limits.
 
+        A client that is refused is told to retry after as long as the oldest request has waited, an estimate
+        of the current queueing time.
+
+        Args:
+          requests: Number of waiting requests, with the new ones.
+          tokens: Number of their prompt tokens, with those of the new ones.
+          waited_s: Returns the seconds that the oldest request has waited.
+
         Raises:
-          Overloaded: A limit is exceeded; see `check_queue`.
+          Overloaded: A limit is exceeded.
         """
-        counts = {
-            "max_num_queued_reqs": (self.max_num_queued_reqs, requests),
-            "max_num_queued_tokens": (self.max_num_queued_tokens, tokens),
-        }
-        check_queue(counts, waited_s)
+        counts = {"max_num_queued_reqs": requests, "max_num_queued_tokens": tokens}
+        for name, count in counts.items():
+            limit = getattr(self, name)
+            if limit is not None and count > limit:
+                raise Overloaded(f"the queue is full ({name} {limit}), retry later", max(waited_s(), 1.0))
 
 
 class Waiting:
