@@ -114,7 +114,8 @@ def _units(count: int, resumed: int) -> str:
 
 def _quantize(args: argparse.Namespace) -> None:
     from cmx_jax.mesh import enable_compilation_cache
-    from cmx_jax.model.quantize.command import PARTS, quantize
+    from cmx_jax.model.quantize.command import quantize
+    from cmx_jax.model.quantize.layer import PARTS
     from cmx_jax.serving.deploy.model import Model, locate
 
     enable_compilation_cache()

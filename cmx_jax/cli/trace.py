@@ -149,7 +149,7 @@ IDENTITY = (
 )  # fmt: skip
 
 
-def _save(path: Path, document: dict[str, Any]) -> None:
+def _save(path: Path, document: dict[str, object]) -> None:
     """Saves the program's identity and collectives: to a temporary file, which then replaces `path`."""
     kept = {name: document[name] for name in (*IDENTITY, "collectives") if name in document}
     written = path.with_name(f".{path.name}.{os.getpid()}")

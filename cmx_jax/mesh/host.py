@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -54,7 +55,7 @@ def request_devices(count: int) -> None:
                 f"increase or remove --{_COUNT_FLAG}"
             )
         return
-    if count <= jax.config.jax_num_cpu_devices:
+    if count <= jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
         return
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -77,7 +78,7 @@ def has_exactly(count: int) -> bool:
     Starts JAX only if it is configured for that number.
     """
     forced = re.search(rf"{_COUNT_FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    configured = jax.config.jax_num_cpu_devices
+    configured = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     if configured < 0:
         configured = int(forced[1]) if forced else 1
     return configured == count and [d.platform for d in jax.devices()] == ["cpu"] * count
@@ -143,7 +144,8 @@ def enable_compilation_cache() -> None:
     Example:
       >>> enable_compilation_cache()
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
         return
     folder = cache_directory() / "xla"
     try:

@@ -129,7 +129,8 @@ def _shardy_mesh(attribute: Any) -> DeviceOrder:
 
 def manual_axes(op: Any) -> list[str]:
     """Returns the axes of an `sdy.manual_computation`, along which sizes are those of one rank."""
-    return [str(name) for name in sdy.ManualAxesAttr(op.attributes["manual_axes"])]
+    axes: Any = sdy.ManualAxesAttr(op.attributes["manual_axes"])
+    return [str(name) for name in axes]
 
 
 def explicit_parts(value: Any, meshes: Mapping[str, DeviceOrder]) -> list[int] | None:

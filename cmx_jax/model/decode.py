@@ -9,7 +9,7 @@ kept positions and drafts the next tokens. All of this is one program: no host w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -106,7 +106,7 @@ def decode_step(
     rows, addresses = concatenate([state.rows for state in states], axis=1), concatenate(positions).addresses
     cache = paged.write(cache, batch.page_table, addresses, rows, layout.groups)
     output = concatenate(outputs)
-    return cache, output.replace(stats=sum_microbatches([state.stats for state in states]))
+    return cache, replace(output, stats=sum_microbatches([state.stats for state in states]))
 
 
 def _verify(

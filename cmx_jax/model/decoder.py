@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -287,7 +287,7 @@ def mtp_hidden(
         mtp = weights.mtp
         assert mtp is not None
         stack, experts = split_experts(mtp.layer)
-        w = jax.tree.map(lambda a: a[0], mtp.replace(layer=stack))
+        w = jax.tree.map(lambda a: a[0], replace(mtp, layer=stack))
         embedding = norm(weights.embed[stream.tokens], w.enorm, c)
         pair = jnp.concatenate([embedding, norm(hidden, w.hnorm, c)], axis=-1)
         x = einsum("bte,ed->btd", pair, w.eh_proj)

@@ -1,5 +1,6 @@
 """The prefill program of one rank, and the program that scores whole sequences."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ def prefill_step(
     rows, addresses = concatenate([state.rows for state in states], axis=1), concatenate(positions).addresses
     cache = paged.write(cache, batch.page_table, addresses, rows, layout.groups)
     output = concatenate(outputs)
-    return cache, output.replace(stats=sum_microbatches([state.stats for state in states]))
+    return cache, replace(output, stats=sum_microbatches([state.stats for state in states]))
 
 
 def _attend(

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any, NamedTuple, cast
@@ -74,7 +74,7 @@ def step_specs(c: ModelConfig, layout: Layout, mtp: bool) -> StepSpecs:
     stats = MoEStats(P(None, all_axes), P(None, load_axes)) if c.num_moe_layers or mtp else None
     drafts = data if mtp else None
     decoded = StepOutput(data, data, drafts, stats)
-    return StepSpecs(weight_specs(c, layout, mtp), data, batch, decoded.replace(accepted=None), decoded)
+    return StepSpecs(weight_specs(c, layout, mtp), data, batch, replace(decoded, accepted=None), decoded)
 
 
 def compile_steps(
@@ -106,7 +106,7 @@ def _compile_steps(c: ModelConfig, layout: Layout, runner: Any, mtp: bool, kv_dt
             settings = dict(zip(flags, values, strict=True))
             static = partial(fn, c=c, layout=layout, **settings)
             ins = (specs.weights, specs.data, batch)
-            outs = (specs.data, output.replace(logprobs=specs.data if settings["logprobs"] else None))
+            outs = (specs.data, replace(output, logprobs=specs.data if settings["logprobs"] else None))
             return runner.jit(static, ins, outs, donate_argnums=(1,), auto=layout.auto)
 
         variants = {values: compiled(values) for values in product((False, True), repeat=len(flags))}

@@ -258,7 +258,7 @@ def split_experts(stack: Layer) -> tuple[Layer, Experts]:
     """Splits a stack into layers without experts, to be scanned over, and experts (empty if dense)."""
     if not isinstance(stack.ffn, MoE):
         return stack, Experts(None, None)
-    return stack.replace(ffn=stack.ffn.replace(experts=Experts(None, None))), stack.ffn.experts
+    return replace(stack, ffn=replace(stack.ffn, experts=Experts(None, None))), stack.ffn.experts
 
 
 FLOAT_FIELDS = ("embed", "head", "attn.k_b", "attn.v_b")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,6 @@ class Comparison:
     target: str
     layouts: list[LayoutRow]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The document of `cmx compare --json`: nested dicts and lists, keys as the attributes here."""
         return asdict(self)

@@ -7,7 +7,7 @@ FlashAttention-3.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from cmx_jax.analysis.cost import constants
 from cmx_jax.analysis.cost.constants import MachineModel
@@ -87,7 +87,7 @@ class PaperRow:
         """Relative error: positive where the model's figure is larger."""
         return self.predicted / self.published - 1
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Returns the row as `cmx predict --paper --json` prints it."""
         row = {
             "table": self.table,

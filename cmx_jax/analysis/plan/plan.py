@@ -14,7 +14,6 @@ the others in time:
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -90,7 +89,7 @@ class Plan:
     deployments: list[ServedDeployment]
     search: SearchResult
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Returns the plan as `cmx plan --json` prints it."""
         return {
             "load": {**vars(self.request.workload), "rate": self.request.rate},

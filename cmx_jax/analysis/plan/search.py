@@ -9,7 +9,6 @@ runs for one, and its rows travel over RDMA; a sequence attends to its prompt an
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from cmx_jax.analysis.predict.candidates import InstancePlan, candidates, predict_instances
 from cmx_jax.analysis.predict.request import PlanRequest, Workload
@@ -46,7 +45,7 @@ class DeploymentPlan:
         """Returns the number of instances for `prefill` or `decode`."""
         return self.prefill_instances if step == "prefill" else self.decode_instances
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Returns the deployment as `cmx plan --json` prints it."""
         return {
             "requests_per_s": self.requests_per_s,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from cmx_jax.analysis.cost.constants import MachineModel
 from cmx_jax.analysis.predict.limits import DoesNotFit
@@ -79,7 +78,7 @@ class InstancePlan:
         """The sizes in words, for people."""
         return f"EP{self.ranks}, batch {self.batch}, microbatches {self.microbatches}, drafts {self.drafts}"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Returns the instance as `cmx plan --json` prints it."""
         prefill = self.step == "prefill"
         times = {"transfer_ms": self.transfer_ms, "ttft_ms": self.latency_ms} if prefill else {}

@@ -134,13 +134,16 @@ def loops(step: Step) -> tuple[Loop, ...]:
     """Returns the operators of a step by loop. Loops of equal length count as one: that changes no sum."""
     contents, microbatches = trace(step), step.layout.microbatches
     by_loop: dict[tuple[int, bool], dict[tuple[int | None, str], Operator]] = {}
-    for x in (*contents.products, *contents.collectives):
+    for x in contents.operations:
         scopes = x.scope.split("/")
         stream = _stream(scopes, microbatches)
         stage = _stage(scopes)
         operators = by_loop.setdefault((x.known, "MTP" in scopes), {})
         operator = operators.setdefault((stream, stage), Operator(stage))
-        (operator.products if isinstance(x, Product) else operator.collectives).append(x)  # type: ignore[arg-type]
+        if isinstance(x, Product):
+            operator.products.append(x)
+        else:
+            operator.collectives.append(x)
     result = []
     for (times, mtp), operators in by_loop.items():
         streams: dict[int | None, list[Operator]] = {}

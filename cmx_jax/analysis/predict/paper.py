@@ -169,7 +169,7 @@ class PaperReport:
     rows: list[PaperRow]
     summary: list[GroupErrors]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Returns the report as `cmx predict --paper --json` prints it."""
         return {
             "rows": [row.as_dict() for row in self.rows],

@@ -1,7 +1,6 @@
 """Records of a prediction, and its text."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from cmx_jax.analysis.predict.limits import RankMemory, Roofline
 
@@ -66,7 +65,7 @@ class Prediction:
     flops: dict[str, int]
     wire_bytes: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Returns the prediction as `cmx predict --json` prints it."""
         return asdict(self)
 

@@ -101,6 +101,7 @@ class SimSupernode:
     def place(self) -> list[Virtual]:
         """Admits waiting requests; returns the instances that received some."""
         placed = self.scheduler.admit()
+        job: Any  # a SimRequest
         for instance, job in placed:
             if job.blocks:
                 width = instance.allocator.capacity.page_width

@@ -6,7 +6,6 @@ It is a picture of what waits for what, not a prediction.
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from cmx_jax.mesh.supernode import Supernode
 from cmx_jax.mesh.trace.ops.collective import Collective
@@ -17,13 +16,13 @@ from cmx_jax.mesh.trace.table import View
 COMPUTE, NETWORK = 1, 2  # tracks
 
 
-def timeline(contents: Contents, view: View) -> dict[str, Any]:
+def timeline(contents: Contents, view: View) -> dict[str, object]:
     """Returns trace events in microseconds, in the JSON form that Chrome and Perfetto read.
 
     A loop's body appears once, and each event is as long as all its executions together. An asynchronous
     collective overlaps with what follows until it is awaited; any other blocks what follows.
     """
-    events: list[dict[str, Any]] = [
+    events: list[dict[str, object]] = [
         {"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": name}}
         for tid, name in ((COMPUTE, "products"), (NETWORK, "collectives"))
     ]

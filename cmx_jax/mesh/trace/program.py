@@ -151,7 +151,7 @@ class _Lowered(NamedTuple):
     """
 
     contents: Contents
-    texts: dict[str, Any]
+    texts: dict[str, object]
     memory: dict[str, int]
 
 
@@ -209,7 +209,7 @@ def _compared(written: Trace, result: Trace, target: str) -> list[str]:
         if flops[0] != flops[1]:
             parts = (f"{name} {scaled(number)}FLOP" for name, number in zip(names, flops, strict=True))
             lines.append(f"products in {dtype}: {', '.join(parts)}")
-    types = {x.dtype for x in (*before.collectives, *before.products)}
+    types = {x.dtype for x in before.operations}
     if target == "cpu" and result.source == "hlo" and types & {"bfloat16", "float16"}:
         lines.append(
             "XLA:CPU computes and sends bfloat16 as float32: the jaxpr has the bytes that were meant"
@@ -217,7 +217,7 @@ def _compared(written: Trace, result: Trace, target: str) -> list[str]:
     return lines
 
 
-def _dump(folder: Path, texts: dict[str, Any], result: Trace, view: View) -> None:
+def _dump(folder: Path, texts: dict[str, object], result: Trace, view: View) -> None:
     """Writes the program's texts and its schedule to a folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from cmx_jax.mesh.supernode import CLOUDMATRIX384, Supernode
 from cmx_jax.mesh.trace.differences import Row, unit_of
@@ -72,7 +71,7 @@ class Trace:
     notes: list[str]
     contents: Contents = field(repr=False, compare=False)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Returns the trace as a dict for JSON, without `contents`."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "contents"}
 
@@ -104,7 +103,7 @@ def table(
 ) -> Trace:
     """Returns the trace of a program's contents; `memory` and `seconds` as in `Trace`."""
     notes = list(contents.notes)
-    if any(x.count is None for x in (*contents.collectives, *contents.products)):
+    if any(x.count is None for x in contents.operations):
         where = "count `data`" if any(c.count is None for c in contents.collectives) else "some products"
         notes.append(f"{where}: in a loop or branch that data decide; counted once")
     flops: dict[str, int] = {}

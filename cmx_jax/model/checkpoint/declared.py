@@ -180,7 +180,7 @@ def _description(path: Path) -> dict[str, str]:
     return kinds
 
 
-def compressed_int8(floats: Iterable[str] = ()) -> dict[str, Any]:
+def compressed_int8(floats: Iterable[str] = ()) -> dict[str, object]:
     """The `quantization_config` of an INT8 checkpoint that `cmx_jax.model.checkpoint.writer` writes.
 
     Args:

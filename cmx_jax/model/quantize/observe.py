@@ -1,7 +1,7 @@
 """Runs one layer on calibration text and records the inputs of its matrices and its output."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -94,8 +94,8 @@ def _run(
     attend = data_parallel_attention(TokenPositions(positions), length, c)
     stream = Stream(None, jnp.ones((1, length), bool), attend)
     paths = frozenset(path for _, path in int8_fields(c)) if noted else frozenset()
-    marked = w.replace(
-        attn=_observed(w.attn, paths, inputs, "attn"), ffn=_observed(w.ffn, paths, inputs, "ffn")
+    marked = replace(
+        w, attn=_observed(w.attn, paths, inputs, "attn"), ffn=_observed(w.ffn, paths, inputs, "ffn")
     )
     zero = jnp.zeros((), jnp.int32)
     [done] = layer([x], [stream], marked, kind, Experts(None, None), number, zero, c, run)

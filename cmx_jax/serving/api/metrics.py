@@ -3,7 +3,7 @@
 With MTP, a step yields several tokens at once: the inter-token latency is the gap between the steps' chunks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cmx_jax.serving.api.context import ApiContext
+from cmx_jax.serving.kv.prefix_cache import PrefixCacheStats
 from cmx_jax.serving.service.generation import Chunk
 
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
@@ -107,32 +108,32 @@ class _ServiceCollector(Collector):
         self._context = context
 
     def collect(self) -> Iterator[Metric]:
-        context, now = self._context, self._context.service.counts()
+        context, now = self._context, self._context.service.counters()
         gauges = (
-            ("num_requests_running", "Requests that have pages.", now["running"]),
-            ("num_requests_waiting", "Requests that have none yet.", now["waiting"]),
-            ("kv_cache_usage_perc", "Pages in use, 1 is all.", now["kv_cache_usage"]),
+            ("num_requests_running", "Requests that have pages.", now.running),
+            ("num_requests_waiting", "Requests that have none yet.", now.waiting),
+            ("kv_cache_usage_perc", "Pages in use, 1 is all.", now.kv_cache_usage),
         )
         counters = (
-            ("prefix_cache_queries", "Prompt tokens that were looked up.", now["prefix_queries"]),
-            ("prefix_cache_hits", "Prompt tokens that came out of the caching pool.", now["prefix_hits"]),
-            ("engine_busy_seconds", "Time while there was work.", now["busy_s"]),
-            ("engine_step_seconds", "Of that, the time in which a program ran.", now["step_s"]),
-            ("mtp_draft_tokens", "Drafts that decode steps verified.", now["drafts"]),
-            ("mtp_accepted_tokens", "Drafts that were right.", now["accepted"]),
-            ("num_preemptions", "Requests that lost their pages to more urgent ones.", now["preemptions"]),
-            ("pd_transfers", "Prompts whose pages were moved to decode.", now["kv_moved"]),
-            ("pd_transfers_lost", "Prompts whose pages did not reach decode.", now["kv_lost"]),
-            ("eplb_rebalances", "Times that experts were placed again.", now["eplb_moves"]),
+            ("prefix_cache_queries", "Prompt tokens that were looked up.", now.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens that came out of the caching pool.", now.prefix_hits),
+            ("engine_busy_seconds", "Time while there was work.", now.busy_s),
+            ("engine_step_seconds", "Of that, the time in which a program ran.", now.step_s),
+            ("mtp_draft_tokens", "Drafts that decode steps verified.", now.drafts),
+            ("mtp_accepted_tokens", "Drafts that were right.", now.accepted),
+            ("num_preemptions", "Requests that lost their pages to more urgent ones.", now.preemptions),
+            ("pd_transfers", "Prompts whose pages were moved to decode.", now.kv_moved),
+            ("pd_transfers_lost", "Prompts whose pages did not reach decode.", now.kv_lost),
+            ("eplb_rebalances", "Times that experts were placed again.", now.eplb_moves),
         )
         yield from _families(GaugeMetricFamily, context.name, gauges)
         yield from _families(CounterMetricFamily, context.name, counters)
         yield from _pool(context.name, context.service.cache())
 
 
-def _pool(name: str, stats: Mapping[str, Any]) -> Iterator[Metric]:
+def _pool(name: str, stats: PrefixCacheStats | None) -> Iterator[Metric]:
     """Yields the metrics of the caching pool, as this process sees it."""
-    if not stats:
+    if stats is None:
         return
     hits = CounterMetricFamily("cmx:ems_hits", "Blocks found, by tier.", labels=(*LABEL, "tier"))
     for tier, count in {"dram": 0, "disk": 0, **stats["hits"]}.items():

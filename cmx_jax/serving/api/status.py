@@ -1,5 +1,6 @@
 """The state of a server: `GET /status`, a page that draws it, and a health check."""
 
+from dataclasses import asdict
 from importlib.resources import files
 
 from fastapi import APIRouter, Request
@@ -16,14 +17,16 @@ router = APIRouter()
 async def status(request: Request) -> Document:
     """Returns instances, queues, totals since the start, and the engine's seconds."""
     context: ApiContext = request.app.state.context
+    service = context.service
     return {
         "model": context.name,
         "deployment": context.deployment.name,
         "max_model_len": context.deployment.max_model_len,
         "supernode": {"name": CLOUDMATRIX384.name, "npus": CLOUDMATRIX384.npus},
-        "state": context.service.broken or ("draining" if context.service.draining else "serving"),
-        "instances": context.service.instances(context.deployment.npus),
-        **context.service.counts(),
+        "state": service.broken or ("draining" if service.draining else "serving"),
+        "instances": [asdict(load) for load in service.instances(context.deployment.npus)],
+        "workers": [asdict(worker) for worker in service.workers()],
+        **asdict(service.counters()),
         **request.app.state.metrics.totals(),
     }
 

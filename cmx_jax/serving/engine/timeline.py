@@ -13,6 +13,9 @@ from typing import Any
 
 from cmx_jax.serving.scheduling.request import Request, State
 
+TraceEvent = dict[str, Any]
+"""An event in Perfetto's JSON form; its fields depend on its phase, `ph`."""
+
 EVENTS = 100_000  # largest number of events kept; older ones are dropped
 REQUESTS = 1  # process id, in Perfetto's terms, of the requests' tracks
 
@@ -26,8 +29,8 @@ class Timeline:
 
     def __init__(self, name: str = "engine", events: int = EVENTS):
         self.name = name
-        self._events: deque[dict[str, Any]] = deque(maxlen=events)
-        self._since: dict[Request, tuple[float, str, dict[str, Any]]] = {}
+        self._events: deque[TraceEvent] = deque(maxlen=events)
+        self._since: dict[Request, tuple[float, str, dict[str, object]]] = {}
         self._pids: dict[str, int] = {}
         self._arrows = itertools.count(1)
 
@@ -36,7 +39,7 @@ class Timeline:
         if state is State.FINISHED:
             self.ends(request)
             return
-        about: dict[str, Any] = {} if instance is None else {"instance": instance.name}
+        about: dict[str, object] = {} if instance is None else {"instance": instance.name}
         if state is State.WAITING and request.preemptions:
             about["preempted"] = request.preemptions
         self.enters(request, state.value, **about)
@@ -101,7 +104,7 @@ class Timeline:
             {"ph": ph, "pid": pid, "tid": tid, "name": name, "ts": ts, "cat": "cmx", **fields}
         )
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[TraceEvent]:
         """Returns all events, and the names of the tracks."""
         pids = {REQUESTS: f"{self.name}: requests"} | {
             pid: f"{self.name}: {instance}" for instance, pid in self._pids.items()
@@ -113,7 +116,7 @@ class Timeline:
         return names + events
 
 
-def together(timelines: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
+def together(timelines: Iterable[list[TraceEvent]]) -> dict[str, object]:
     """Merges the timelines of several processes into one document."""
     events = []
     for n, timeline in enumerate(timelines):
@@ -121,7 +124,7 @@ def together(timelines: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _meta(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+def _meta(kind: str, pid: int, tid: int, name: str) -> TraceEvent:
     return {"ph": "M", "pid": pid, "tid": tid, "name": kind, "args": {"name": name}}
 
 

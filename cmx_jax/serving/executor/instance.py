@@ -204,7 +204,7 @@ class Instance:
             array[rank, : len(ids)] = ids
         return array.reshape(-1), [[rank * length + i for i in span] for rank, span in spans]
 
-    def exchange_bytes(self) -> dict[str, Any]:
+    def exchange_bytes(self) -> dict[str, object]:
         """Returns `Traffic.report` of this instance."""
         combine = self.programs.dtype if self.layout.wire == "float32" else "bfloat16"
         width, wire = self.config.hidden_size, self.layout.wire

@@ -1,7 +1,6 @@
 """Counts of the exchanges and drafts of an instance, summed over steps."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -78,7 +77,7 @@ class Traffic:
             self.proposed, self.accepted = np.zeros_like(proposed), np.zeros_like(right)
         self.proposed, self.accepted = self.proposed + proposed, self.accepted + right
 
-    def report(self, ranks: int, dispatch: int, combine: int) -> dict[str, Any]:
+    def report(self, ranks: int, dispatch: int, combine: int) -> dict[str, object]:
         """Returns means for JSON: bytes per rank and step, rounds and load of the busiest rank per layer.
 
         Bytes are payload: messages times `dispatch` and `combine` bytes, also where `allgather` moves every
@@ -91,7 +90,7 @@ class Traffic:
           combine: Bytes per combined message.
         """
         per_rank, layers = self.messages / max(self.steps, 1) / ranks, max(self.layers, 1)
-        report: dict[str, Any] = {
+        report: dict[str, object] = {
             "dispatch_bytes": per_rank * dispatch,
             "combine_bytes": per_rank * combine,
             "rounds_mean": self.rounds / layers,

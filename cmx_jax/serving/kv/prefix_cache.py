@@ -27,6 +27,16 @@ from cmx_jax.serving.ems.pool import PoolStats
 log = logging.getLogger(__name__)
 
 
+class PrefixCacheStats(PoolStats):
+    """Statistics of a prefix cache: those of its pool and its own.
+
+    Attributes:
+      errors: Number of lookups and stores that failed in this process.
+    """
+
+    errors: int
+
+
 def space(namespace: str) -> str:
     """Returns the pool's name for a namespace: any text becomes a name that every backend accepts."""
     return f"t-{hashlib.sha256(namespace.encode()).hexdigest()[:32]}" if namespace else "default"
@@ -147,8 +157,8 @@ class ContextCache:
         """Returns the pages of several blocks as one tree of arrays."""
         return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
 
-    def stats(self) -> dict[str, Any]:
-        """Returns the pool's statistics, and `errors`: the number of failed lookups and stores."""
+    def stats(self) -> PrefixCacheStats:
+        """Returns the pool's statistics and the number of failed lookups and stores."""
         return {**self.pool.stats(), "errors": self.errors}
 
     def settle(self, timeout_s: float = 10.0) -> bool:

@@ -122,7 +122,7 @@ class JaxTransport:
     def pull(self, address: str, transfer_id: int, arrays: Arrays) -> list[np.ndarray]:
         deadline, pause = time.monotonic() + TIMEOUT_S, 1e-4
         try:
-            pending = self._start_pull(address, transfer_id, arrays)
+            pending: list[Any] = self._start_pull(address, transfer_id, arrays)
             while not all(array.is_ready() for array in pending):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"nothing came within {TIMEOUT_S:g} s")

@@ -6,37 +6,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from dataclasses import dataclass, field, replace
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.roles.messages import WorkerStatus
 from cmx_jax.serving.roles.peer import Peer, PeerError
+from cmx_jax.serving.service.counters import EngineCounters, InstanceLoad, WorkerLoad, sum_counters
 from cmx_jax.serving.service.frontend import Unavailable
 
 log = logging.getLogger(__name__)
 POLL_S = 1.0
 PATIENCE_S = 30.0  # for which a request waits if no worker of a kind is healthy
 SILENCE_S = 10.0  # without a status after which a worker counts as hanging and its requests go elsewhere
-SUMS: tuple[str, ...] = ("transfers", "running", "prefix_queries", "prefix_hits")
-SUMS += ("drafts", "accepted", "busy_s", "step_s", "steps")
-SUMS += ("preemptions", "kv_moved", "kv_lost", "eplb_moves")
-
-
-class WorkerRow(TypedDict):
-    """A worker in the router's status.
-
-    Attributes:
-      role: Role of the worker, `prefill` or `decode`.
-      url: URL of the worker.
-      load: Number of tokens of the unfinished requests that this router has sent to the worker.
-      error: Reason why the worker gets no request, or None.
-    """
-
-    role: str
-    url: str
-    load: int
-    error: str | None
 
 
 @dataclass(eq=False)
@@ -195,28 +176,26 @@ class Members:
             member.mark_lost(error)
             member.check_silence()
 
-    def workers(self) -> list[WorkerRow]:
-        """Returns a row for each worker."""
-        return [
-            {"role": m.role, "url": m.peer.url, "load": m.load, "error": m.error or None} for m in self.all
-        ]
+    def workers(self) -> list[WorkerLoad]:
+        """Returns the health and the load of each worker."""
+        return [WorkerLoad(role=m.role, url=m.peer.url, load=m.load, error=m.error or None) for m in self.all]
 
-    def counts(self) -> dict[str, int | float]:
+    def counters(self) -> EngineCounters:
         """Returns counters and gauges, summed over the last status of each worker."""
         statuses = [m.status for m in self.all if m.status]
         instances = [instance for status in statuses for instance in status.instances]
         used, pages = sum(i.pages_used for i in instances), sum(i.pages for i in instances)
-        sums = {name: sum(status.counts.get(name, 0) for status in statuses) for name in SUMS}
-        return {**sums, "kv_cache_usage": used / pages if pages else 0.0}
+        sums = sum_counters(status.counters for status in statuses)
+        return replace(sums, kv_cache_usage=used / pages if pages else 0.0)
 
-    def instances(self) -> list[dict[str, Any]]:
+    def instances(self) -> list[InstanceLoad]:
         """Returns the load of all workers' instances, numbering their NPUs one worker after the other."""
-        rows: list[dict[str, Any]] = []
+        rows: list[InstanceLoad] = []
         for member in self.all:
             for instance in member.status.instances if member.status else ():
-                first_npu = rows[-1]["first_npu"] + rows[-1]["npus"] if rows else 0
+                first_npu = rows[-1].first_npu + rows[-1].npus if rows else 0
                 name = f"{instance.name} at {member.peer.url}"
-                rows.append({**instance.model_dump(), "name": name, "first_npu": first_npu})
+                rows.append(replace(instance, name=name, first_npu=first_npu))
         return rows
 
 

@@ -1,18 +1,15 @@
 """JSON messages between router and workers."""
 
 from dataclasses import asdict
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cmx_jax.serving.kv import KvTransferParams
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
+from cmx_jax.serving.service.counters import EngineCounters, InstanceLoad
 
 LogprobJson = tuple[float, list[tuple[int, float]]]
 """A `TokenLogprob`: log-probability of the token, and pairs of token and log-probability."""
-
-TraceEvent = dict[str, Any]
-"""An event in the JSON form of Perfetto."""
 
 
 class _Message(BaseModel):
@@ -45,19 +42,6 @@ class Params(_Message):
         return SamplingParams(**{**self.model_dump(), "stop_token_ids": tuple(self.stop_token_ids)})
 
 
-class InstanceStatus(BaseModel):
-    """Load of one instance; see `Frontend.instances`."""
-
-    name: str
-    roles: list[str]
-    first_npu: int
-    npus: int
-    requests: int
-    prefilling: int
-    pages_used: int
-    pages: int
-
-
 class WorkerStatus(BaseModel):
     """Identity and load of a worker.
 
@@ -69,7 +53,7 @@ class WorkerStatus(BaseModel):
       draining: True while new requests are refused.
       broken: Reason why the worker serves nothing any more, or None.
       instances: Load of each instance.
-      counts: Counters and gauges of the worker; see `Frontend.counts`.
+      counters: Counters and gauges of the worker.
       kv: Number of transfers that are `waiting` to be fetched, and the counts of `LeasedPages`.
     """
 
@@ -79,8 +63,8 @@ class WorkerStatus(BaseModel):
     fingerprint: dict[str, str | int | list[int]]
     draining: bool
     broken: str | None
-    instances: list[InstanceStatus]
-    counts: dict[str, int | float]
+    instances: list[InstanceLoad]
+    counters: EngineCounters
     kv: dict[str, int]
 
 

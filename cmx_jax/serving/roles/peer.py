@@ -8,6 +8,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.engine.timeline import TraceEvent
 from cmx_jax.serving.kv import TransferError
 from cmx_jax.serving.roles.messages import (
     DecodeLine,
@@ -15,7 +16,6 @@ from cmx_jax.serving.roles.messages import (
     PrefillAnswer,
     PrefillRequest,
     ScoreRequest,
-    TraceEvent,
     WorkerStatus,
     logprobs_from_json,
 )

@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
+from cmx_jax.serving.deploy.site import NpuRange
+from cmx_jax.serving.engine.timeline import TraceEvent
 from cmx_jax.serving.roles.dispatch import ATTEMPTS, DispatchedRequest, Dispatcher
 from cmx_jax.serving.roles.members import Members
-from cmx_jax.serving.roles.messages import TraceEvent
 from cmx_jax.serving.roles.peer import PeerError
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
 from cmx_jax.serving.scheduling.waiting import QueueLimits
+from cmx_jax.serving.service.counters import EngineCounters, InstanceLoad, WorkerLoad
 from cmx_jax.serving.service.frontend import Frontend, Unavailable
 from cmx_jax.serving.service.generation import Chunk, Generation
 
@@ -167,16 +170,19 @@ class Router(Frontend):
         results = await asyncio.gather(*requests, return_exceptions=True)
         return [events for events in results if not isinstance(events, BaseException)]
 
-    def counts(self) -> dict[str, Any]:
-        """Returns the sums over the workers, the router's own counters, and a row for each worker."""
-        counts = {**self.members.counts(), "waiting": len(self._waiting()), "retried": self.retried}
-        return {**counts, "workers": self.members.workers()}
+    def counters(self) -> EngineCounters:
+        """Returns the sums over the workers, with the router's own waiting requests and retries."""
+        return replace(self.members.counters(), waiting=len(self._waiting()), retried=self.retried)
 
-    def cache(self) -> dict[str, Any]:
-        """Returns {}: the caching pools belong to the workers, whose metrics have their counters."""
-        return {}
+    def cache(self) -> None:
+        """Returns None: the caching pools belong to the workers, whose metrics have their counters."""
+        return None
 
-    def instances(self, npus: Mapping[str, tuple[int, int]] | None = None) -> list[dict[str, Any]]:
+    def workers(self) -> list[WorkerLoad]:
+        """Returns the health and the load of each worker."""
+        return self.members.workers()
+
+    def instances(self, npus: Mapping[str, NpuRange] | None = None) -> list[InstanceLoad]:
         """Returns the load of each worker's instances; `npus` is not used, as each worker knows its own."""
         del npus
         return self.members.instances()

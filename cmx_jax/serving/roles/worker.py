@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.ems.keys import Fingerprint
+from cmx_jax.serving.engine.timeline import TraceEvent
 from cmx_jax.serving.http import errors
 from cmx_jax.serving.http.errors import Gone
 from cmx_jax.serving.http.guard import BodyLimit, Keys
@@ -24,11 +25,9 @@ from cmx_jax.serving.kv import Ticket, TransferError, fetch
 from cmx_jax.serving.roles.messages import (
     DecodeLine,
     DecodeRequest,
-    InstanceStatus,
     PrefillAnswer,
     PrefillRequest,
     ScoreRequest,
-    TraceEvent,
     WorkerStatus,
     logprobs_from_json,
     logprobs_to_json,
@@ -121,11 +120,8 @@ async def status(request: Request) -> WorkerStatus:
         fingerprint=vars(worker.fingerprint),
         draining=service.draining,
         broken=service.broken,
-        instances=[
-            InstanceStatus.model_validate(row, from_attributes=True)
-            for row in service.instances(worker.deployment.npus)
-        ],
-        counts=service.counts(),
+        instances=service.instances(worker.deployment.npus),
+        counters=service.counters(),
         kv={"waiting": service.engine.outbox.waiting, **service.engine.outbox.counts},
     )
 

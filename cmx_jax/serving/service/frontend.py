@@ -5,7 +5,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.deploy.site import NpuRange
+from cmx_jax.serving.engine.timeline import TraceEvent
+from cmx_jax.serving.kv.prefix_cache import PrefixCacheStats
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
+from cmx_jax.serving.service.counters import EngineCounters, InstanceLoad, WorkerLoad
 from cmx_jax.serving.service.generation import Chunk, Generation
 
 T = TypeVar("T")
@@ -89,19 +92,23 @@ class Frontend(Protocol):
         """Stops after the step that runs, and releases what was held."""
         ...
 
-    async def timelines(self) -> list[list[dict[str, Any]]]:
+    async def timelines(self) -> list[list[TraceEvent]]:
         """Returns the events of each process, for `timeline.together`."""
         ...
 
-    def counts(self) -> dict[str, Any]:
-        """Returns counters and gauges for metrics, by name."""
+    def counters(self) -> EngineCounters:
+        """Returns counters and gauges for metrics."""
         ...
 
-    def cache(self) -> dict[str, Any]:
-        """Returns the counters of the caching pool, or {} if there is none."""
+    def cache(self) -> PrefixCacheStats | None:
+        """Returns the statistics of the caching pool, or None if there is none."""
         ...
 
-    def instances(self, npus: Mapping[str, NpuRange]) -> list[dict[str, Any]]:
+    def workers(self) -> list[WorkerLoad]:
+        """Returns the load of each worker; an empty list if requests are served in this process."""
+        ...
+
+    def instances(self, npus: Mapping[str, NpuRange]) -> list[InstanceLoad]:
         """Returns the load of each instance.
 
         Args:

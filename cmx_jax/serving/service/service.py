@@ -21,9 +21,17 @@ from typing import Any, TypeVar
 
 from cmx_jax.serving.deploy.site import NpuRange
 from cmx_jax.serving.engine.engine import Engine
+from cmx_jax.serving.engine.timeline import TraceEvent
 from cmx_jax.serving.executor.scoring import batches, prompt_logprobs
+from cmx_jax.serving.kv.prefix_cache import PrefixCacheStats
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
-from cmx_jax.serving.service.counters import engine_counters, instance_loads
+from cmx_jax.serving.service.counters import (
+    EngineCounters,
+    InstanceLoad,
+    WorkerLoad,
+    engine_counters,
+    instance_loads,
+)
 from cmx_jax.serving.service.frontend import Unavailable
 from cmx_jax.serving.service.generation import ActiveRequest, Chunk, Generation, Interrupted, StepFailed
 
@@ -125,20 +133,24 @@ class Service:
             results.update(zip(rows, scores, strict=True))
         return [results[row] for row in range(len(prompts))]
 
-    async def timelines(self) -> list[list[dict[str, Any]]]:
+    async def timelines(self) -> list[list[TraceEvent]]:
         """Returns the events of the engine, for `timeline.together`."""
         return [self.engine.timeline.events()]
 
-    def counts(self) -> dict[str, Any]:
-        """Returns counters and gauges of the engine, by name; see `engine_counters`."""
-        return {**engine_counters(self.engine), "busy_s": self.busy_s}
+    def counters(self) -> EngineCounters:
+        """Returns counters and gauges of the engine; see `engine_counters`."""
+        return engine_counters(self.engine, self.busy_s)
 
-    def cache(self) -> dict[str, Any]:
-        """Returns the counters of the caching pool and its servers, or {} if there is none."""
+    def cache(self) -> PrefixCacheStats | None:
+        """Returns the statistics of the caching pool and its servers, or None if there is none."""
         context = self.engine.mover.context
-        return context.stats() if context else {}
+        return context.stats() if context else None
 
-    def instances(self, npus: Mapping[str, NpuRange]) -> list[dict[str, Any]]:
+    def workers(self) -> list[WorkerLoad]:
+        """Returns an empty list: the engine of this process serves the requests."""
+        return []
+
+    def instances(self, npus: Mapping[str, NpuRange]) -> list[InstanceLoad]:
         """Returns the load of each instance; `npus` has the NPUs of each, by its name."""
         return instance_loads(self.engine, npus)
 

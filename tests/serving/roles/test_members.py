@@ -28,6 +28,7 @@ from cmx_jax.serving.roles import members as module
 from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.router import Router
 from cmx_jax.serving.scheduling.allocator import Capacity
+from cmx_jax.serving.service.counters import WorkerLoad
 from cmx_jax.serving.service.frontend import Unavailable
 
 
@@ -52,14 +53,14 @@ def test_worker_with_other_pages(workers, prompts, caplog) -> None:
     prefill, decode, int8 = (workers[name].url for name in ("prefill", "decode", "int8"))
     reason = f"has kv_cache_dtype 'int8', {prefill} 'float32'"
 
-    async def act(router: Router) -> list[dict[str, object]]:
+    async def act(router: Router) -> list[WorkerLoad]:
         for prompt in prompts[:4]:
             assert await tokens(router, prompt, max_tokens=5) == list(greedy(BASE, prompt, 5))
-        return router.counts()["workers"]
+        return router.workers()
 
     with caplog.at_level(logging.WARNING):
         result = routed(Members([prefill], [int8, decode], SECRET), act)
-    assert [w["error"] for w in result] == [None, reason, None]
+    assert [w.error for w in result] == [None, reason, None]
     assert workers["int8"].engine.steps == 0
     assert f"decode worker {int8} {reason}" in caplog.messages
 

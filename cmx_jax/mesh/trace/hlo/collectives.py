@@ -2,8 +2,8 @@
 
 import math
 
+from cmx_jax.mesh.groups import Groups
 from cmx_jax.mesh.trace.hlo.groups import (
-    Groups,
     Machine,
     axes_of_groups,
     axes_of_pairs,

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from cmx_jax.mesh.groups import Axes
 from cmx_jax.mesh.trace.hlo.collectives import COLLECTIVES, collectives_of, starts_here
-from cmx_jax.mesh.trace.hlo.groups import Axes, Machine
+from cmx_jax.mesh.trace.hlo.groups import Machine
 from cmx_jax.mesh.trace.hlo.loops import Loops
 from cmx_jax.mesh.trace.hlo.products import PRODUCTS, product_of
 from cmx_jax.mesh.trace.hlo.text import Computation, Instruction, read_module, reading

@@ -58,6 +58,11 @@ class Contents:
     unsplit: Counter[str] = field(default_factory=Counter)
     order: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
+    @property
+    def operations(self) -> list[Collective | Product]:
+        """The collectives, then the products."""
+        return [*self.collectives, *self.products]
+
 
 @dataclass(frozen=True)
 class Context:
