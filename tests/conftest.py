@@ -3,7 +3,10 @@
 Shapes in signatures (jaxtyping) are checked here and only here: users do not pay for it.
 """
 
+import gc
+import itertools
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -18,12 +21,31 @@ import pytest  # noqa: E402
 from support import BASE  # noqa: E402
 
 from cmx_jax.mesh.host import enable_compilation_cache, request_devices  # noqa: E402
+from cmx_jax.model import steps  # noqa: E402
 from cmx_jax.serving.deploy.model import Model  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 request_devices(384)
 enable_compilation_cache()
+
+
+MAX_MAPPINGS = 30_000
+"""Memory mappings from which compiled programs are dropped: Linux allows a process 65,530 by default, XLA:CPU
+takes hundreds for a program, and crashes when there are no more."""
+
+_MAPPINGS = Path("/proc/self/maps")
+_finished = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Drops all compiled programs, every tenth test, if they have taken too many memory mappings."""
+    if next(_finished) % 10 or not _MAPPINGS.exists():
+        return
+    if _MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS:
+        steps._compile_steps.cache_clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,37 @@ class EngineCounters:
     eplb_moves: int = 0
     retried: int = 0
 
+    @classmethod
+    def from_engine(cls, engine: Engine, busy_s: float) -> "EngineCounters":
+        """Returns counters and gauges of an engine.
+
+        They may be read while the engine runs: each is right, but they may be a step apart.
+
+        Args:
+          engine: The engine.
+          busy_s: Seconds in which the engine had work.
+        """
+        instances, context = engine.instances, engine.mover.context
+        traffic = [i.traffic for i in engine.decoders]
+        pages = sum(i.capacity.pages * i.allocator.ranks for i in instances)
+        return cls(
+            waiting=len(engine.waiting),
+            transfers=len(engine.transfers),
+            running=sum(len(i.allocator.places) for i in instances),
+            kv_cache_usage=sum(i.allocator.load for i in instances) / pages,
+            prefix_queries=context.queries if context else 0,
+            prefix_hits=context.hits if context else 0,
+            drafts=sum(int(t.proposed.sum()) for t in traffic),
+            accepted=sum(int(t.accepted.sum()) for t in traffic),
+            busy_s=busy_s,
+            step_s=engine.step_s,
+            steps=engine.steps,
+            preemptions=engine.scheduler.preempted,
+            kv_moved=engine.outbox.counts["acknowledged"],
+            kv_lost=engine.mover.lost + engine.outbox.counts["expired"],
+            eplb_moves=len(engine.moves),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceLoad:
@@ -72,6 +103,29 @@ class InstanceLoad:
     pages_used: int
     pages: int
 
+    @classmethod
+    def from_engine(cls, engine: Engine, npus: Mapping[str, NpuRange]) -> "list[InstanceLoad]":
+        """Returns the roles and the load of each instance.
+
+        Args:
+          engine: Engine of the instances.
+          npus: NPUs of each instance, by its name.
+        """
+        roles = {"prefill": engine.prefill, "decode": engine.decoders}
+        return [
+            cls(
+                name=i.name,
+                roles=[role for role, instances in roles.items() if i in instances],
+                first_npu=npus[i.name].first,
+                npus=npus[i.name].size,
+                requests=len(i.allocator.places),
+                prefilling=len(i.allocator.prefilling),
+                pages_used=i.allocator.load,
+                pages=i.capacity.pages * i.allocator.ranks,
+            )
+            for i in engine.instances
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerLoad:
@@ -95,57 +149,3 @@ def sum_counters(counters: Iterable[EngineCounters]) -> EngineCounters:
     rows = list(counters)
     sums = {field.name: sum(getattr(row, field.name) for row in rows) for field in fields(EngineCounters)}
     return EngineCounters(**{**sums, "kv_cache_usage": 0.0})
-
-
-def engine_counters(engine: Engine, busy_s: float) -> EngineCounters:
-    """Returns counters and gauges of an engine.
-
-    They may be read while the engine runs: each is right, but they may be a step apart.
-
-    Args:
-      engine: The engine.
-      busy_s: Seconds in which the engine had work.
-    """
-    instances, context = engine.instances, engine.mover.context
-    traffic = [i.traffic for i in engine.decoders]
-    pages = sum(i.capacity.pages * i.allocator.ranks for i in instances)
-    return EngineCounters(
-        waiting=len(engine.waiting),
-        transfers=len(engine.transfers),
-        running=sum(len(i.allocator.places) for i in instances),
-        kv_cache_usage=sum(i.allocator.load for i in instances) / pages,
-        prefix_queries=context.queries if context else 0,
-        prefix_hits=context.hits if context else 0,
-        drafts=sum(int(t.proposed.sum()) for t in traffic),
-        accepted=sum(int(t.accepted.sum()) for t in traffic),
-        busy_s=busy_s,
-        step_s=engine.step_s,
-        steps=engine.steps,
-        preemptions=engine.scheduler.preempted,
-        kv_moved=engine.outbox.counts["acknowledged"],
-        kv_lost=engine.mover.lost + engine.outbox.counts["expired"],
-        eplb_moves=len(engine.moves),
-    )
-
-
-def instance_loads(engine: Engine, npus: Mapping[str, NpuRange]) -> list[InstanceLoad]:
-    """Returns the roles and the load of each instance.
-
-    Args:
-      engine: Engine of the instances.
-      npus: NPUs of each instance, by its name.
-    """
-    roles = {"prefill": engine.prefill, "decode": engine.decoders}
-    return [
-        InstanceLoad(
-            name=i.name,
-            roles=[role for role, instances in roles.items() if i in instances],
-            first_npu=npus[i.name].first,
-            npus=npus[i.name].size,
-            requests=len(i.allocator.places),
-            prefilling=len(i.allocator.prefilling),
-            pages_used=i.allocator.load,
-            pages=i.capacity.pages * i.allocator.ranks,
-        )
-        for i in engine.instances
-    ]

@@ -25,13 +25,7 @@ from cmx_jax.serving.engine.timeline import TraceEvent
 from cmx_jax.serving.executor.scoring import batches, prompt_logprobs
 from cmx_jax.serving.kv.prefix_cache import PrefixCacheStats
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
-from cmx_jax.serving.service.counters import (
-    EngineCounters,
-    InstanceLoad,
-    WorkerLoad,
-    engine_counters,
-    instance_loads,
-)
+from cmx_jax.serving.service.counters import EngineCounters, InstanceLoad, WorkerLoad
 from cmx_jax.serving.service.frontend import Unavailable
 from cmx_jax.serving.service.generation import ActiveRequest, Chunk, Generation, Interrupted, StepFailed
 
@@ -138,8 +132,8 @@ class Service:
         return [self.engine.timeline.events()]
 
     def counters(self) -> EngineCounters:
-        """Returns counters and gauges of the engine; see `engine_counters`."""
-        return engine_counters(self.engine, self.busy_s)
+        """Returns counters and gauges of the engine; see `EngineCounters`."""
+        return EngineCounters.from_engine(self.engine, self.busy_s)
 
     def cache(self) -> PrefixCacheStats | None:
         """Returns the statistics of the caching pool and its servers, or None if there is none."""
@@ -152,7 +146,7 @@ class Service:
 
     def instances(self, npus: Mapping[str, NpuRange]) -> list[InstanceLoad]:
         """Returns the load of each instance; `npus` has the NPUs of each, by its name."""
-        return instance_loads(self.engine, npus)
+        return InstanceLoad.from_engine(self.engine, npus)
 
     def cancel(self, generation: Generation, indices: set[int], reason: str) -> None:
         """Ends requests of a generation, between two steps."""
