@@ -97,8 +97,8 @@ def compile_steps(
     return _compile_steps(c, layout, cast(Hashable, runner), mtp, kv_dtype)
 
 
-# Few instances' programs are kept: a program takes hundreds of memory mappings, of which Linux allows a process
-# 65,530 by default, and XLA:CPU crashes when there are no more.
+# Few instances' programs are kept: a program takes hundreds of memory mappings, of which Linux allows a
+# process 65,530 by default, and XLA:CPU crashes when there are no more.
 @lru_cache(maxsize=16)
 def _compile_steps(c: ModelConfig, layout: Layout, runner: Any, mtp: bool, kv_dtype: str | None) -> Steps:
     specs = step_specs(c, layout, mtp)
