@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import jax
+import chex
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,10 +20,7 @@ CASES = ("base", "no_q_lora", "no_shared", "two_dense", "all_dense", "two_shared
 
 def assert_equal(one: Weights, other: Weights) -> None:
     """The same tensors, values and types."""
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for (path, a), b in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True):
-        assert a.dtype == b.dtype, path
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    chex.assert_trees_all_equal(one, other, strict=True)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,7 @@ SOURCES = (GOLDENS / "base", GOLDENS / "qwen3_bias", GOLDENS / "llama4_condition
 
 
 def equal(a: Any, b: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def weights(directory: Path, dtype: Any = np.float32) -> Any:

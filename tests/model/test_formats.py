@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import jax
+import chex
 import ml_dtypes
 import numpy as np
 import pytest
@@ -40,10 +40,7 @@ KINDS = {
 
 
 def assert_equal(one: Weights, other: Weights) -> None:
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for (path, a), b in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(other), strict=True):
-        assert a.dtype == b.dtype, path
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    chex.assert_trees_all_equal(one, other, strict=True)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

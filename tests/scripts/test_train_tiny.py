@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +129,7 @@ def test_no_question_of_the_evaluation_is_trained_on(script) -> None:
     assert len({prompt.split()[0] for prompt in trained}) == 16  # compare has two names; prose is not asked
 
     first, again, other = mixture.batch(3, 0), mixture.batch(3, 0), mixture.batch(3, 1)
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+    chex.assert_trees_all_equal(first, again)
     assert not np.array_equal(first.tokens, other.tokens)
     assert first.tokens.shape == (6, 128)
     assert first.asked[:2].all()
@@ -171,7 +172,7 @@ def test_the_skills_stage_leaves_the_mtp_layer_alone(script, config, weights, tm
         speed=lambda step: np.float32(0.001), check=lambda w: "",
     )  # fmt: skip
     found = script.follow(arguments(tmp_path, None), config, jax.tree.map(jnp.asarray, given), course)
-    jax.tree.map(np.testing.assert_array_equal, found.mtp, given.mtp)
+    chex.assert_trees_all_equal(found.mtp, given.mtp)
     assert not np.array_equal(found.head, given.head)
     assert not np.array_equal(found.moe.ffn.router_bias, given.moe.ffn.router_bias)
 
@@ -189,7 +190,7 @@ def test_a_resumed_training_equals_one_that_never_stopped(script, config, tmp_pa
     with pytest.raises(SystemExit, match="stopped behind step 1"):
         script.train(arguments(tmp_path / "parts", 2), config, (stream, stream))
     parts = script.train(arguments(tmp_path / "parts", None), config, (stream, stream))
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    chex.assert_trees_all_equal(whole, parts)
     assert not np.array_equal(whole.head, script.init(config, 0).head)
 
 
@@ -203,7 +204,7 @@ def test_distilling_trains_the_mtp_layer_alone(script, config, weights) -> None:
     loss = jax.jit(lambda w: script.distillation_loss(w, config, jax.tree.map(jnp.asarray, batch), 16.0)[0])
     given = jax.tree.map(np.array, weights)
     found = script.distil(args, config, jax.tree.map(jnp.asarray, given), rows)
-    jax.tree.map(np.testing.assert_array_equal, found.replace(mtp=None), given.replace(mtp=None))
+    chex.assert_trees_all_equal(found.replace(mtp=None), given.replace(mtp=None))
     assert loss(found) < 0.8 * loss(weights)
 
 
@@ -220,4 +221,4 @@ def test_documents_are_split_by_their_text_and_round_trip(script) -> None:
 
 def test_the_shipped_checkpoint_reads_back_as_written(config, weights, tmp_path) -> None:
     write_weights(tmp_path, config, weights, np.float32)
-    jax.tree.map(np.testing.assert_array_equal, weights, read_weights(tmp_path, config, np.float32))
+    chex.assert_trees_all_equal(weights, read_weights(tmp_path, config, np.float32))

@@ -1,11 +1,13 @@
 """The serving loop: any split, order and company gives the tokens of a request served alone."""
 
+import chex
 import numpy as np
 import pytest
 from reference.dense import greedy
 from support import BASE, instance, serve
 
 from cmx_jax.errors import CmxError
+from cmx_jax.model import steps
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.scheduling.request import SamplingParams, State
@@ -39,6 +41,17 @@ def test_combined_instance_gives_the_same(base, prompts, expected) -> None:
     engine = Engine([combined], combined)
     assert serve(engine, prompts, TOKENS) == expected
     assert held(engine) == 0
+
+
+def test_step_is_traced_once_for_equal_instances(base, prompts, monkeypatch) -> None:
+    """A decode step is traced for the first of two equal instances, and never again for short texts."""
+    short = [prompt for prompt in prompts if len(prompt) < 6]
+    steps._compile_steps.cache_clear()
+    monkeypatch.setattr(steps, "decode_step", chex.assert_max_traces(steps.decode_step, n=1))
+    for name in ("first", "second"):
+        one = instance(base, name, 2, sequences=2, pages=16)
+        assert all(len(tokens) == 8 for tokens in serve(Engine([one], one), short, 8))
+    steps._compile_steps.cache_clear()  # so that no other test gets the counted step
 
 
 def test_requests_join_and_leave_between_steps(split, prompts, expected) -> None:

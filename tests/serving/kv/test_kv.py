@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_transfer_locally_frees_pages(outbox: LeasedPages) -> None:
     """Pages arrive unchanged and are freed."""
     for sent in (pages(), Int8Rows(pages(1).astype(np.int8), pages(2)[..., :2])):
         received = transfer_locally(outbox, sent)
-        jax.tree.map(np.testing.assert_array_equal, received, sent)
+        chex.assert_trees_all_equal(received, sent)
     assert outbox.waiting == 0
     assert outbox.counts == {"offered": 2, "acknowledged": 2}
 
