@@ -1,11 +1,11 @@
 """Computation of one rank: config, weights, attention, router, experts, decoder, cache, checkpoints.
 
-Letters in shapes; each has one meaning (`tests/model/test_letters.py` keeps the list complete):
+Letters in shapes, in all of `cmx_jax`, each with one meaning (`tests/test_letters.py` keeps the list true):
 
     B  rows of a batch (in decode one sequence each)    J  sequences packed into one batch row
     T  new tokens per batch row                         t  the part of `T` that one rank has
     S  addresses of a batch row, cached and new         k  drafted tokens per sequence
-    D  model width                                      O  vocabulary
+    D  model width                                      O  outputs of a matrix: of the head, the vocabulary
     H  query heads                                      Y  key-value heads of GQA
     N  unrotated width of a head; of GQA all of it      R  rotated width of a head
     V  width of a head's value                          Q  query latent

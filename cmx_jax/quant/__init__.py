@@ -1,6 +1,6 @@
 """Quantisation of arrays to INT8. Knows arrays, not models.
 
-Letters in shapes: `T` rows of activations, `I` inputs and `O` outputs of a matrix `[I, O]`.
+A matrix is `[I, O]`, inputs and outputs; activations are `[T, I]`. All letters stand in `cmx_jax.model`.
 """
 
 from cmx_jax.quant.int8 import QTensor, dequantize, quantize_rows

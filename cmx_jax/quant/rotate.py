@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int8
 
 
-def rotation(n: int, seed: int = 0) -> Float64[np.ndarray, "n n"]:
+def rotation(n: int, seed: int = 0) -> Float64[np.ndarray, "size size"]:
     """Returns an orthogonal matrix: a Hadamard matrix with random signs over `sqrt(n)`.
 
     Where no Hadamard matrix is known, it is a random rotation.
@@ -27,7 +27,7 @@ def rotation(n: int, seed: int = 0) -> Float64[np.ndarray, "n n"]:
     return rng.choice([-1.0, 1.0], n)[:, None] * hadamard(n) / np.sqrt(n)
 
 
-def hadamard(n: int) -> Int8[np.ndarray, "n n"]:
+def hadamard(n: int) -> Int8[np.ndarray, "size size"]:
     """Returns a Hadamard matrix: entries 1 and -1, `h h^T = n I`.
 
     It is one of Paley's matrices, doubled by Sylvester's construction: 1536 = 12 * 2^7, 7168 = 28 * 2^8.

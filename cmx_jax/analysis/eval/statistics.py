@@ -102,7 +102,7 @@ def _correlation(pairs: Pairs) -> float:
     return excess / math.sqrt(margins) if margins else 0.0
 
 
-def of_sample(values: Float[np.ndarray, " n"]) -> Estimate:
+def of_sample(values: Float[np.ndarray, " items"]) -> Estimate:
     """Mean over equally large parts of a text, with a normal interval; a single part has no interval."""
     value, count = float(np.mean(values)), len(values)
     half = Z * float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else math.inf

@@ -13,7 +13,7 @@ FEW = 1 << 14
 """Number of comparisons that cost less than a sort or a histogram on CPU."""
 
 
-def bincount(keys: Int[Array, " Z"], bins: int) -> Int[Array, " U"]:
+def bincount(keys: Int[Array, " Z"], bins: int) -> Int[Array, " bins"]:
     """Counts how often each key in `[0, bins)` occurs."""
     if keys.shape[0] * bins <= FEW:
         return jnp.sum(keys[:, None] == jnp.arange(bins, dtype=keys.dtype)[None], axis=0, dtype=jnp.int32)
@@ -33,7 +33,7 @@ def stable_argsort(keys: Int[Array, " Z"], bins: int) -> Int[Array, " Z"]:
     return jax.lax.sort(keys.astype(jnp.int32) * rows + index, is_stable=False) % rows
 
 
-def rank_in_group(keys: Int[Array, " Z"], bins: int) -> tuple[Int[Array, " Z"], Int[Array, " U"]]:
+def rank_in_group(keys: Int[Array, " Z"], bins: int) -> tuple[Int[Array, " Z"], Int[Array, " bins"]]:
     """Numbers equal keys in their order.
 
     Args:

@@ -19,7 +19,7 @@ from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.ops.place import groups_of
 
 
-def traffic(collectives: Iterable[Collective], axes: Mapping[str, int]) -> Float[np.ndarray, "R R"]:
+def traffic(collectives: Iterable[Collective], axes: Mapping[str, int]) -> Float[np.ndarray, "ranks ranks"]:
     """Returns the bytes that each rank sends to each other rank in one run; rows are senders.
 
     A row sums to the wire bytes of all executions, exactly if a peer's part is a whole number of bytes; where
@@ -48,8 +48,8 @@ def traffic(collectives: Iterable[Collective], axes: Mapping[str, int]) -> Float
 
 
 def by_node(
-    sent: Float[np.ndarray, "R R"], machine: Supernode, ranks_per_npu: int = 1, first_npu: int = 0
-) -> Float[np.ndarray, "N N"]:
+    sent: Float[np.ndarray, "ranks ranks"], machine: Supernode, ranks_per_npu: int = 1, first_npu: int = 0
+) -> Float[np.ndarray, "nodes nodes"]:
     """Sums the bytes between ranks to bytes between nodes, up to the last node that has a rank.
 
     Bytes that stay within a node are on the diagonal.
@@ -66,14 +66,14 @@ def by_node(
     return folded
 
 
-def _evenly(size: int, wire_bytes: float) -> Float[np.ndarray, "G G"]:
+def _evenly(size: int, wire_bytes: float) -> Float[np.ndarray, "size size"]:
     """Returns the bytes within a group of `size` ranks that each send the same to every peer."""
     block = np.full((size, size), wire_bytes / (size - 1))
     np.fill_diagonal(block, 0)
     return block
 
 
-def _pass_on(sent: Float[np.ndarray, "R R"], pairs: Sequence[Sequence[int]], mean: float) -> None:
+def _pass_on(sent: Float[np.ndarray, "ranks ranks"], pairs: Sequence[Sequence[int]], mean: float) -> None:
     """Adds the same number of bytes along each pair; `mean` is the mean over all ranks."""
     moving = [(source, target) for source, target in pairs if source != target]
     for source, target in moving:

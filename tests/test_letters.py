@@ -1,16 +1,17 @@
-"""Letters in the shapes of the model: all of them are in the table of `cmx_jax.model`."""
+"""Letters in the shapes of arrays: all of them are in the table of `cmx_jax.model`."""
 
 import ast
 import re
 from pathlib import Path
 
+import cmx_jax
 import cmx_jax.model
 
 TYPES = {"Array", "Bool", "Float", "Float32", "Float64", "Int", "Int8", "Shaped"}
 TABLE = re.findall(
     r"(?:^|  +)(\w)  (?=\w)", (cmx_jax.model.__doc__ or "").partition(":\n\n")[2], re.MULTILINE
 )
-FILES = sorted(Path(cmx_jax.model.__path__[0]).rglob("*.py"))
+FILES = sorted(Path(cmx_jax.__path__[0]).rglob("*.py"))
 
 
 def letters(source: str) -> set[str]:
@@ -33,7 +34,7 @@ def test_table_gives_each_letter_one_meaning() -> None:
 
 
 def test_letters_in_shapes_are_in_the_table() -> None:
-    unknown = {path.name: letters(path.read_text()) - set(TABLE) for path in FILES}
+    unknown = {str(path): letters(path.read_text()) - set(TABLE) for path in FILES}
     assert {name: axes for name, axes in unknown.items() if axes} == {}
 
 
