@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmx_jax.quant import QTensor, einsum
-from cmx_jax.quant.weights import channel_scale, quantize
+from cmx_jax.quant.int8_weights import channel_scale, quantize
 
 ROWS = (1, 8, 64, 512)
 

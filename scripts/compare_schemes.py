@@ -20,7 +20,7 @@ import numpy as np
 
 import cmx_jax
 from cmx_jax.analysis.eval.calibration import calibration
-from cmx_jax.analysis.eval.text import Text, evaluate_text, read_text
+from cmx_jax.analysis.eval.heldout_text import Text, evaluate_text, read_text
 from cmx_jax.model.checkpoint import read_weights
 from cmx_jax.model.checkpoint.resume import written_config
 from cmx_jax.model.checkpoint.writer import write_weights

@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 
+from cmx_jax.analysis.trace.abstract_steps import trace_step
 from cmx_jax.analysis.trace.memory import by_layout, page_bytes
-from cmx_jax.analysis.trace.steps import trace_step
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import expert_parallel
 from cmx_jax.mesh.exchange import EXCHANGES, WIRES

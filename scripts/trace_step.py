@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from cmx_jax.analysis.trace.model import trace_model
+from cmx_jax.analysis.trace.trace_model import trace_model
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.mesh.trace import SOURCES, Trace, render, trace

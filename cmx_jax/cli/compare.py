@@ -44,7 +44,7 @@ def add(verbs: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from cmx_jax.analysis.compare import report
+    from cmx_jax.analysis.compare import comparison_tables as report
     from cmx_jax.analysis.compare.layouts import compare
     from cmx_jax.analysis.writing import Destination
 

@@ -33,7 +33,8 @@ def add(verbs: Any) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from cmx_jax.analysis.eval import evaluate, report
+    from cmx_jax.analysis.eval import evaluate
+    from cmx_jax.analysis.eval import evaluation_text as report
     from cmx_jax.serving.deploy.llm import from_pretrained
 
     tell, chosen = progress(), {name: getattr(args, name) for name in ("suite", "items", "seed")}

@@ -37,7 +37,7 @@ def add(verbs: Any) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from cmx_jax.analysis.plan.figures import Folder, front
     from cmx_jax.analysis.plan.plan import plan, render
-    from cmx_jax.analysis.predict.request import PlanRequest, Workload
+    from cmx_jax.analysis.predict.plan_request import PlanRequest, Workload
     from cmx_jax.serving.deploy.model import config_of
 
     folder = Folder(args.plots)

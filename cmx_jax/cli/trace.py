@@ -98,7 +98,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _of_model(args: argparse.Namespace) -> Any:
-    from cmx_jax.analysis.trace.model import trace_model
+    from cmx_jax.analysis.trace.trace_model import trace_model
     from cmx_jax.mesh.named_layouts import named_layout
     from cmx_jax.model.weights import int8_fields
     from cmx_jax.serving.deploy.model import config_of

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from cmx_jax.quant.measure import checked, gram, relative, squares
-from cmx_jax.quant.weights import largest, storable_scale, through_int8
+from cmx_jax.quant.int8_weights import largest, storable_scale, through_int8
+from cmx_jax.quant.product_errors import checked, gram, relative, squares
 
 ALPHAS = tuple(float(a) for a in np.linspace(0.975, 0.5, 20))
 _CHANNELS = 1024  # output channels whose errors are in memory at once

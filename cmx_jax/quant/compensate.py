@@ -9,8 +9,8 @@ This is GPTQ's update (it is the nearest plane algorithm: arXiv 2507.18553), but
 import numpy as np
 from jaxtyping import Float, Int8
 
-from cmx_jax.quant.measure import checked, squares
-from cmx_jax.quant.weights import quantize
+from cmx_jax.quant.int8_weights import quantize
+from cmx_jax.quant.product_errors import checked, squares
 
 _BLOCK = 128  # inputs that take in the errors of all earlier blocks by one matmul
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from cmx_jax.quant.measure import checked, relative
-from cmx_jax.quant.weights import channel_scale, largest, rows_through_int8, through_int8
+from cmx_jax.quant.int8_weights import channel_scale, largest, rows_through_int8, through_int8
+from cmx_jax.quant.product_errors import checked, relative
 
 _OCTAVES = 12  # scales lie between 2^-12 and 2^12
 

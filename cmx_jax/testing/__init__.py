@@ -6,15 +6,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmx_jax.testing.assertions import assert_collectives
     from cmx_jax.testing.coded import rank_coded, where_from
-    from cmx_jax.testing.collectives import assert_collectives
 
 __all__ = ["assert_collectives", "rank_coded", "where_from"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "assert_collectives":  # loaded on first use, since it needs JAX
-        from cmx_jax.testing import collectives
+        from cmx_jax.testing import assertions as collectives
 
         return collectives.assert_collectives
     if name in __all__:

@@ -15,11 +15,11 @@ from reference.dense import greedy
 from support import BASE
 
 from cmx_jax.analysis.compare.comparison import Comparison, Measurement
+from cmx_jax.analysis.compare.comparison_tables import render
 from cmx_jax.analysis.compare.html import page
 from cmx_jax.analysis.compare.layouts import compare
-from cmx_jax.analysis.compare.measure import Measure
+from cmx_jax.analysis.compare.measured_step import Measure
 from cmx_jax.analysis.compare.plots import plots
-from cmx_jax.analysis.compare.report import render
 from cmx_jax.analysis.writing import Destination
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError

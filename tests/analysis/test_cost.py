@@ -9,7 +9,15 @@ import pytest
 from cmx_jax.analysis.cost.constants import MACHINES, machine
 from cmx_jax.analysis.cost.imbalance import busiest, power_law
 from cmx_jax.analysis.cost.measured import operator_rows
-from cmx_jax.analysis.cost.operators import Share, attention, collective, exchange, matmul, matmul_us, vector
+from cmx_jax.analysis.cost.operator_times import (
+    Share,
+    attention,
+    collective,
+    exchange,
+    matmul,
+    matmul_us,
+    vector,
+)
 from cmx_jax.analysis.cost.overlap import Task, critical_path
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import expert_parallel

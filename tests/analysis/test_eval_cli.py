@@ -8,7 +8,8 @@ import pytest
 from support import BASE
 
 from cmx_jax import cli
-from cmx_jax.analysis.eval import evaluate, report
+from cmx_jax.analysis.eval import evaluate
+from cmx_jax.analysis.eval import evaluation_text as report
 from cmx_jax.analysis.eval.results import Evaluation
 from cmx_jax.analysis.eval.skills import Item, Skill
 from cmx_jax.serving.deploy.model import locate

@@ -7,7 +7,7 @@ import pytest
 
 import cmx_jax
 from cmx_jax.analysis.eval.corpus import documents, fingerprint, split
-from cmx_jax.analysis.eval.text import Text, _sums, evaluate_text, read_text, windows
+from cmx_jax.analysis.eval.heldout_text import Text, _sums, evaluate_text, read_text, windows
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.deploy.llm import LLM
 from cmx_jax.serving.deploy.model import locate

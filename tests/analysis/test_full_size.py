@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from cmx_jax.analysis.trace.steps import trace_step
+from cmx_jax.analysis.trace.abstract_steps import trace_step
 from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.model.cache import abstract_cache
 from cmx_jax.model.config import ModelConfig

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from cmx_jax.analysis.trace.memory import by_layout
-from cmx_jax.analysis.trace.model import trace_model
+from cmx_jax.analysis.trace.trace_model import trace_model
 from cmx_jax.mesh import expert_parallel
 from cmx_jax.model.families import preset
 

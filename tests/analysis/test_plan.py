@@ -8,9 +8,9 @@ import pytest
 
 from cmx_jax.analysis.plan import plan as planner
 from cmx_jax.analysis.plan.plan import ATTAINMENT, RATE_STEPS, Trial, plan
-from cmx_jax.analysis.plan.search import search
+from cmx_jax.analysis.plan.plan_search import search
 from cmx_jax.analysis.predict import candidates
-from cmx_jax.analysis.predict.request import PlanRequest, Workload
+from cmx_jax.analysis.predict.plan_request import PlanRequest, Workload
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.model.families import preset

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from cmx_jax.analysis.cost.constants import machine
-from cmx_jax.analysis.plan.search import SearchResult, combine, search
+from cmx_jax.analysis.plan.plan_search import SearchResult, combine, search
 from cmx_jax.analysis.predict import candidates
 from cmx_jax.analysis.predict.candidates import transfer_ms
-from cmx_jax.analysis.predict.request import PlanRequest, Workload
+from cmx_jax.analysis.predict.plan_request import PlanRequest, Workload
 from cmx_jax.errors import CmxError
 from cmx_jax.model.families import preset
 

@@ -8,10 +8,10 @@ import pytest
 
 from cmx_jax.analysis.cost.constants import MACHINES
 from cmx_jax.analysis.predict import paper as published
-from cmx_jax.analysis.predict.limits import DoesNotFit
 from cmx_jax.analysis.predict.predict import predict, sensitivity
 from cmx_jax.analysis.predict.prediction import Prediction, render
-from cmx_jax.analysis.trace.model import trace_model
+from cmx_jax.analysis.predict.roofline import DoesNotFit
+from cmx_jax.analysis.trace.trace_model import trace_model
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.mesh.named_layouts import named_layout

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from model.small import config
 
-from cmx_jax.analysis.trace.model import trace_model
+from cmx_jax.analysis.trace.trace_model import trace_model
 from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Layout, expert_parallel

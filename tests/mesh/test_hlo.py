@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.trace.hlo.collectives import COLLECTIVES
 from cmx_jax.mesh.trace.hlo.loops import trips
+from cmx_jax.mesh.trace.hlo.parser import arrays, numpy_dtype
 from cmx_jax.mesh.trace.hlo.reader import Program, read_hlo
-from cmx_jax.mesh.trace.hlo.text import arrays, numpy_dtype
 from cmx_jax.mesh.trace.jaxpr import read_jaxpr
 from cmx_jax.mesh.trace.ops.collective import OPS, Collective
 from cmx_jax.mesh.trace.ops.scope import scopes

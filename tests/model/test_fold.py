@@ -17,7 +17,7 @@ from cmx_jax.model.families import parse_config, presets
 from cmx_jax.model.quantize import layer, observe
 from cmx_jax.model.quantize.walk import Walk
 from cmx_jax.model.weights import int8_fields
-from cmx_jax.quant.search import Scales
+from cmx_jax.quant.scale_search import Scales
 from model.quantized import FOLDED, TEXT
 from model.small import random_weights
 

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from support import BASE, serve
 
 import cmx_jax
-from cmx_jax.analysis.trace.model import trace_model
-from cmx_jax.analysis.trace.steps import trace_step
+from cmx_jax.analysis.trace.abstract_steps import trace_step
+from cmx_jax.analysis.trace.trace_model import trace_model
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import host_devices
 from cmx_jax.mesh.layout import Layout, expert_parallel, tensor_parallel

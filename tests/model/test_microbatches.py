@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from support import MTP_GOLDENS
 
-from cmx_jax.analysis.trace.steps import trace_step
+from cmx_jax.analysis.trace.abstract_steps import trace_step
 from cmx_jax.mesh.lanes import Lanes
 from cmx_jax.mesh.layout import expert_parallel
 from cmx_jax.model import decoder

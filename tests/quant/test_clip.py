@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cmx_jax.quant import clip
 from cmx_jax.quant.clip import ALPHAS, search_clip
-from cmx_jax.quant.weights import channel_scale, storable_scale, through_int8
+from cmx_jax.quant.int8_weights import channel_scale, storable_scale, through_int8
 
 quick = settings(deadline=None, max_examples=25)
 

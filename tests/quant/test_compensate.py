@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from cmx_jax.quant import compensate as module
 from cmx_jax.quant.compensate import compensate
-from cmx_jax.quant.measure import gram, squares
-from cmx_jax.quant.weights import channel_scale, quantize
+from cmx_jax.quant.int8_weights import channel_scale, quantize
+from cmx_jax.quant.product_errors import gram, squares
 
 quick = settings(deadline=None, max_examples=25)
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmx_jax.quant.int8_weights import channel_scale, rows_through_int8, through_int8
 from cmx_jax.quant.rotate import (
     fold_norm,
     hadamard,
@@ -12,8 +13,7 @@ from cmx_jax.quant.rotate import (
     rotate_outputs,
     rotation,
 )
-from cmx_jax.quant.search import search_scales
-from cmx_jax.quant.weights import channel_scale, rows_through_int8, through_int8
+from cmx_jax.quant.scale_search import search_scales
 
 quick = settings(deadline=None, max_examples=25)
 KNOWN = [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 48, 60, 64, 76, 192, 224, 288, 576]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmx_jax.quant.search import search_scales
-from cmx_jax.quant.weights import channel_scale, rows_through_int8, through_int8
+from cmx_jax.quant.int8_weights import channel_scale, rows_through_int8, through_int8
+from cmx_jax.quant.scale_search import search_scales
 
 quick = settings(deadline=None, max_examples=25)
 

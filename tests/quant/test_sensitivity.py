@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmx_jax.quant.sensitivity import keep_precision
+from cmx_jax.quant.mixed_precision import keep_precision
 
 TENSORS = st.dictionaries(st.text("abc", max_size=3), st.tuples(st.floats(0, 1), st.integers(1, 1000)))
 

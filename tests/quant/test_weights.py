@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cmx_jax.quant import quantize_rows
-from cmx_jax.quant.measure import checked, gram, relative, squares
-from cmx_jax.quant.weights import channel_scale, quantize, rows_through_int8, storable_scale, through_int8
+from cmx_jax.quant.int8_weights import (
+    channel_scale,
+    quantize,
+    rows_through_int8,
+    storable_scale,
+    through_int8,
+)
+from cmx_jax.quant.product_errors import checked, gram, relative, squares
 
 BFLOAT16 = jnp.dtype("bfloat16")
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32).map(lambda v: 0.0 if abs(v) < 2.0**-100 else v)

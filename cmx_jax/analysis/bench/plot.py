@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cmx_jax.analysis.bench.report import BenchmarkSummary, RequestColumns
+from cmx_jax.analysis.bench.serving_metrics import BenchmarkSummary, RequestColumns
 from cmx_jax.analysis.plotting import COLOURS, STYLE, need_matplotlib
 
 WIDTH, BINS = 7.0, 60  # inches; bins over the duration

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cmx_jax.analysis.bench.options import Settings
 from cmx_jax.analysis.bench.plot import timeline
-from cmx_jax.analysis.bench.report import BenchmarkSummary
+from cmx_jax.analysis.bench.serving_metrics import BenchmarkSummary
 from cmx_jax.analysis.plotting import image, need_matplotlib
 from cmx_jax.analysis.writing import need_folder, write_whole
 from cmx_jax.errors import CmxError

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cmx_jax.analysis.bench.client import RequestOutcome
-from cmx_jax.analysis.bench.load import LoadGenerator
+from cmx_jax.analysis.bench.load_generator import LoadGenerator
 from cmx_jax.analysis.bench.options import METRICS, ReportOptions
-from cmx_jax.analysis.simulate.report import Latency
+from cmx_jax.analysis.simulate.simulation_metrics import Latency
 
 SHOWN = 5  # reasons of failures in the table, at most
 WARM = (

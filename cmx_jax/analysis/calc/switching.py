@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import jax.numpy as jnp
 
-from cmx_jax.analysis.cost.operators import pool_read_s
+from cmx_jax.analysis.cost.operator_times import pool_read_s
 from cmx_jax.errors import CmxError
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.leaf import leaf_dtype

@@ -8,8 +8,8 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from cmx_jax.analysis.compare.comparison import Comparison
+from cmx_jax.analysis.compare.comparison_tables import heading, notes, tables, text
 from cmx_jax.analysis.compare.plots import plots
-from cmx_jax.analysis.compare.report import heading, notes, tables, text
 from cmx_jax.analysis.plotting import image
 
 INK = "#010203"  # the colour that plots are drawn in, to be replaced by the page's own

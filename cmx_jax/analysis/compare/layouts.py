@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cmx_jax.analysis.compare.comparison import Comparison, LayoutRow, MachineInfo, Moved
-from cmx_jax.analysis.compare.measure import Measure
+from cmx_jax.analysis.compare.measured_step import Measure
 from cmx_jax.analysis.cost.constants import MACHINES
 from cmx_jax.analysis.predict.predict import predict
 from cmx_jax.analysis.trace.memory import by_layout
-from cmx_jax.analysis.trace.model import trace_model
+from cmx_jax.analysis.trace.trace_model import trace_model
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, request_devices
 from cmx_jax.mesh.layout import Layout

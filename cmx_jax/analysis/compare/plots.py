@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmx_jax.analysis.compare.comparison import Comparison, LayoutRow
-from cmx_jax.analysis.compare.report import UNITS, text, unit
+from cmx_jax.analysis.compare.comparison_tables import UNITS, text, unit
 from cmx_jax.analysis.plotting import COLOURS, STYLE, need_matplotlib
 
 if TYPE_CHECKING:

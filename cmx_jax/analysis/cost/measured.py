@@ -11,7 +11,7 @@ from typing import Literal
 
 from cmx_jax.analysis.cost import constants
 from cmx_jax.analysis.cost.constants import MachineModel
-from cmx_jax.analysis.cost.operators import ExchangePhase, attention, exchange, matmul_us
+from cmx_jax.analysis.cost.operator_times import ExchangePhase, attention, exchange, matmul_us
 
 GROUPS = (8, 16, 32, 64, 128, 256)
 EXCHANGES: dict[

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from cmx_jax.analysis.eval.corpus import documents, split
-from cmx_jax.analysis.eval.text import Text, read_text, windows
+from cmx_jax.analysis.eval.heldout_text import Text, read_text, windows
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.deploy.model import Model
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from cmx_jax.analysis.eval.heldout_text import evaluate_text, read_text
 from cmx_jax.analysis.eval.results import (
     Change,
     Evaluation,
@@ -16,7 +17,6 @@ from cmx_jax.analysis.eval.results import (
 from cmx_jax.analysis.eval.score import Answers, Progress, answered
 from cmx_jax.analysis.eval.skills import SKILLS, Item, Skill
 from cmx_jax.analysis.eval.statistics import Pairs, difference, mcnemar, wilson
-from cmx_jax.analysis.eval.text import evaluate_text, read_text
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.inspect import inspect
 from cmx_jax.serving.deploy.llm import LLM

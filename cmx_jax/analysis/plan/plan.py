@@ -1,6 +1,6 @@
 """Chooses the deployments that serve a workload within an SLO when requests arrive at random.
 
-`analysis/plan/search.py` finds deployments by steady load. The simulator then gives Poisson arrivals to the
+`plan_search.py` finds deployments by steady load. The simulator then gives Poisson arrivals to the
 best of them, with step times predicted at the mean context of the load. Requests that arrive once the decode
 batch has filled are measured. A deployment serves a rate if `ATTAINMENT` of them have their first token and
 the others in time:
@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from cmx_jax.analysis.plan.search import DeploymentPlan, SearchResult, combine, order, search
+from cmx_jax.analysis.plan.plan_search import DeploymentPlan, SearchResult, combine, order, search
 from cmx_jax.analysis.predict.candidates import instance_layout
-from cmx_jax.analysis.predict.request import PlanRequest, Workload
-from cmx_jax.analysis.simulate.deployment import SimulatedDeployment
+from cmx_jax.analysis.predict.plan_request import PlanRequest, Workload
 from cmx_jax.analysis.simulate.predicted import Predicted
-from cmx_jax.analysis.simulate.report import summary
+from cmx_jax.analysis.simulate.simulated_deployment import SimulatedDeployment
+from cmx_jax.analysis.simulate.simulation_metrics import summary
 from cmx_jax.analysis.simulate.supernodes import SimulationOutcome, simulate
 from cmx_jax.analysis.simulate.workload import synthetic
-from cmx_jax.analysis.trace.steps import PAGE_WIDTH
+from cmx_jax.analysis.trace.abstract_steps import PAGE_WIDTH
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.scheduling.pages import pages_for
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cmx_jax.analysis.predict.candidates import InstancePlan, candidates, predict_instances
-from cmx_jax.analysis.predict.request import PlanRequest, Workload
+from cmx_jax.analysis.predict.plan_request import PlanRequest, Workload
 from cmx_jax.errors import CmxError
 
 STEPS = ("prefill", "decode")

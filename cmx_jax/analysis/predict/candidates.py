@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cmx_jax.analysis.cost.constants import MachineModel
-from cmx_jax.analysis.predict.limits import DoesNotFit
+from cmx_jax.analysis.predict.plan_request import PlanRequest
 from cmx_jax.analysis.predict.predict import predict
 from cmx_jax.analysis.predict.prediction import Prediction
-from cmx_jax.analysis.predict.request import PlanRequest
+from cmx_jax.analysis.predict.roofline import DoesNotFit
 from cmx_jax.analysis.trace.memory import page_bytes
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from cmx_jax.analysis.trace.steps import PAGE_WIDTH, trace_step
+from cmx_jax.analysis.trace.abstract_steps import PAGE_WIDTH, trace_step
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.trace.jaxpr import read_jaxpr
 from cmx_jax.mesh.trace.ops.collective import Collective

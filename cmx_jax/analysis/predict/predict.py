@@ -14,9 +14,9 @@ from cmx_jax.analysis.cost import constants
 from cmx_jax.analysis.cost.constants import MachineModel
 from cmx_jax.analysis.cost.imbalance import busiest, power_law
 from cmx_jax.analysis.cost.overlap import Task, critical_path
-from cmx_jax.analysis.predict.limits import memory_of, roofline
 from cmx_jax.analysis.predict.operators import Loop, Step, loops, trace
 from cmx_jax.analysis.predict.prediction import OperatorTime, Prediction, Sensitivity
+from cmx_jax.analysis.predict.roofline import memory_of, roofline
 from cmx_jax.analysis.predict.tasks import CORES, CostContext, busy_us, chains
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from cmx_jax.analysis.predict.limits import RankMemory, Roofline
+from cmx_jax.analysis.predict.roofline import RankMemory, Roofline
 
 
 @dataclass(frozen=True)

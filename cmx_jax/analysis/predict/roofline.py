@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cmx_jax.analysis.cost.constants import MachineModel
-from cmx_jax.analysis.cost.operators import peak
+from cmx_jax.analysis.cost.operator_times import peak
 from cmx_jax.analysis.predict.operators import Operator, Step, attention_work, loops
 from cmx_jax.analysis.predict.tasks import nodes_reached
 from cmx_jax.analysis.trace.memory import by_layout

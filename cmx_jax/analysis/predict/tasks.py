@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cmx_jax.analysis.cost import operators as cost
+from cmx_jax.analysis.cost import operator_times as cost
 from cmx_jax.analysis.cost.constants import MachineModel
 from cmx_jax.analysis.cost.overlap import Task
 from cmx_jax.analysis.predict.operators import ATTENTION, Loop, Operator, Step, attention_work

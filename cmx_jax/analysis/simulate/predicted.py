@@ -17,13 +17,13 @@ from functools import cached_property
 from itertools import count
 
 from cmx_jax.analysis.cost.constants import MachineModel, machine
-from cmx_jax.analysis.cost.operators import pool_read_s
+from cmx_jax.analysis.cost.operator_times import pool_read_s
 from cmx_jax.analysis.predict.candidates import transfer_ms
 from cmx_jax.analysis.predict.predict import predict
 from cmx_jax.analysis.predict.prediction import Prediction
-from cmx_jax.analysis.simulate.deployment import InstancePool
+from cmx_jax.analysis.simulate.simulated_deployment import InstancePool
+from cmx_jax.analysis.trace.abstract_steps import PAGE_WIDTH
 from cmx_jax.analysis.trace.memory import page_bytes
-from cmx_jax.analysis.trace.steps import PAGE_WIDTH
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.config import ModelConfig

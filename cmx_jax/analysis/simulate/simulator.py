@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from cmx_jax.analysis.simulate.deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.events import Events, Host
 from cmx_jax.analysis.simulate.prefix import PrefixCache
+from cmx_jax.analysis.simulate.simulated_deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.times import StepTimes
 from cmx_jax.analysis.simulate.virtual import SimRequest, Virtual
 from cmx_jax.serving.kv.mapping import prefill_tp_rank

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cmx_jax.analysis.simulate.deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.events import Events
+from cmx_jax.analysis.simulate.simulated_deployment import SimulatedDeployment
 from cmx_jax.analysis.simulate.simulator import SimSupernode
 from cmx_jax.analysis.simulate.times import StepTimes
 from cmx_jax.analysis.simulate.virtual import SimRequest

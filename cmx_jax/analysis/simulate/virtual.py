@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cmx_jax.analysis.simulate.deployment import InstancePool
+from cmx_jax.analysis.simulate.simulated_deployment import InstancePool
 from cmx_jax.analysis.simulate.workload import Arrival
 from cmx_jax.serving.scheduling.allocator import RankAllocator
 from cmx_jax.serving.scheduling.request import Request, SamplingParams

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cmx_jax.analysis.trace.steps import PAGE_WIDTH
+from cmx_jax.analysis.trace.abstract_steps import PAGE_WIDTH
 from cmx_jax.mesh.exchange import message_bytes
 from cmx_jax.mesh.layout import Layout
 from cmx_jax.model.cache import abstract_cache, cache_dtype

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cmx_jax.analysis.trace.steps import trace_step
+from cmx_jax.analysis.trace.abstract_steps import trace_step
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import message_bytes
 from cmx_jax.mesh.jax_versions import auto_mesh

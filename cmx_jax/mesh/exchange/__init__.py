@@ -35,7 +35,7 @@ from functools import partial
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange.allgather import allgather_exchange
-from cmx_jax.mesh.exchange.collectives import Axis, gather, psum_if
+from cmx_jax.mesh.exchange.axis_collectives import Axis, gather, psum_if
 from cmx_jax.mesh.exchange.mailbox import (
     flat,
     hierarchical,

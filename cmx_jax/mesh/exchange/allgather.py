@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cmx_jax.mesh.exchange.collectives import axis_names, gather
+from cmx_jax.mesh.exchange.axis_collectives import axis_names, gather
 from cmx_jax.mesh.exchange.message import Wire, pack_messages
 from cmx_jax.mesh.exchange.protocol import ExchangeArgs, ExchangeStats, ExpertFn
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from cmx_jax.mesh.exchange.collectives import Axis, axis_names
+from cmx_jax.mesh.exchange.axis_collectives import Axis, axis_names
 from cmx_jax.mesh.exchange.message import Wire, pack_messages
 from cmx_jax.mesh.exchange.ordering import rank_in_group
 from cmx_jax.mesh.exchange.protocol import ExchangeArgs, ExchangeStats, ExpertFn, MakeRoute, Route

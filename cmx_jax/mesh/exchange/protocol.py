@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
-from cmx_jax.mesh.exchange.collectives import Axis
+from cmx_jax.mesh.exchange.axis_collectives import Axis
 from cmx_jax.mesh.exchange.message import Wire
 
 ExpertFn = Callable[[Shaped[Array, "Z M"], Int[Array, " Z"], Wire], Float[Array, "Z D"]]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from cmx_jax.mesh.exchange.collectives import Axis
+from cmx_jax.mesh.exchange.axis_collectives import Axis
 from cmx_jax.mesh.exchange.protocol import Route
 
 

@@ -18,8 +18,8 @@ from jax.interpreters.mlir import make_ir_context
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.groups import Axes, Groups
 from cmx_jax.mesh.jax_versions import explicit_parts, manual_axes, module_meshes, replica_groups
-from cmx_jax.mesh.trace.hlo.groups import axes_of_groups, axes_of_pairs, connected
-from cmx_jax.mesh.trace.hlo.text import numpy_dtype
+from cmx_jax.mesh.trace.hlo.parser import numpy_dtype
+from cmx_jax.mesh.trace.hlo.replica_groups import axes_of_groups, axes_of_pairs, connected
 from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.ops.contents import Contents, Context, Product, merge_branches
 from cmx_jax.mesh.trace.ops.scope import join_scopes, scopes

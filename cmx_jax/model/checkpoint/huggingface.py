@@ -9,9 +9,9 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.declared import DESCRIPTION, Declared, declared
-from cmx_jax.model.checkpoint.files import FLOATS, Header, TensorFiles, fill_finite, finite
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
 from cmx_jax.model.checkpoint.schemes import Stored, plain, stored
+from cmx_jax.model.checkpoint.tensor_files import FLOATS, Header, TensorFiles, fill_finite, finite
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config
 from cmx_jax.model.fields import read_json

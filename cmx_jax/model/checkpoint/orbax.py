@@ -24,10 +24,10 @@ import tensorstore as ts
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.model.checkpoint.files import fill_finite
 from cmx_jax.model.checkpoint.manifest import Manifest
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.checkpoint.source import FloatsOnly
+from cmx_jax.model.checkpoint.tensor_files import fill_finite
 from cmx_jax.model.checkpoint.writer import PieceReader
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config

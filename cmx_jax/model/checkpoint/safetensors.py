@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cmx_jax.model.checkpoint.files import read_headers
+from cmx_jax.model.checkpoint.tensor_files import read_headers
 from cmx_jax.model.checkpoint.writer import PieceReader, Unit, units, write_file
 
 _BLOCK = 64 << 20  # bytes

@@ -19,7 +19,7 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.declared import DESCRIPTION, Declared
-from cmx_jax.model.checkpoint.files import FLOATS, TensorFiles
+from cmx_jax.model.checkpoint.tensor_files import FLOATS, TensorFiles
 from cmx_jax.quant.blocks import dequantize_blocks, grid
 
 QUANTIZED = {"F8_E4M3": "FP8", "I8": "INT8"}

@@ -14,7 +14,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.names import Piece
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.leaf import Leaf, leaf_dtype
-from cmx_jax.quant.weights import channel_scale, quantize
+from cmx_jax.quant.int8_weights import channel_scale, quantize
 
 SAMPLE = 1 << 20  # bytes
 

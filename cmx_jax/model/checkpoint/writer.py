@@ -22,7 +22,7 @@ from cmx_jax.model.checkpoint.names import Piece, Source, sources
 from cmx_jax.model.checkpoint.source import Checkpoint, FloatsOnly
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.weights import Weights, all_leaves
-from cmx_jax.quant.weights import channel_scale, quantize
+from cmx_jax.quant.int8_weights import channel_scale, quantize
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 DTYPES = tuple(_CODES)

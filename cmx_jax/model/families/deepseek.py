@@ -3,7 +3,7 @@
 from typing import Any
 
 from cmx_jax.model.config import LayerKind, MLAConfig, ModelConfig
-from cmx_jax.model.families.common import Family, common, number_of_layers, rope
+from cmx_jax.model.families.family import Family, common, number_of_layers, rope
 from cmx_jax.model.fields import Raw, flag, integer, number, optional_integer
 from cmx_jax.model.limits import expect
 

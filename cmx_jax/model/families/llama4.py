@@ -1,7 +1,7 @@
 """Llama 4: chunked attention, layers without rotation, experts weighted by input."""
 
 from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
-from cmx_jax.model.families.common import Family, common, number_of_layers, rope
+from cmx_jax.model.families.family import Family, common, number_of_layers, rope
 from cmx_jax.model.fields import Raw, flag, integer, integers, number, optional_integer
 from cmx_jax.model.limits import expect
 

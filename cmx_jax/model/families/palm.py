@@ -1,7 +1,7 @@
 """PaLM: dense, parallel blocks, multi-query attention."""
 
 from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
-from cmx_jax.model.families.common import Family, common, number_of_layers, rope
+from cmx_jax.model.families.family import Family, common, number_of_layers, rope
 from cmx_jax.model.fields import Raw, integer
 
 

@@ -1,7 +1,7 @@
 """Qwen3-MoE: grouped-query attention with QK-norm, a softmax router, no shared expert."""
 
 from cmx_jax.model.config import GQAConfig, LayerKind, ModelConfig
-from cmx_jax.model.families.common import Family, common, number_of_layers, rope
+from cmx_jax.model.families.family import Family, common, number_of_layers, rope
 from cmx_jax.model.fields import Raw, flag, integer, integers, optional_integer
 from cmx_jax.model.limits import expect
 

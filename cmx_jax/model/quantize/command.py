@@ -37,7 +37,7 @@ from cmx_jax.model.quantize.report import MatrixError, Report, read_report
 from cmx_jax.model.quantize.sensitivity import sensitivity
 from cmx_jax.model.quantize.walk import Walk
 from cmx_jax.model.weights import all_leaves, int8_fields
-from cmx_jax.quant.sensitivity import keep_precision
+from cmx_jax.quant.mixed_precision import keep_precision
 
 BUDGET = 0.08  # share of the INT8 bytes that may be spent on fields in floats
 THRESHOLD = 5e-4  # nats; a field stays in floats only if rounding it costs at least as much

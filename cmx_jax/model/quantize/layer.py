@@ -21,9 +21,9 @@ from cmx_jax.model.quantize.fold import (
 from cmx_jax.model.quantize.observe import Seen, layer_of, observe, outputs, rows_of
 from cmx_jax.quant.clip import search_clip
 from cmx_jax.quant.compensate import compensate
-from cmx_jax.quant.measure import checked, gram, relative
-from cmx_jax.quant.search import search_scales
-from cmx_jax.quant.weights import channel_scale, quantize, rows_through_int8
+from cmx_jax.quant.int8_weights import channel_scale, quantize, rows_through_int8
+from cmx_jax.quant.product_errors import checked, gram, relative
+from cmx_jax.quant.scale_search import search_scales
 
 PARTS = ("precision", "scales", "rotation", "clipping", "compensation")
 """Parts of section 4.5 that are applied before serving; the INT8 matmul is in `cmx_jax.quant.matmul`."""

@@ -14,8 +14,8 @@ from cmx_jax.model.quantize.observe import Seen, layer_of, observe, outputs, row
 from cmx_jax.model.quantize.walk import Walk
 from cmx_jax.model.weights import int8_fields
 from cmx_jax.quant import QTensor
-from cmx_jax.quant.measure import checked
-from cmx_jax.quant.weights import rows_through_int8
+from cmx_jax.quant.int8_weights import rows_through_int8
+from cmx_jax.quant.product_errors import checked
 
 Hidden = dict[str, np.ndarray]
 """Hidden states with one field rounded in all layers so far, by that field (`stack/path`; "" is none)."""

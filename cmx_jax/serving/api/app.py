@@ -13,7 +13,7 @@ from cmx_jax.serving.api import admin, chat, completions, status
 from cmx_jax.serving.api.context import ApiContext
 from cmx_jax.serving.api.metrics import Metrics
 from cmx_jax.serving.api.schemas import Document
-from cmx_jax.serving.http import errors
+from cmx_jax.serving.http import error_responses as errors
 from cmx_jax.serving.http.guard import BodyLimit, Keys
 
 router = APIRouter()

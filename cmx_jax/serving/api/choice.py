@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from cmx_jax.serving.api.text import Detokenizer, StopStrings
+from cmx_jax.serving.api.detokenizer import Detokenizer, StopStrings
 from cmx_jax.serving.scheduling.request import TokenLogprob
 from cmx_jax.serving.service.generation import Chunk
 

@@ -12,7 +12,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.schemas import Generate
 from cmx_jax.serving.api.template import ChatTemplate
 from cmx_jax.serving.deploy.deployment import ModelInfo
-from cmx_jax.serving.http.errors import NotFound
+from cmx_jax.serving.http.error_responses import NotFound
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
 from cmx_jax.serving.service.frontend import Frontend
 

@@ -6,12 +6,12 @@ name. `keys.py` makes the keys of context blocks, `models.py` cuts models into b
 JAX.
 """
 
+from cmx_jax.serving.ems.cache_server import MPServer
 from cmx_jax.serving.ems.keys import BLOCK, Fingerprint, chain, root
 from cmx_jax.serving.ems.listener import CacheServer, serve
 from cmx_jax.serving.ems.models import Loaded, load_model, store_model
 from cmx_jax.serving.ems.pool import Pool, Ring
 from cmx_jax.serving.ems.remote import RemoteStore
-from cmx_jax.serving.ems.server import MPServer
 from cmx_jax.serving.ems.store import Hit, Store
 
 __all__ = [

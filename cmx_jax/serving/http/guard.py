@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cmx_jax.serving.http.errors import response
+from cmx_jax.serving.http.error_responses import response
 
 OPEN = "/health"  # the only route without a key
 ADMIN = "/admin"

@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.http import errors
+from cmx_jax.serving.http import error_responses as errors
 from cmx_jax.serving.service.generation import Generation, Interrupted
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from cmx_jax.errors import CmxError
 from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.ems.keys import Fingerprint
 from cmx_jax.serving.engine.timeline import TraceEvent
-from cmx_jax.serving.http import errors
-from cmx_jax.serving.http.errors import Gone
+from cmx_jax.serving.http import error_responses as errors
+from cmx_jax.serving.http.error_responses import Gone
 from cmx_jax.serving.http.guard import BodyLimit, Keys
 from cmx_jax.serving.http.streaming import GenerationStream, unless_gone
 from cmx_jax.serving.kv import Ticket, TransferError, fetch

@@ -5,7 +5,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from cmx_jax.serving.http.errors import TYPES
+from cmx_jax.serving.http.error_responses import TYPES
 
 # schemathesis draws where hypothesis does not want it
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from cmx_jax.serving.api.choice import Choice
-from cmx_jax.serving.api.text import Detokenizer, StopStrings
+from cmx_jax.serving.api.detokenizer import Detokenizer, StopStrings
 from cmx_jax.serving.deploy.model import locate
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, TokenLogprob
 from cmx_jax.serving.service.generation import Chunk

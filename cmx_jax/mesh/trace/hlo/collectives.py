@@ -3,7 +3,8 @@
 import math
 
 from cmx_jax.mesh.groups import Groups
-from cmx_jax.mesh.trace.hlo.groups import (
+from cmx_jax.mesh.trace.hlo.parser import Array, Instruction, arrays
+from cmx_jax.mesh.trace.hlo.replica_groups import (
     Machine,
     axes_of_groups,
     axes_of_pairs,
@@ -11,7 +12,6 @@ from cmx_jax.mesh.trace.hlo.groups import (
     groups_of,
     pairs_of,
 )
-from cmx_jax.mesh.trace.hlo.text import Array, Instruction, arrays
 from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.ops.scope import scopes
 

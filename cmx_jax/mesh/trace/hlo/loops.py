@@ -7,7 +7,7 @@ they are invariant: compilers move constants far away from the loops that need t
 import re
 from typing import NamedTuple
 
-from cmx_jax.mesh.trace.hlo.text import Computation, Instruction, Module
+from cmx_jax.mesh.trace.hlo.parser import Computation, Instruction, Module
 
 KNOWN = re.compile(r"known_trip_count\W+n\W+(\d+)")
 FORWARDING = frozenset(

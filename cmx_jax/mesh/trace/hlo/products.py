@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from jax import numpy as jnp
 
-from cmx_jax.mesh.trace.hlo.text import Instruction, arrays
+from cmx_jax.mesh.trace.hlo.parser import Instruction, arrays
 from cmx_jax.mesh.trace.ops.contents import Product
 from cmx_jax.mesh.trace.ops.scope import scopes
 

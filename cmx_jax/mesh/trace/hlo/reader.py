@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from cmx_jax.mesh.groups import Axes
 from cmx_jax.mesh.trace.hlo.collectives import COLLECTIVES, collectives_of, starts_here
-from cmx_jax.mesh.trace.hlo.groups import Machine
 from cmx_jax.mesh.trace.hlo.loops import Loops
+from cmx_jax.mesh.trace.hlo.parser import Computation, Instruction, read_module, reading
 from cmx_jax.mesh.trace.hlo.products import PRODUCTS, product_of
-from cmx_jax.mesh.trace.hlo.text import Computation, Instruction, read_module, reading
+from cmx_jax.mesh.trace.hlo.replica_groups import Machine
 from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.ops.contents import Product
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cmx_jax.mesh.groups import Axes, Groups, mesh_groups
-from cmx_jax.mesh.trace.hlo.text import Instruction
+from cmx_jax.mesh.trace.hlo.parser import Instruction
 
 GROUPS = (
     r"replica_groups=(\{(?:\s*\{[\d,\s]*\},?)*\s*\}"  # {{0,1},{2,3}}
