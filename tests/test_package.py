@@ -81,7 +81,7 @@ def test_files_have_at_most_300_lines() -> None:
     assert {name: count for name, count in lines.items() if count > 300} == {}
 
 
-def test_no_private_jax() -> None:
+def test_package_uses_no_private_jax() -> None:
     assert [name for name, path in FILES.items() if "jax._src" in path.read_text()] == []
 
 

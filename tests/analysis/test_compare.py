@@ -83,7 +83,7 @@ def test_prefill_runs_on_ranks_that_share_sequences() -> None:
     assert "3 of 3" in render(comparison)
 
 
-def test_a_step_too_large_for_this_machine_is_not_run() -> None:
+def test_step_too_large_for_memory_is_not_run() -> None:
     [row] = compare(str(BASE), ["ep4"], batch=2**12, context=64).layouts
     assert row.measured is None
     assert "give a smaller --batch or --context" in row.notes[-1]
@@ -134,7 +134,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_the_page_is_one_file_with_valid_links(renamed: Comparison) -> None:
+def test_page_is_one_file_with_valid_links(renamed: Comparison) -> None:
     text = page(renamed)
     tags = Page(text).tags
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]

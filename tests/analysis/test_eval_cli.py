@@ -74,7 +74,7 @@ def run(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_one_model_and_what_was_run(capsys, text, results) -> None:
+def test_evaluation_text_names_model_and_runs(capsys, text, results) -> None:
     options = ("tiny", "--items", "12", "--seed", "3", "--text", text, "--window", "32")
     result = json.loads(run(capsys, *options, "--json"))
     assert result["suite"] == "all"
@@ -99,7 +99,7 @@ def test_one_model_and_what_was_run(capsys, text, results) -> None:
     assert "against" not in table
 
 
-def test_what_quantisation_changes(capsys, text, int8, results) -> None:
+def test_quantization_changes_predicted_values(capsys, text, int8, results) -> None:
     options = ("tiny", "--against", int8, "--items", "12", "--text", text, "--window", "32")
     result = json.loads(run(capsys, *options, "--json"))
     assert "INT8 per channel" in result["against"]["stored"]
@@ -123,7 +123,7 @@ def test_what_quantisation_changes(capsys, text, int8, results) -> None:
         assert part in table
 
 
-def test_a_fall_is_named(capsys, monkeypatch) -> None:
+def test_accuracy_loss_is_reported(capsys, monkeypatch) -> None:
     """The same model against one that forgot: every second item it knew."""
 
     def forgetful(llm, items, progress) -> evaluate.Answers:
@@ -180,7 +180,7 @@ def without_tokenizer(path: Path) -> str:
         ([without_tokenizer, "--suite", "skills"], "has no tokenizer.json"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, arguments, message) -> None:
+def test_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, arguments, message) -> None:
     arguments = [argument(tmp_path) if callable(argument) else argument for argument in arguments]
     assert cli.main(["eval", *arguments, "--ranks", "2"]) == 2
     out, err = capsys.readouterr()

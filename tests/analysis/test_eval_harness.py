@@ -46,7 +46,7 @@ def test_loglikelihood_is_of_the_continuation_encoded_with_its_context(lm) -> No
     np.testing.assert_allclose([p for p, _ in scores], [p for p, _ in expected], atol=1e-4)
 
 
-def test_a_continuation_longer_than_the_context_is_refused(lm) -> None:
+def test_continuation_longer_than_context_is_refused(lm) -> None:
     with pytest.raises(CmxError, match="tokens exceeds the context of 32"):
         lm.loglikelihood(requests((PROMPT, " zebra" * 40)))
 
@@ -89,19 +89,19 @@ def test_generate_until_cuts_greedy_text_before_the_first_stop(lm) -> None:
     assert completion.text.startswith(texts[2])
 
 
-def test_a_prompt_that_is_sampled_again_gets_another_sample(lm) -> None:
+def test_sampling_again_gives_another_sample(lm) -> None:
     sampled = (PROMPT, {"max_gen_toks": 8, "do_sample": True, "temperature": 1.0})
     first, second = lm.generate_until(requests(sampled, sampled))
     assert first != second
     assert [first, second] == lm.generate_until(requests(sampled, sampled))
 
 
-def test_no_room_for_a_prompt_is_refused(lm) -> None:
+def test_capacity_without_room_for_a_prompt_is_refused(lm) -> None:
     with pytest.raises(CmxError, match="max_gen_toks is 256, expected less than the context of 32"):
         lm.generate_until(requests((PROMPT, {})))
 
 
-def test_it_is_made_from_the_harness_arguments() -> None:
+def test_model_is_made_from_harness_arguments() -> None:
     lm = CmxLM(pretrained="tiny", ranks=2, batch_size=1, max_batch_size=None, device="cpu")
     assert (lm.llm.instance.layout.ranks, lm.context) == (2, 512)
 
@@ -122,7 +122,7 @@ SIXTEEN = [
 ]
 
 
-def test_the_papers_benchmarks_are_named_or_said_to_be_missing() -> None:
+def test_paper_benchmarks_are_run_or_reported_missing() -> None:
     text = (TASKS / "cloudmatrix.yaml").read_text()
     named = [line.split("# ")[1] for line in text.splitlines() if line.startswith("  - ")]
     [missing] = [line for line in text.splitlines() if line.startswith("# Not in the harness")]
@@ -130,7 +130,7 @@ def test_the_papers_benchmarks_are_named_or_said_to_be_missing() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra lm-eval is not installed")
-def test_the_harness_runs_the_offline_tasks_and_knows_the_papers() -> None:
+def test_harness_runs_offline_tasks_and_knows_paper_tasks() -> None:
     """Runs in a process of its own, since imports of the harness warn."""
     code = (
         "import json, sys\n"

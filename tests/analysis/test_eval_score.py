@@ -42,7 +42,7 @@ def test_likelihoods_equal_numpy_in_any_batches(tiny, contexts, rows, batches, m
     assert len(messages) == batches
 
 
-def test_exact_match_under_teacher_forcing_is_greedy_decoding(tiny, contexts) -> None:
+def test_teacher_forced_exact_match_is_greedy_decoding(tiny, contexts) -> None:
     """Decoded continuations match; with any one token changed they do not."""
     texts = [c.tokens for c in tiny.generate(contexts, max_new_tokens=5, ignore_eos=True)]
     changed = [[(token + (i == n % 5)) % 2048 for i, token in enumerate(row)] for n, row in enumerate(texts)]
@@ -50,7 +50,7 @@ def test_exact_match_under_teacher_forcing_is_greedy_decoding(tiny, contexts) ->
     assert [score.greedy for score in scores] == [True] * 6 + [False] * 6
 
 
-def test_items_are_answered_as_decoding_and_mean_likelihood_say(tiny) -> None:
+def test_items_are_scored_by_decoding_and_mean_likelihood(tiny) -> None:
     model, prompt = tiny.model, "Return a list of"
     start = first_token(model)
     assert start == 0  # <|endoftext|>: this tokenizer begins no text by itself
@@ -86,12 +86,12 @@ def test_items_are_answered_as_decoding_and_mean_likelihood_say(tiny) -> None:
         (([1], [2048, 1]), r"expected \[0, 2048\)"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(tiny, pair, message) -> None:
+def test_unscorable_requests_are_refused(tiny, pair, message) -> None:
     with pytest.raises(CmxError, match=message):
         likelihoods(tiny, [([1], [2]), pair])
 
 
-def test_a_model_without_tokenizer_answers_nothing(tmp_path: Path) -> None:
+def test_evaluation_without_tokenizer_is_refused(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(BASE / name)
     with pytest.raises(CmxError, match=r"no tokenizer\.json"):

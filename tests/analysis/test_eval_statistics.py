@@ -52,7 +52,7 @@ def test_newcombes_interval_is_the_published_one() -> None:
     assert (estimate.low, estimate.high) == pytest.approx((0.026, 0.507), abs=5e-4)
 
 
-def test_the_difference_turns_with_its_pairs() -> None:
+def test_difference_changes_sign_with_its_pairs() -> None:
     one, other = difference(Pairs(30, 8, 3, 9)), difference(Pairs(30, 3, 8, 9))
     assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
 
@@ -60,7 +60,7 @@ def test_the_difference_turns_with_its_pairs() -> None:
 @pytest.mark.parametrize(
     "pairs", [Pairs(0, 0, 0, 9), Pairs(9, 0, 0, 0), Pairs(0, 9, 0, 0), Pairs(0, 0, 9, 0)]
 )
-def test_the_difference_of_an_empty_margin_has_an_interval_within_the_bounds(pairs) -> None:
+def test_difference_without_discordant_pairs_has_bounded_interval(pairs) -> None:
     estimate = difference(pairs)
     assert -1 <= estimate.low <= estimate.value <= estimate.high <= 1
     assert estimate.high - estimate.low > 0.2
@@ -84,7 +84,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(skills) -> None:
     assert 0.94 < np.mean([estimate.low <= truth <= estimate.high for estimate in estimates]) < 0.97
 
 
-def test_a_sample_of_one_has_no_interval() -> None:
+def test_sample_of_one_has_no_interval() -> None:
     assert of_sample(np.asarray([2.0])) == Estimate(2.0, -math.inf, math.inf)
     estimate = of_sample(np.asarray([1.0, 2.0, 3.0, 6.0]))
     assert estimate.value == 3.0

@@ -53,14 +53,14 @@ def test_losses_and_divergence_equal_numpy_in_any_batches(tiny, narrow, rows, mo
     assert against.kl_divergence.low < against.kl_divergence.value < against.kl_divergence.high
 
 
-def test_a_model_does_not_differ_from_itself(tiny) -> None:
+def test_model_equals_itself(tiny) -> None:
     against = evaluate_text(tiny, tiny, Text("words", [WORDS]), 48).against
     assert against.kl_divergence.value == against.loss_rise.high == 0.0
     assert against.top1_agreement == 1.0
     assert not against.loss_rises
 
 
-def test_the_shipped_model_is_as_good_as_its_training_report_says(tiny) -> None:
+def test_shipped_model_quality_equals_training_report(tiny) -> None:
     """Runs the held-out text; `scripts/train_tiny.py` leaves out a rest that does not fill four windows."""
     report = json.loads((locate("tiny") / "training.json").read_text())
     texts = documents()
@@ -80,7 +80,7 @@ def test_the_shipped_model_is_as_good_as_its_training_report_says(tiny) -> None:
         (None, r"cannot be read \(No such file"),
     ],
 )
-def test_a_file_that_is_no_text_is_refused(tmp_path, content, message) -> None:
+def test_binary_file_is_refused(tmp_path, content, message) -> None:
     path = tmp_path / "text"
     if content is not None:
         path.write_bytes(content)
@@ -88,7 +88,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, content, message) -> None:
         read_text(path)
 
 
-def test_a_folder_is_no_text(tmp_path) -> None:
+def test_folder_is_refused(tmp_path) -> None:
     with pytest.raises(CmxError, match=r"cannot be read \(Is a directory\)"):
         read_text(tmp_path)
 
@@ -107,7 +107,7 @@ def test_windows_that_cannot_be_are_refused(tiny, window, message) -> None:
         evaluate_text(tiny, None, Text("words", ["A class is"]), window)
 
 
-def test_the_held_out_documentation_is_found() -> None:
+def test_heldout_documentation_is_found() -> None:
     text = read_text(None)
     assert text.name.startswith("held-out documentation of Python 3.")
     assert len(text.documents) > 100

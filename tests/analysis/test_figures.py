@@ -38,7 +38,7 @@ def test_files_are_the_same_each_time(tmp_path: Path) -> None:
     assert "50 → 37.5" in read[0]["paper.svg"].decode()
 
 
-def test_no_folder_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_without_folder_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Folder(None).write("paper", None)
     assert not list(tmp_path.iterdir())

@@ -19,13 +19,13 @@ def config() -> ModelConfig:
     return preset("deepseek-r1")
 
 
-def test_a_token_caches_70272_bytes(config: ModelConfig) -> None:
+def test_token_caches_70272_bytes(config: ModelConfig) -> None:
     page = abstract_cache(config, 1, 1, jnp.bfloat16).pages
     assert math.prod(page.shape) * page.dtype.itemsize == 70272  # the paper's section 9.2
 
 
 @pytest.mark.parametrize("ranks", [160, 320, 384, 768])
-def test_the_decode_step_lowers_at_any_width(config: ModelConfig, ranks: int) -> None:
+def test_decode_step_lowers_at_any_width(config: ModelConfig, ranks: int) -> None:
     """96 sequences a rank at 4,096 tokens: two all-to-alls in the MoE layers' scan, INT8 out, BF16 back."""
     layout = expert_parallel(ranks, config.n_routed_experts, wire="int8", mailbox_rows=0)
     traced = trace_step(config, layout, "decode", sequences=96, context=33 * 128)
@@ -37,7 +37,7 @@ def test_the_decode_step_lowers_at_any_width(config: ModelConfig, ranks: int) ->
     assert "all_to_all" in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
-def test_an_int8_cache_is_read_and_written_as_it_is(config: ModelConfig) -> None:
+def test_int8_cache_bytes_count_as_int8(config: ModelConfig) -> None:
     """Rows of 576 bytes and two scales; without the option nothing is INT8."""
     layout = expert_parallel(160, config.n_routed_experts, wire="bfloat16", mailbox_rows=0)
     sizes = {"sequences": 96, "context": 33 * 128, "drafts": 1}

@@ -129,7 +129,7 @@ def held(node: Any) -> int:
     st.sampled_from(sorted(ROUTERS)),
     st.integers(1, 3),
 )
-def test_every_request_finishes_once_and_leaves_nothing(
+def test_requests_finish_once_and_leave_nothing(
     rows, prefill, decode, both, one_host, acceptance, router, supernodes
 ) -> None:
     arrivals = [Arrival(t, prompt, output, (block,)) for t, prompt, output, block in sorted(rows)]
@@ -151,7 +151,7 @@ def test_every_request_finishes_once_and_leaves_nothing(
     assert (c["finished"] - c["first_token"] >= steps * 7e-3 - 1e-9).all()
 
 
-def test_a_seed_says_everything() -> None:
+def test_workload_depends_on_seed_only() -> None:
     def columns(seed: int) -> np.ndarray:
         drawn = synthetic(
             rate=50,
@@ -182,7 +182,7 @@ def test_intervals_have_the_rate_and_the_burstiness(burstiness: float) -> None:
     assert set(np.unique([a.output for a in drawn])) == {2, 3, 4}
 
 
-def test_steps_taken_together_take_what_they_take_one_by_one(monkeypatch) -> None:
+def test_merged_steps_take_as_long_as_single_steps(monkeypatch) -> None:
     """Step times grow with the context: the middle of a jump stands for all of it."""
     drawn = list(synthetic(rate=3, prompt="500", output="uniform:50,400", requests=300))
     room = Capacity(sequences=16, pages=999)
@@ -303,7 +303,7 @@ def instances(base) -> dict[str, list[Instance]]:
 
 
 @pytest.mark.parametrize(("started", "measured"), [("one", True), ("one", False), ("three", False)])
-def test_the_engine_on_lanes_takes_what_the_simulator_says(started, measured, instances, monkeypatch) -> None:
+def test_engine_on_lanes_takes_simulated_time(started, measured, instances, monkeypatch) -> None:
     """The same trace; step times measured in that run, or given. Both wait, pack and join alike."""
     *prefill, decode = instances[started]
     both = decode in prefill
@@ -333,7 +333,7 @@ def test_the_engine_on_lanes_takes_what_the_simulator_says(started, measured, in
 FLAGS = ["--prefill-ms-per-1k", "10", "--decode-ms", "20", "--json"]
 
 
-def test_the_command_serves_a_trace(tmp_path, capsys) -> None:
+def test_command_simulates_trace(tmp_path, capsys) -> None:
     rows = [
         {"timestamp": 1000 * n, "input_length": 1024, "output_length": 3, "hash_ids": [0, 1]}
         for n in range(4)
@@ -384,7 +384,7 @@ def test_nonsense_is_one_line(flags, message, capsys) -> None:
 @pytest.mark.parametrize(
     "line", ["{", "[]", '{"timestamp": 0}', '{"timestamp": -1, "input_length": 1, "output_length": 1}']
 )
-def test_a_line_that_is_no_request_is_named(line, tmp_path) -> None:
+def test_invalid_trace_line_is_named(line, tmp_path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"timestamp": 0, "input_length": 1, "output_length": 1}\n' + line)
     with pytest.raises(CmxError, match="line 2: expected an object with timestamp"):

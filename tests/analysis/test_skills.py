@@ -87,7 +87,7 @@ def test_there_are_sixteen_different_skills() -> None:
 
 
 @each_skill
-def test_a_seed_decides_the_items_and_fewer_are_the_beginning_of_more(skill: Skill) -> None:
+def test_items_depend_on_seed_only(skill: Skill) -> None:
     items = items_of(skill)
     assert items == skill.items(0, EVAL_ITEMS)
     assert items[:50] == skill.items(count=50)
@@ -97,7 +97,7 @@ def test_a_seed_decides_the_items_and_fewer_are_the_beginning_of_more(skill: Ski
 
 
 @each_skill
-def test_the_answers_are_right(skill: Skill) -> None:
+def test_skills_answers_are_right(skill: Skill) -> None:
     for item in items_of(skill):
         if skill.name == "compare":
             name, *words = item.prompt.removesuffix(" ->").split()
@@ -146,7 +146,7 @@ def test_prompts_and_answers_are_tokenised_apart_and_fit() -> None:
     assert max(len(e.ids) for e in both) <= 64
 
 
-def test_the_shipped_model_answers_as_its_report_says() -> None:
+def test_shipped_model_answers_equal_its_report() -> None:
     """Well above chance in at least twelve skills; three of them are asked here, as a user would."""
     report = json.loads((locate("tiny") / "training.json").read_text())["skills"]["accuracy_percent"]
     assert list(report) == list(BY_NAME)

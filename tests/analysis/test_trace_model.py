@@ -140,7 +140,7 @@ def test_full_size_steps_equal_their_baselines(path: Path, capsys: pytest.Captur
     assert main(["trace", "deepseek-r1", *options, "--check", str(path)]) == 0, capsys.readouterr().out
 
 
-def test_a_changed_collective_is_shown_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_with_changed_collective_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["trace", "tiny", "--layout", "ep4", "--batch", "2"]
     assert main([*command, "--save", str(tmp_path / "base.json")]) == 0
     saved = json.loads((tmp_path / "base.json").read_text())
@@ -160,7 +160,7 @@ def test_a_changed_collective_is_shown_and_fails(tmp_path: Path, capsys: pytest.
     assert "of another program: batch 2 (now 3)" in capsys.readouterr().err
 
 
-def test_a_dump_has_texts_and_a_schedule(tmp_path: Path) -> None:
+def test_dump_has_texts_and_schedule(tmp_path: Path) -> None:
     c = config()
     layout: Layout = expert_parallel(4, c.n_routed_experts)
     options: Any = {"batch": 2, "context": 64, "dtype": "float32", "dump": tmp_path / "new"}

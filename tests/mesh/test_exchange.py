@@ -125,7 +125,9 @@ def test_weights_of_unused_slots_are_ignored(rows: int) -> None:
 
 @given(st.sampled_from([(1, 2, 3, 2, 1), (3, 1, 2, 2, 1), (4, 2, 3, 3, 2), (5, 3, 4, 2, WORST)]), st.data())
 @settings(deadline=None, max_examples=150)
-def test_any_routing_is_exact(shape: tuple[int, int, int, int, int], data: st.DataObject) -> None:
+def test_exchange_is_exact_for_any_routing(
+    shape: tuple[int, int, int, int, int], data: st.DataObject
+) -> None:
     ranks, slots_per_rank, tokens, top_k, rows = shape
     choices = st.integers(-1, ranks * slots_per_rank - 1)
     slots = data.draw(hnp.arrays(np.int32, (ranks * tokens, top_k), elements=choices))

@@ -59,7 +59,7 @@ on_both_targets = pytest.mark.parametrize("target", ["cpu", "tpu"])
 
 
 @on_both_targets
-def test_an_exchange_in_a_loop(target: str) -> None:
+def test_exchange_in_loop(target: str) -> None:
     program = program_of("exchange", target)
     # a TPU rounds the rows before its product, and its compiler rounds them before they travel
     dtype, width = {"cpu": ("float32", 4), "tpu": ("bfloat16", 2)}[target]
@@ -70,7 +70,7 @@ def test_an_exchange_in_a_loop(target: str) -> None:
 
 
 @on_both_targets
-def test_one_of_each(target: str) -> None:
+def test_collectives_one_of_each(target: str) -> None:
     n = 64 * 128 * 4
     program = program_of("mixed", target)
     assert all_facts(program) == sorted(
@@ -137,13 +137,13 @@ def test_programs_without_combined_collectives_equal_their_jaxpr(name: str) -> N
 
 
 @on_both_targets
-def test_a_sum_that_the_compiler_inserts(target: str) -> None:
+def test_sum_inserted_by_compiler(target: str) -> None:
     program = program_of("mlp", target)
     assert all_facts(program) == [("all_reduce", "b", 4, 128 * 512 * 4, 1, "", 1.0)]
     assert program.flops == {"float32": 2 * 2 * 128 * 512 * 256}
 
 
-def test_a_sum_whose_parts_are_kept_is_a_reduce_scatter() -> None:
+def test_sum_with_kept_parts_is_reduce_scatter() -> None:
     text = text_of("projection", "tpu")
     assert " all-reduce(" in text
     assert " reduce-scatter(" not in text
@@ -252,7 +252,7 @@ def test_arrays_of_several_types_and_shapes() -> None:
     assert shapes == [("bfloat16", (131,)), ("float32", (5, 2))]
 
 
-def test_a_computation_with_several_callers_is_counted_for_each() -> None:
+def test_computation_with_several_callers_counts_for_each() -> None:
     before = (
         f"%f {{\n{PARAMETER}ROOT %r = f32[16,8] all-reduce(%p), {GROUPS}, use_global_device_ids=true\n}}\n"
     )
@@ -444,7 +444,7 @@ def test_kinds_of_ids_in_groups(attributes: str, groups: str, axes: tuple) -> No
     assert only(module(PARAMETER + line, header=header)).axes == ("b",)  # of partitions
 
 
-def test_a_mesh_of_another_size() -> None:
+def test_mesh_of_another_size() -> None:
     program = read_hlo(text_of("mlp", "tpu"), (("a", 2), ("b", 2)))
     assert [(c.axes, c.group_size) for c in program.collectives] == [((), 4)]
     assert program.notes == ["for 8 devices, but the mesh has 4: axes are unknown"]
@@ -495,7 +495,7 @@ def test_shapes() -> None:
     assert arrays(text) == [("bfloat16", (2, 3)), ("int8", ()), ("bool", (4,))]
 
 
-def test_every_op_has_a_name() -> None:
+def test_ops_have_names() -> None:
     assert set(COLLECTIVES.values()) == set(OPS)
 
 
@@ -528,7 +528,7 @@ def test_wrong_texts_are_refused_in_one_line(text: str, expected: str) -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_damaged_text_raises_only_cmx_errors(data: st.DataObject) -> None:
+def test_damaged_text_raises_only_cmx_errors(data: st.DataObject) -> None:
     text = text_of(data.draw(st.sampled_from(["nested", "products", "layers"])), "tpu")
     start = data.draw(st.integers(0, len(text) - 1))
     lost, instead = data.draw(st.integers(0, 30)), data.draw(st.sampled_from(["", "(", "}", "%", "0", ","]))
@@ -537,7 +537,7 @@ def test_a_damaged_text_raises_only_cmx_errors(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.99])
-def test_a_text_that_is_cut_short_is_refused(share: float) -> None:
+def test_truncated_text_is_refused(share: float) -> None:
     text = text_of("layers", "tpu")
     with pytest.raises(CmxError, match=r"cut short|lost"):
         read_hlo(text[: int(share * len(text))])

@@ -54,7 +54,7 @@ def test_slots_of_256_experts(ranks: int, slots: int) -> None:
     assert (layout.data_ranks, layout.expert_ranks) == (ranks, ranks)
 
 
-def test_no_ranks_are_refused() -> None:
+def test_zero_ranks_are_refused() -> None:
     with pytest.raises(CmxError, match="0 ranks, expected at least 1"):
         expert_parallel(0, 256)
 

@@ -25,7 +25,7 @@ def zipf(experts: int = EXPERTS, exponent: float = 1.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("ranks", [160, 320])
-def test_the_decode_instance_has_256_routed_32_redundant_and_32_shared_slots(ranks: int) -> None:
+def test_decode_instance_has_256_routed_32_redundant_32_shared_slots(ranks: int) -> None:
     layout = expert_parallel(ranks, EXPERTS, redundant_slots=32, shared_slots=32)
     assert (layout.slots, layout.slots_per_rank) == (320, 320 // ranks)
     table = place(zipf(), layout, top_k=TOP_K, shared_experts=1)
@@ -44,7 +44,7 @@ def test_ranks_without_whole_nodes_are_balanced_globally(ranks: int) -> None:
     assert (replicas(table, EXPERTS) >= 1).all()
 
 
-def test_the_prefill_instance_has_ten_experts_a_die() -> None:
+def test_prefill_instance_has_ten_experts_per_die() -> None:
     """1 shared (on every rank, outside the slots), 8 routed, 1 redundant; DeepSeek's own placement."""
     layout = expert_parallel(32, EXPERTS, redundant_slots=32)
     assert layout.slots_per_rank == 9

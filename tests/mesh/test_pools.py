@@ -13,7 +13,7 @@ from cmx_jax.mesh import CLOUDMATRIX384, carve
 WHOLE_NODES = st.integers(1, 20).map(lambda nodes: nodes * 8)
 
 
-def test_the_default_is_the_papers_deployment() -> None:
+def test_default_is_paper_deployment() -> None:
     pools = carve()
     assert [(s.name, s.start, s.npus) for s in pools.decode] == [("decode-0", 0, 160)]
     assert [(s.name, s.start, s.npus) for s in pools.prefill] == [
@@ -65,7 +65,7 @@ def test_carve_with_wrong_sizes_is_refused_in_one_line(request_: dict[str, int],
 
 
 @pytest.mark.parametrize("sizes", [{"prefill_npus": 3}, {"decode_npus": 4}], ids=str)
-def test_an_instance_spans_no_more_nodes_than_it_fills_or_is_refused(sizes: dict[str, int]) -> None:
+def test_instance_spans_fewest_nodes_or_is_refused(sizes: dict[str, int]) -> None:
     with contextlib.suppress(CmxError):
         for instance in [e for pool in ("decode", "prefill") for e in carve(**sizes).as_dict()[pool]]:
             first, last = instance["nodes"]

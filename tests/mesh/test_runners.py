@@ -139,14 +139,14 @@ def refused(call: Callable[[], object]) -> str:
     return str(error.value)
 
 
-def test_more_than_256_cpu_devices_in_one_program_are_refused() -> None:
+def test_program_on_257_cpu_devices_is_refused() -> None:
     message = refused(lambda: make_runner("devices", (("a", 257),)))
     assert "257 CPU devices would deadlock" in message
     assert "256 ranks or fewer, or runner 'lanes'" in message
     assert make_runner("devices", (("a", 16), ("b", 16))).axes == (("a", 16), ("b", 16))
 
 
-def test_too_few_devices_an_unknown_runner_and_uneven_shards_are_refused() -> None:
+def test_invalid_runners_are_refused() -> None:
     assert "385 are needed" in refused(lambda: make_runner("devices", (("a", 1),), first_device=384))
     assert "runner 'cluster' is unknown, expected one of" in refused(lambda: make_runner("cluster", AXES))
     uneven = Lanes(AXES).jit(lambda x: x, (P("b"),), P("b"))

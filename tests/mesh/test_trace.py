@@ -49,7 +49,7 @@ def wire(t: Trace) -> dict[Any, float]:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_data_parallel_training_step_reduces_each_gradient_once(source: str) -> None:
+def test_data_parallel_training_reduces_each_gradient_once(source: str) -> None:
     opt = optax.sgd(1e-3, momentum=0.9)
     params = {"w": shape(64, 16), "b": shape(16)}
 
@@ -103,7 +103,7 @@ def test_wider_types_of_the_cpu_are_noted() -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_pipeline_s_last_stage_sends_nothing(source: str) -> None:
+def test_pipeline_last_stage_sends_nothing(source: str) -> None:
     def stages(x: Any, w: Any) -> Any:
         chain = [(i, i + 1) for i in range(3)]
 
@@ -118,7 +118,7 @@ def test_a_pipeline_s_last_stage_sends_nothing(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_matmul_whose_sum_the_compiler_inserts(source: str) -> None:
+def test_matmul_with_sum_inserted_by_compiler(source: str) -> None:
     mesh = devices()
     left, right = (
         jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, spec))
@@ -209,6 +209,6 @@ def test_planes_of_gpus_beyond_their_node() -> None:
     assert plane([[0, 7], [7, 8]], H800_NODE) == "RDMA"
 
 
-def test_the_table_has_a_line_for_each_collective() -> None:
+def test_table_has_line_for_each_collective() -> None:
     result = trace(mapped(lambda x: lax.psum(x, "npu"), (P(),), P()), shape(4))
     assert len(render(result).splitlines()) == 4

@@ -46,7 +46,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("args", [["bfloat16[8,16]@x"], ["shapes"]])
-def test_a_module_of_the_current_folder(mine: str, args: list[str]) -> None:
+def test_module_in_current_folder(mine: str, args: list[str]) -> None:
     texts = [f"{mine}:{arg}" if arg == "shapes" else arg for arg in args]
     result = trace_function(f"{mine}:ring", texts, "x=4")
     assert [(r["op"], r["axes"], r["count"], r["wire_bytes"]) for r in result.collectives] == [
@@ -55,13 +55,13 @@ def test_a_module_of_the_current_folder(mine: str, args: list[str]) -> None:
 
 
 @pytest.mark.parametrize("source", ["jaxpr", "stablehlo", "hlo"])
-def test_a_function_with_a_mesh_of_its_own(mine: str, source: str) -> None:
+def test_function_with_own_mesh(mine: str, source: str) -> None:
     result = trace_function(f"{mine}:brings_its_mesh", ["float32[8,16]"], source=source)
     (only,) = result.collectives
     assert (only["op"], only["axes"], only["wire_bytes"]) == ("all_reduce", ["y"], 2 * 2 * 16 * 4 * 3 / 4)
 
 
-def test_a_library_s_function_has_the_compiler_s_collectives(capsys: pytest.CaptureFixture[str]) -> None:
+def test_library_function_has_compiler_collectives(capsys: pytest.CaptureFixture[str]) -> None:
     """A loss whose classes lie on eight ranks: a maximum and two sums over them, and the label's logit."""
     name = "optax.losses:softmax_cross_entropy_with_integer_labels"
     options = ["--mesh", "x=8", "--args", "float32[64,4096]@-,x", "int32[64]"]
@@ -89,18 +89,18 @@ def test_a_library_s_function_has_the_compiler_s_collectives(capsys: pytest.Capt
         ("jax.numpy:matmul", ["float32[4,3]", "float32[4,3]"], None, "TypeError: dot_general requires"),
     ],
 )
-def test_a_mistake_is_one_line(name: str, args: list[str], mesh: str | None, message: str) -> None:
+def test_mistake_is_one_line(name: str, args: list[str], mesh: str | None, message: str) -> None:
     with pytest.raises(CmxError, match=message) as caught:
         trace_function(name, args, mesh)
     assert "\n" not in str(caught.value)
 
 
-def test_the_line_where_a_function_fails_is_named(mine: str) -> None:
+def test_failing_line_of_function_is_named(mine: str) -> None:
     with pytest.raises(CmxError, match=rf"{mine}:broken: TypeError: of no use \({mine}.py:20\)"):
         trace_function(f"{mine}:broken", ["float32[1]"])
 
 
-def test_an_argument_over_two_axes() -> None:
+def test_argument_over_two_axes() -> None:
     mesh = auto_mesh((("a", 2), ("b", 4)))
     (result,) = read_args(["int8[16,3]@a+b"], mesh)
     assert result.sharding.shard_shape(result.shape) == (2, 3)
@@ -157,7 +157,7 @@ def test_argument_that_is_not_placed_says_how_to_place_it(explicit: str) -> None
         ("x=2:manual", "expected different axes and sizes such as node=4,npu=8"),
     ],
 )
-def test_a_mistake_in_the_mesh_is_one_line(mesh: str, message: str) -> None:
+def test_mesh_mistake_is_one_line(mesh: str, message: str) -> None:
     with pytest.raises(CmxError, match=message) as error:
         trace_function("jax.numpy:sin", ["float32[4]"], mesh)
     assert "\n" not in str(error.value)

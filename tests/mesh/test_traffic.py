@@ -43,7 +43,7 @@ def everything(x: Any) -> Any:
     )
 
 
-def test_every_row_sums_to_the_wire_bytes() -> None:
+def test_rows_sum_to_wire_bytes() -> None:
     result = traced(everything)
     sent = traffic(result.contents.collectives, AXES)
     assert {c["op"] for c in result.collectives} == {
@@ -60,13 +60,13 @@ def test_every_row_sums_to_the_wire_bytes() -> None:
     assert nodes[1, 3] == sent[8:16, 24:32].sum()
 
 
-def test_a_gather_stays_in_its_group() -> None:
+def test_gather_stays_in_its_group() -> None:
     sent = traffic(traced(lambda x: lax.psum_scatter(x, "npu", tiled=True)).contents.collectives, AXES)
     inside = np.kron(np.eye(4), np.ones((8, 8)) - np.eye(8))
     assert (sent == inside * 4096 / 8).all()
 
 
-def test_a_permute_s_bytes_go_along_its_pairs() -> None:
+def test_permute_bytes_follow_pairs() -> None:
     chain = [(i, i + 1) for i in range(3)]
     sent = traffic(traced(lambda x: lax.ppermute(x, "node", chain)).contents.collectives, AXES)
     expected = np.zeros((32, 32))
@@ -75,7 +75,7 @@ def test_a_permute_s_bytes_go_along_its_pairs() -> None:
     assert (sent == expected).all()
 
 
-def test_two_dies_of_an_npu_are_in_one_node() -> None:
+def test_dies_of_an_npu_are_in_one_node() -> None:
     result = traced(lambda x: lax.all_to_all(x, ("node", "npu"), 0, 0, tiled=True))
     nodes = by_node(traffic(result.contents.collectives, AXES), CLOUDMATRIX384, ranks_per_npu=2, first_npu=4)
     part = 4096 / 32
@@ -86,7 +86,7 @@ def test_two_dies_of_an_npu_are_in_one_node() -> None:
     ]
 
 
-def test_a_broadcast_is_passed_on() -> None:
+def test_broadcast_is_passed_on() -> None:
     sent = traffic([Collective("broadcast", ("npu",), 8, "int8", (800,), 1)], AXES)
     assert sent[:8, :8].tolist() == (np.eye(8, k=1) * 800).tolist()
     assert sent.sum() == 700 * 32
@@ -108,6 +108,6 @@ def test_sources_agree_on_the_traffic(source: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["permute", "all_gather"])
-def test_a_collective_without_ranks_is_refused(op: str) -> None:
+def test_collective_without_ranks_is_refused(op: str) -> None:
     with pytest.raises(CmxError, match="has no ranks, expected groups, pairs or mesh axes"):
         traffic([Collective(op, (), 4, "int8", (4,), 1)], AXES)

@@ -92,7 +92,7 @@ def test_write_one_by_one_equals_write_at_once(table, length) -> None:
 
 @given(tables, st.lists(st.booleans(), min_size=SEQUENCES * HELD, max_size=SEQUENCES * HELD))
 @settings(deadline=None, max_examples=30)
-def test_no_page_drops_writes_and_reads_zeros(table, absent) -> None:
+def test_absent_page_drops_writes_and_reads_zeros(table, absent) -> None:
     table = np.where(np.array(absent).reshape(table.shape), NO_PAGE, table).astype(np.int32)
     positions = np.broadcast_to(np.arange(SPAN, dtype=np.int32), (SEQUENCES, SPAN))
     rows, expected = coded(LAYERS, SEQUENCES, SPAN, DIM) + 1, stale()

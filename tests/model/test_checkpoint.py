@@ -109,7 +109,7 @@ def test_head_of_a_tied_model_may_be_stored_twice(tmp_path: Path) -> None:
     assert read_weights(tmp_path, c, np.float32).head is None
 
 
-def test_two_files_with_an_index_load_as_one(tmp_path: Path) -> None:
+def test_indexed_files_load_as_one(tmp_path: Path) -> None:
     assert_equal(read_weights(shard(tmp_path), C, np.float32), read_weights(BASE, C, np.float32))
 
 

@@ -59,7 +59,7 @@ def test_absent_field_has_the_default_of_transformers(field: str, default: Any) 
     assert getattr(parse_config(without(field)), field) == default
 
 
-def test_absent_fields_of_attention_and_layers_have_defaults_of_transformers() -> None:
+def test_absent_fields_have_defaults_of_transformers() -> None:
     assert parse_config(without("q_lora_rank")).attention.q_lora_rank == 1536
     assert parse_config(without("first_k_dense_replace")).num_dense_layers == 3
     assert parse_config(without("rope_interleave")).rope.interleaved

@@ -138,7 +138,7 @@ def test_int8_tokens_do_not_depend_on_the_layout(fields: dict[str, Any], alone: 
     assert greedy(**fields) == alone
 
 
-def test_several_shared_experts_lie_in_slots_with_their_scales() -> None:
+def test_shared_experts_in_slots_have_their_scales() -> None:
     """A slot holds a share of the hidden width: its columns of gate and up, its rows of down."""
     model = Model.read(GOLDENS / "two_shared", quant="int8")
     experts = model.config.n_routed_experts

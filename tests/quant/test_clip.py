@@ -42,7 +42,7 @@ def test_never_worse_than_no_clipping(seed: int, rows: int, block: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [10, 100])
-def test_each_channel_gets_its_best_alpha(rows: int) -> None:
+def test_channels_get_their_best_alpha(rows: int) -> None:
     x, w = heavy(3, rows)
     tried = np.array([1.0, *ALPHAS])
     table = [errors(x, w, storable_scale(np.abs(w).max(axis=0) / 127 * np.float32(a))) for a in tried]

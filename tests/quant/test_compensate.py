@@ -66,7 +66,7 @@ def test_correlated_inputs_gain_on_other_rows_too(ordered: bool) -> None:
 
 @quick
 @given(st.integers(0, 2**32), st.integers(0, 40), st.sampled_from([0.5, 1.0, 20.0]))
-def test_no_channel_is_worse_than_plain(seed: int, rows: int, coarse: float) -> None:
+def test_channels_are_no_worse_than_plain(seed: int, rows: int, coarse: float) -> None:
     x, w = correlated(seed, rows)
     scale = channel_scale(w) * np.float32(coarse)
     plain, q = quantize(w, scale[None]), compensate(gram(x), w, scale)
@@ -103,7 +103,7 @@ def test_dead_inputs_are_rounded_plainly_and_change_nothing() -> None:
     np.testing.assert_array_equal(q[live], compensate(gram(x[:, live]), w[live], scale))
 
 
-def test_two_equal_inputs_share_their_error() -> None:
+def test_equal_inputs_share_their_error() -> None:
     """`x [t, 0] = x [t, 1]`: what counts is the sum of both weights, which is off by at most half a step."""
     x = np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32) * np.ones((1, 2), np.float32)
     w = np.array([[0.4, 0.3], [0.4, 0.4]], np.float32)
@@ -124,7 +124,7 @@ def test_matrix_that_is_not_gram_is_refused() -> None:
         compensate(np.ones((24, 24)) - np.diag(np.full(24, 0.9)), w, scale)
 
 
-def test_weights_and_scales_that_are_not_numbers_are_refused() -> None:
+def test_weights_and_scales_with_nan_are_refused() -> None:
     x, w = correlated(0, 50)
     with pytest.raises(ValueError, match="scale"):
         compensate(gram(x), w, np.zeros(8, np.float32))

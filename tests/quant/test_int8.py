@@ -45,7 +45,7 @@ def test_error_is_at_most_half_a_scale(x: np.ndarray) -> None:
 
 @quick
 @given(rows())
-def test_the_largest_of_a_row_becomes_127_and_nothing_becomes_minus_128(x: np.ndarray) -> None:
+def test_row_maximum_becomes_127_and_none_minus_128(x: np.ndarray) -> None:
     q, _ = quantize(x)
     np.testing.assert_array_equal(np.abs(q.astype(int)).max(1), np.where(x.any(1), 127, 0))
 

@@ -133,7 +133,7 @@ def test_lanes_equal_single_products() -> None:
         np.testing.assert_array_equal(shared[lane], einsum("ntd,ndh->nth", own_x, lanes[0][1]))
 
 
-def test_the_result_has_the_type_of_the_activations() -> None:
+def test_result_has_type_of_activations() -> None:
     x, w = operands("btd,dq->btq", 1)
     low = x.astype(ml_dtypes.bfloat16)
     got = einsum("btd,dq->btq", jnp.asarray(low), w)
@@ -144,7 +144,7 @@ def test_the_result_has_the_type_of_the_activations() -> None:
 
 @pytest.mark.parametrize("one", [False, True], ids=["rows", "row"])
 @pytest.mark.parametrize(("spec", "summed"), SPECS)
-def test_the_only_product_is_of_int8_into_int32(spec: str, summed: int, one: bool) -> None:
+def test_only_product_is_int8_into_int32(spec: str, summed: int, one: bool) -> None:
     x, w = operands(spec, summed, one)
     jaxpr: Any = jax.make_jaxpr(lambda x, w: einsum(spec, x, w))(x, w)
     dots = [eqn for eqn in flat(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]

@@ -42,12 +42,12 @@ def test_rotations_are_orthogonal_and_repeatable(n: int, seed: int) -> None:
         assert (r != rotation(n, seed + 1)).any()
 
 
-def test_a_rotation_of_nothing_is_refused() -> None:
+def test_rotation_of_size_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         rotation(0)
 
 
-def test_a_rotation_passes_a_norm_and_two_matrices() -> None:
+def test_rotation_passes_norm_and_two_matrices() -> None:
     """Rotated outputs are read rotated: `norm(x r) r^T (weight w)` is `(norm(x) * weight) w`."""
     rng = np.random.default_rng(0)
     x, before, weight, w = (rng.normal(size=s) for s in ((5, 6), (6, 12), (12,), (12, 7)))
@@ -63,7 +63,7 @@ def test_a_rotation_passes_a_norm_and_two_matrices() -> None:
 
 @quick
 @given(st.sampled_from([64, 96, 30]), st.integers(0, 2**32))
-def test_one_outlier_is_spread_over_all(n: int, seed: int) -> None:
+def test_rotation_spreads_outlier_over_all(n: int, seed: int) -> None:
     x = np.zeros((1, n), np.float32)
     x[0, seed % n] = 100
     limit = 1 + 1e-5 if n != 30 else 4.5  # of what each would have if all were alike

@@ -50,7 +50,7 @@ def test_scales_find_outliers_and_serve_other_rows() -> None:
     assert error(fresh, weights, got.s) < 0.1 * error(fresh, weights, np.ones(48, np.float32))
 
 
-def test_the_best_exponent_is_found() -> None:
+def test_search_finds_best_exponent() -> None:
     """One weight, all of it the same: candidates are powers of the largest activations, up to a factor."""
     x, _ = planted(0)
     w, grid = np.ones((48, 4), np.float32), np.linspace(0, 1, 11)
@@ -87,7 +87,7 @@ def test_inputs_that_are_never_seen_or_never_read_keep_one() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_nothing_to_learn_from_gives_no_scales(rows: int) -> None:
+def test_search_without_signal_gives_no_scales(rows: int) -> None:
     got = search_scales(np.zeros((rows, 4), np.float32), [np.ones((4, 2), np.float32)])
     np.testing.assert_array_equal(got.s, np.ones(4, np.float32))
     assert got.before == got.after == 0.0

@@ -26,7 +26,7 @@ def test_kept_tensors_are_worth_it_and_fit_the_budget(
         assert errors[name] <= threshold or ahead + sizes[name] > room - 1e-6
 
 
-def test_the_largest_error_for_its_bytes_comes_first() -> None:
+def test_largest_error_per_byte_comes_first() -> None:
     errors = {"large": 0.9, "small": 0.3, "fine": 0.01, "middle": 0.4}
     sizes = {"large": 100, "small": 10, "fine": 1, "middle": 40}
     assert keep_precision(errors, sizes, 0.0) == frozenset()

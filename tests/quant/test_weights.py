@@ -28,7 +28,7 @@ _live = jax.jit(quantize_rows)
 
 @quick
 @given(hnp.arrays(np.float32, 5, elements=st.floats(2.0**-126, 2.0**127, width=32)))
-def test_a_storable_scale_is_the_next_larger_bfloat16(scale: np.ndarray) -> None:
+def test_storable_scale_is_next_larger_bfloat16(scale: np.ndarray) -> None:
     got = storable_scale(scale)
     stored = got.astype(BFLOAT16)
     np.testing.assert_array_equal(stored.astype(np.float32), got)
@@ -51,7 +51,7 @@ def test_scales_that_cannot_be_stored_are_refused(bad: float) -> None:
 
 @quick
 @given(MATRICES)
-def test_no_weight_is_cut_off_and_errors_are_at_most_half_a_step(w: np.ndarray) -> None:
+def test_rounding_errors_are_at_most_half_a_step(w: np.ndarray) -> None:
     scale = channel_scale(w)
     q = quantize(w, scale[None])
     assert np.abs(q.astype(int)).max() <= 127

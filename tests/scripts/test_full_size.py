@@ -22,7 +22,7 @@ def script() -> ModuleType:
     return module
 
 
-def test_a_die_holds_what_the_paper_says(script: ModuleType) -> None:
+def test_die_memory_equals_paper(script: ModuleType) -> None:
     """Of 320 ranks: weights in BF16 are twice the paper's INT8."""
     c = preset("deepseek-r1")
     layout = expert_parallel(320, c.n_routed_experts, wire="int8", mailbox_rows=0)
@@ -70,7 +70,7 @@ def test_work_beside_collectives_is_counted(script: ModuleType) -> None:
     assert script.overlap(SCHEDULE) == expected
 
 
-def test_nothing_is_beside_synchronous_collectives(script: ModuleType) -> None:
+def test_synchronous_collectives_overlap_nothing(script: ModuleType) -> None:
     text = SCHEDULE.replace("-start", "").replace("-done", "")
     assert not any(script.overlap(text).values())
 

@@ -57,7 +57,7 @@ def weights(script: ModuleType, config: ModelConfig) -> Weights:
     return jax.tree.map(jnp.asarray, script.init(config, seed=3))
 
 
-def test_the_training_graph_computes_the_served_logits(script, config, raw, weights, tmp_path) -> None:
+def test_training_logits_equal_served_logits(script, config, raw, weights, tmp_path) -> None:
     """Written as a Hugging Face directory and served over 4 ranks; capacity large enough to drop nothing."""
     (tmp_path / "config.json").write_text(json.dumps(raw))
     write_weights(tmp_path, config, weights, np.float32)
@@ -119,7 +119,7 @@ def shipped_tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(locate("tiny") / "tokenizer.json"))
 
 
-def test_no_question_of_the_evaluation_is_trained_on(script) -> None:
+def test_evaluation_questions_are_not_trained_on(script) -> None:
     skills, tokenizer = sys.modules["tiny_skills"], shipped_tokenizer()
     mixture = skills.Mixture(np.arange(900, dtype=np.int32), tokenizer, 0, batch=6, length=128, prose=2)
     evaluated = {item.prompt for skill in SKILLS for item in skill.items()}
@@ -161,7 +161,7 @@ def test_accuracy_counts_exact_answers_and_likeliest_choices(script) -> None:
         assert skills.accuracy(run, items, tokenizer, batch=4, length=64) == 92.5
 
 
-def test_the_skills_stage_leaves_the_mtp_layer_alone(script, config, weights, tmp_path) -> None:
+def test_skills_stage_keeps_mtp_layer(script, config, weights, tmp_path) -> None:
     skills, given = sys.modules["tiny_skills"], jax.tree.map(np.array, weights)
     asked = skills.pack([[skills.Question(list(range(n)), 2) for n in (7, 9)]] * 2, 16)
     said = np.full((1, 16, config.vocab_size), -np.log(config.vocab_size), np.float32)
@@ -184,7 +184,7 @@ def arguments(work: Path, until: int | None) -> argparse.Namespace:
     )  # fmt: skip
 
 
-def test_a_resumed_training_equals_one_that_never_stopped(script, config, tmp_path) -> None:
+def test_resumed_training_equals_uninterrupted(script, config, tmp_path) -> None:
     stream = np.random.default_rng(4).integers(0, config.vocab_size, 500).astype(np.int32)
     whole = script.train(arguments(tmp_path / "whole", None), config, (stream, stream))
     with pytest.raises(SystemExit, match="stopped behind step 1"):
@@ -219,6 +219,6 @@ def test_documents_are_split_by_their_text_and_round_trip(script) -> None:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_the_shipped_checkpoint_reads_back_as_written(config, weights, tmp_path) -> None:
+def test_shipped_checkpoint_reads_back_as_written(config, weights, tmp_path) -> None:
     write_weights(tmp_path, config, weights, np.float32)
     chex.assert_trees_all_equal(weights, read_weights(tmp_path, config, np.float32))

@@ -68,7 +68,7 @@ def test_requests_join_and_leave_between_steps(split, prompts, expected) -> None
     assert held(split) == 0
 
 
-def test_a_seed_gives_the_same_text_alone_and_in_company(base, split, prompts) -> None:
+def test_seeded_text_is_independent_of_batch(base, split, prompts) -> None:
     draw = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
     together = serve(split, prompts, TOKENS, **draw)
     combined = instance(base, "both", 2, sequences=1, pages=8)

@@ -60,7 +60,7 @@ def test_preempted_requests_lose_no_token(tight, prompts, expected) -> None:
     assert nothing_held(tight)
 
 
-def test_a_seeded_text_is_the_same_when_preempted(tight, split, prompts) -> None:
+def test_seeded_text_is_independent_of_preemption(tight, split, prompts) -> None:
     texts = []
     for engine in (tight, split):
         requests = [engine.submit(p, params(temperature=0.9, seed=3)) for p in prompts[:5]]
@@ -81,9 +81,7 @@ def test_preemption_takes_the_less_urgent_request(tight, prompts, expected) -> N
 
 @pytest.mark.parametrize("engine_fixture", ["split", "tight"])
 @pytest.mark.parametrize("stage", [State.WAITING, State.PREFILL, State.TRANSFER, State.DECODE])
-def test_a_cancelled_request_holds_nothing_and_others_are_served(
-    engine_fixture, stage, request, prompts, expected
-) -> None:
+def test_cancelled_request_frees_its_pages(engine_fixture, stage, request, prompts, expected) -> None:
     """Every second one is cancelled when it is first seen in a state; prompts run in chunks."""
     engine = request.getfixturevalue(engine_fixture)
     requests = [engine.submit(prompt, params()) for prompt in prompts]
@@ -225,7 +223,7 @@ def test_instances_with_other_pages_are_refused(split, base) -> None:
 @given(
     st.lists(st.tuples(st.sampled_from(["push", "front", "pop", "remove"]), st.integers(-1, 2)), max_size=60)
 )
-def test_the_queue_is_a_sorted_list(moves: list[tuple[str, int]]) -> None:
+def test_queue_equals_sorted_list(moves: list[tuple[str, int]]) -> None:
     queue, model = Waiting(), []
     for n, (move, priority) in enumerate(moves):
         request = Request([1] * (n + 1), SamplingParams(), priority=priority)

@@ -14,7 +14,7 @@ CASES = ("qwen3_sliding", "llama4_base")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pages_move_from_prefill_to_decode_and_give_transformers_tokens(case: str) -> None:
+def test_moved_pages_give_transformers_tokens(case: str) -> None:
     golden = np.load(GOLDENS / case / "golden.npz")
     model = Model.read(GOLDENS / case)
     prefill = instance(model, "prefill", 2, sequences=1, pages=12, runner="devices")
@@ -34,6 +34,6 @@ def test_weighted_inputs_travel_by_every_exchange(exchange: str) -> None:
     np.testing.assert_allclose(llm.logits(golden["tokens_40"]), golden["logits_40"], atol=1e-4, rtol=0)
 
 
-def test_an_exchange_for_accelerators_is_refused_on_cpu() -> None:
+def test_ragged_exchange_is_refused_on_cpu() -> None:
     with pytest.raises(CmxError, match=r"exchange 'ragged' does not run between lanes: .*Choose flat"):
         cmx_jax.from_pretrained(GOLDENS / "llama4_top2", ranks=8, exchange="ragged")

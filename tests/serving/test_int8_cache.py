@@ -86,14 +86,12 @@ def expected() -> list[list[int]]:
         ("devices", 4, 1, {"microbatches": 2, "max_num_batched_tokens": 16}),
     ],
 )
-def test_neither_chunks_nor_drafts_nor_streams_nor_runners_change_a_token(
-    kind, ranks, drafts, fields
-) -> None:
+def test_tokens_are_independent_of_chunks_drafts_streams_runners(kind, ranks, drafts, fields) -> None:
     one = start(YARN, ranks, kind, drafts=drafts, **fields)
     assert serve(Engine([one], one), prompts(), TOKENS) == expected()
 
 
-def test_ranks_that_share_sequences_gather_and_send_rounded_rows() -> None:
+def test_shared_sequences_exchange_rounded_rows() -> None:
     fields = {"max_num_batched_tokens": 8, "microbatches": 2}
     prefill = start(YARN, 3, "devices", share_sequences=True, drafts=1, **fields)
     decode = start(YARN, 4, "devices", 3, drafts=1)

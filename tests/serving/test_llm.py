@@ -43,7 +43,7 @@ REPLICAS = {"redundant_slots": 32, "shared_slots": 32, "eplb_interval": 4}
         ("devices", 160, "hierarchical", REPLICAS | {"num_speculative_tokens": 1}),
     ],
 )
-def test_every_runner_width_and_layout_equals_the_dense_reference(
+def test_runners_widths_and_layouts_equal_dense_reference(
     runner, ranks, exchange, fields, encoded, expected
 ) -> None:
     llm = cmx_jax.from_pretrained(
@@ -74,7 +74,7 @@ def test_text_is_the_tokens_decoded() -> None:
     assert len(completion.tokens) <= 8
 
 
-def test_the_mtp_layer_that_ships_is_loaded() -> None:
+def test_shipped_mtp_layer_is_loaded() -> None:
     assert cmx_jax.from_pretrained("tiny").model.checkpoint.mtp
 
 
@@ -109,7 +109,7 @@ def test_the_mtp_layer_that_ships_is_loaded() -> None:
         ({"num_speculative_tokens": -1}, "num_speculative_tokens is -1, expected zero or more"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(arguments, message) -> None:
+def test_impossible_options_are_refused_in_one_line(arguments, message) -> None:
     with pytest.raises(CmxError, match=message) as caught:
         cmx_jax.from_pretrained(**({"name_or_path": "tiny"} | arguments))
     assert "\n" not in str(caught.value)
@@ -131,7 +131,7 @@ def test_tokens_that_are_none_are_refused(tokens, message) -> None:
         cmx_jax.from_pretrained("tiny").logits(tokens)
 
 
-def test_a_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
+def test_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(Path(__file__).parents[1] / "goldens" / "base" / name)
     llm = cmx_jax.from_pretrained(tmp_path, ranks=2)
@@ -143,7 +143,7 @@ def test_a_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["prefill", "start_decode"])
-def test_a_call_that_was_broken_off_leaves_nothing_behind(monkeypatch, broken) -> None:
+def test_interrupted_call_leaves_nothing(monkeypatch, broken) -> None:
     llm = cmx_jax.from_pretrained("tiny", ranks=2)
     whole = llm.generate(["A class is"], max_new_tokens=3)
     with monkeypatch.context() as patch:

@@ -129,7 +129,7 @@ def test_conversation_reuses_generated_text(kind, instances, pool, long) -> None
     assert not any(i.allocator.load for i in engine.instances)
 
 
-def test_a_damaged_block_is_run_again(instances, tmp_path, long, expected) -> None:
+def test_damaged_block_is_run_again(instances, tmp_path, long, expected) -> None:
     *prefill, decode = instances["one"]
     for damaged in (False, True):
         pool = Pool({"here": MPServer(tmp_path / "disk", dram=1 << 22, disk=1 << 26)})
@@ -199,7 +199,7 @@ def test_damaged_pages_are_computed_again_or_fail(recompute, instances, long, ex
     assert not any(i.allocator.load for i in engine.instances)
 
 
-def test_two_engines_serve_together(instances, long, expected) -> None:
+def test_engines_serve_concurrently(instances, long, expected) -> None:
     """One only prefills, one only decodes: tickets, first tokens and drafts pass between them."""
     prefill, decode = instances["two"]
     sender, receiver = Engine([prefill], []), Engine([], decode)

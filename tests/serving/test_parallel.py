@@ -75,7 +75,7 @@ REPLICAS = {"redundant_slots": 4, "shared_slots": 4}
         ("one_group", "lanes", 2, 3, {"microbatches": 2, "redundant_slots": 2, "exchange": "allgather"}),
     ],
 )
-def test_every_layout_gives_transformers_tokens(case, runner, ranks, drafts, fields, alone) -> None:
+def test_layouts_give_transformers_tokens(case, runner, ranks, drafts, fields, alone) -> None:
     one = start(case, ranks, runner, drafts=drafts, **fields)
     check(Engine([one], one), case, alone)
     assert one.traffic.proposed.size == drafts
@@ -128,7 +128,7 @@ def test_instances_with_other_pages_are_refused() -> None:
         Engine([start("yarn", 2, drafts=1)], start("yarn", 2))
 
 
-def test_experts_move_between_steps_without_a_wrong_token_or_a_new_program(alone) -> None:
+def test_eplb_between_steps_keeps_tokens_and_programs(alone) -> None:
     one = start("yarn", 4, "devices", drafts=1, redundant_slots=8)
     check(Engine([one], one), "yarn", alone)
     compiled: list[str] = []
@@ -156,7 +156,7 @@ def test_slots_that_stay_empty_cannot_be_rebalanced() -> None:
         one.rebalance()
 
 
-def test_a_seed_gives_the_same_text_with_drafts_and_without() -> None:
+def test_seeded_text_is_independent_of_drafts() -> None:
     given, _ = prompts("yarn")
     draw = {"temperature": 0.7, "top_p": 0.9, "seed": 11}
     texts = []
@@ -193,7 +193,7 @@ def test_verified_tokens_have_the_model_s_distribution() -> None:
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_values_are_refused() -> None:
     with pytest.raises(CmxError, match="2 sequences a rank do not divide into 3 microbatches"):
         start("yarn", 2, microbatches=3)
     with pytest.raises(CmxError, match="num_speculative_tokens is -1, expected zero or more, at most 16"):
@@ -205,7 +205,7 @@ def test_what_cannot_be_is_refused() -> None:
         serve(Engine([one], one), [[1, 2, 3]], 3)
 
 
-def test_the_model_has_no_mtp_layer() -> None:
+def test_model_has_no_mtp_layer() -> None:
     model = Model.read(BASE)
     layout = expert_parallel(2, model.config.n_routed_experts)
     with pytest.raises(CmxError, match="num_speculative_tokens is 1, expected 0: the model has no MTP layer"):

@@ -19,7 +19,7 @@ def test_only_the_table_s_transitions_happen(before: State, after: State) -> Non
             request.to(after)
 
 
-def test_every_state_is_reached_from_waiting_and_reaches_finished() -> None:
+def test_states_are_reached_from_waiting_and_reach_finished() -> None:
     reached = {State.WAITING}
     for _ in State:
         reached |= {after for before in reached for after in TRANSITIONS[before]}
@@ -46,7 +46,7 @@ def test_parameters_out_of_range_are_refused_by_name(field: str, value: float) -
         SamplingParams(**{field: value})
 
 
-def test_an_end_token_stops_unless_ignored() -> None:
+def test_end_token_stops_unless_ignored() -> None:
     stopping = Request([1], SamplingParams(max_tokens=3))
     assert stopping.add(7, eos=(7,))
     assert stopping.finish_reason == "stop"

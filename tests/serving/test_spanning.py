@@ -65,7 +65,7 @@ def complete(http: httpx.Client, **given: object) -> httpx.Response:
     return http.post("/v1/completions", json=body)
 
 
-def test_the_text_is_that_of_one_process(processes) -> None:
+def test_spanning_text_equals_single_process(processes) -> None:
     _, http = processes
     llm = cmx_jax.from_pretrained("tiny", ranks=4)
     expected = [str(of) for of in llm.generate(PROMPTS, max_new_tokens=12)]
@@ -80,7 +80,7 @@ def test_the_text_is_that_of_one_process(processes) -> None:
     assert first["choices"][0]["text"] == second["choices"][0]["text"]
 
 
-def test_a_process_that_dies_is_an_error_and_health_says_so(processes) -> None:
+def test_dead_process_is_an_error_in_health(processes) -> None:
     (leader, follower), http = processes
     follower.send_signal(signal.SIGKILL)
     follower.wait()
@@ -106,12 +106,12 @@ def test_a_process_that_dies_is_an_error_and_health_says_so(processes) -> None:
         (["--distributed", "h:1", "--deployment", "pools"], "--distributed is for one instance"),
     ],
 )
-def test_what_cannot_span_is_refused(flags, message, capsys) -> None:
+def test_invalid_spans_are_refused(flags, message, capsys) -> None:
     assert main(["serve", "tiny", *FLAGS, *flags]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_span_needs_a_secret(capsys, monkeypatch) -> None:
+def test_span_without_secret_is_refused(capsys, monkeypatch) -> None:
     monkeypatch.delenv("CMX_CLUSTER_SECRET", raising=False)
     assert main(["serve", "tiny", "--distributed", "h:1"]) == 2
     assert "give --cluster-secret" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def of_request(events: list[dict], request: int) -> list[dict]:
     return [e for e in events if e["pid"] == REQUESTS and e["tid"] == request and e["ph"] != "M"]
 
 
-def test_a_request_s_states_follow_each_other(engine, prompts) -> None:
+def test_request_states_follow_each_other(engine, prompts) -> None:
     requests = [engine.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True)) for prompt in prompts]
     engine.step()
     engine.cancel(requests[-1])

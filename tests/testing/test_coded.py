@@ -9,7 +9,7 @@ from cmx_jax.testing import rank_coded, where_from
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, jnp.bfloat16])
-def test_every_element_tells_its_rank_and_position(dtype: type) -> None:
+def test_coded_elements_tell_rank_and_position(dtype: type) -> None:
     coded = rank_coded(5, (2, 3), dtype)
     assert coded.shape == (10, 3)
     assert coded.dtype == dtype
@@ -20,7 +20,7 @@ def test_every_element_tells_its_rank_and_position(dtype: type) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [(jnp.bfloat16, 256), (np.float16, 2048), (np.int8, 127)])
-def test_a_type_too_narrow_for_the_elements_is_refused(dtype: type, exact: int) -> None:
+def test_coded_type_too_narrow_is_refused(dtype: type, exact: int) -> None:
     assert len(np.unique(rank_coded(1, (exact,), dtype))) == exact
     with pytest.raises(CmxError, match=f"whole numbers up to {exact} apart"):
         rank_coded(exact + 1, (1,), dtype)

@@ -53,13 +53,13 @@ def test_expected_and_allowed_collectives_are_accepted(expected: Any, allow: Any
     assert_collectives(talk, (X,), expected, allow=allow)
 
 
-def test_a_data_dependent_count_is_none() -> None:
+def test_data_dependent_count_is_none() -> None:
     assert_collectives(until, (X,), {"all_reduce": None})
     lines = refused(until, {("all_reduce", "a"): 2})
     assert "all_reduce over a: as often as data decide, expected 2 times" in lines
 
 
-def test_a_difference_is_reported_with_a_table_of_all() -> None:
+def test_difference_is_reported_with_table_of_all() -> None:
     lines = refused(talk, {("all_to_all", "b"): 2, "permute": 1}, allow=[("all_reduce", "b")])
     assert lines[: lines.index("found:") + 2] == [
         "collectives of talk (jaxpr)",
@@ -86,7 +86,7 @@ def test_collectives_of_sharding_propagation_are_in_hlo() -> None:
         assert_collectives(jnp.matmul, (x, w), {}, source="hlo")
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_unknown_name_is_refused() -> None:
     with pytest.raises(
         CmxError, match=r"collective 'psum' is unknown, .* psum, pmax and pmin are 'all_reduce'"
     ):

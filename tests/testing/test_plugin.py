@@ -40,9 +40,7 @@ def outcomes(result: pytest.RunResult) -> dict[str, str]:
     return {name: outcome for outcome, name in matches}
 
 
-def test_nothing_is_imported_until_it_is_used(
-    elsewhere: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_package_imports_lazily(elsewhere: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # others import NumPy
     elsewhere.makepyfile(
         """
@@ -57,7 +55,7 @@ def test_nothing_is_imported_until_it_is_used(
     elsewhere.runpytest_subprocess("-p", "cmx").assert_outcomes(passed=1)
 
 
-def test_a_test_sees_its_devices_and_every_outcome_is_reported(elsewhere: pytest.Pytester) -> None:
+def test_plugin_gives_devices_and_reports_outcomes(elsewhere: pytest.Pytester) -> None:
     """Eight devices are more than the run has, four fewer; one test never ends, one kills its process."""
     elsewhere.makeconftest(
         """
@@ -196,7 +194,7 @@ def test_with_xdist_and_for_384_devices(elsewhere: pytest.Pytester) -> None:
     elsewhere.runpytest_subprocess("-n", "1").assert_outcomes(passed=4)
 
 
-def test_a_run_of_one_count_stays_in_its_process(
+def test_single_count_stays_in_its_process(
     elsewhere: pytest.Pytester,
 ) -> None:
     """All tests need 24 devices, so they run here; a wrong marker in another file is a usage error."""
@@ -227,7 +225,7 @@ def test_a_run_of_one_count_stays_in_its_process(
     result.stderr.fnmatch_lines(["ERROR: test_b.py::test_it: devices('8'), expected devices(count, *"])
 
 
-def test_an_interrupted_run_leaves_no_process(elsewhere: pytest.Pytester) -> None:
+def test_interrupted_run_leaves_no_process(elsewhere: pytest.Pytester) -> None:
     elsewhere.makepyfile(
         """
         import os, pathlib, time, pytest

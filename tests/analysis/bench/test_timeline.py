@@ -59,7 +59,7 @@ def test_tokens_are_counted_when_their_chunks_came() -> None:
     assert nonzero == pytest.approx({1.5: 4.0, 2.5: 1.0, 3.0: 3.0, 3.5: 1.0, 4.5: 1.0})
 
 
-def test_a_measurement_of_nothing_has_a_picture() -> None:
+def test_empty_measurement_has_picture() -> None:
     requests = RequestColumns(**{field.name: [] for field in fields(RequestColumns)})
     nothing = replace(SUMMARY, duration=0.0, completed=0, output_throughput=0.0, requests=requests)
     assert timeline(nothing).axes[0].get_title(loc="left").startswith("0 of 0 requests")

@@ -87,7 +87,7 @@ def test_chat_logprobs(client) -> None:
         ({"max_tokens": 1, "max_completion_tokens": 1}, "both max_tokens and max_completion_tokens"),
     ],
 )
-def test_a_mistake_is_one_line(client, fields, message) -> None:
+def test_mistake_is_one_line(client, fields, message) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
         client.post("/chat/completions", body={"messages": TURNS, **GREEDY, **fields}, cast_to=object)
 

@@ -127,5 +127,5 @@ def test_serve_port_in_use(capsys) -> None:
         (("--num-speculative-tokens", "99"), "num_speculative_tokens is 99, expected zero or more, at most"),
     ],
 )
-def test_a_mistake_is_one_line(capsys, arguments: tuple[str, ...], message: str) -> None:
+def test_mistake_is_one_line(capsys, arguments: tuple[str, ...], message: str) -> None:
     assert message in refused(capsys, "--port", "0", *arguments)

@@ -74,7 +74,7 @@ def master() -> Iterator[tuple[subprocess.Popen, int]]:
 
 @needs_master
 @pytest.mark.parametrize("script", [CONTRACT, DEAD], ids=["contract", "dead"])
-def test_a_client(master: tuple[subprocess.Popen, int], script: str) -> None:
+def test_client_reads_stream(master: tuple[subprocess.Popen, int], script: str) -> None:
     process, port = master
     arguments = [f"127.0.0.1:{port}", str(process.pid), str(Path(__file__).parents[2])]
     command = [sys.executable, "-c", CLIENT + script, *arguments]

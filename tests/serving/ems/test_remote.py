@@ -70,7 +70,7 @@ def rest(sock: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def test_the_contract(client: Clients, listener: CacheServer) -> None:
+def test_store_contract(client: Clients, listener: CacheServer) -> None:
     store = client(listener)
     keeps_the_contract(store, "dram")
 

@@ -38,7 +38,7 @@ def scribble(node: MPServer, old: bytes, new: bytes) -> None:
     segment.close()
 
 
-def test_the_contract(node: MPServer) -> None:
+def test_store_contract(node: MPServer) -> None:
     keeps_the_contract(node, "dram")
 
 
@@ -307,7 +307,7 @@ def test_server_write_failure(node: MPServer, tmp_path: Path) -> None:
     assert node.put("one", key(2), payload(2, 100_000))
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_disk_full(tmp_path: Path) -> None:
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path]
     if sys.platform != "linux" or os.getuid() or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")

@@ -32,7 +32,7 @@ def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, int]]:
 
 
 @needs_server
-def test_the_contract(process: tuple[subprocess.Popen, int]) -> None:
+def test_store_contract(process: tuple[subprocess.Popen, int]) -> None:
     store = ValkeyStore(f"valkey://127.0.0.1:{process[1]}/0")
     keeps_the_contract(store, "valkey")
     assert store.stats()["valkey"]["blocks"] == 5

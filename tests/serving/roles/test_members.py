@@ -176,7 +176,7 @@ def test_router_without_workers(base: Model) -> None:
         (["--role", "prefill", "--cluster-secret", ""], "--role prefill needs the secret"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message, capsys, monkeypatch) -> None:
+def test_mistake_is_one_line(arguments, message, capsys, monkeypatch) -> None:
     monkeypatch.delenv("CMX_CLUSTER_SECRET", raising=False)
     assert main(["serve", "tiny", "--port", "0", *arguments]) == 2
     output = capsys.readouterr()
