@@ -104,3 +104,15 @@ def test_violations_are_found(tmp_path: Path, source: str, lines: int) -> None:
     path = tmp_path / "module.py"
     path.write_text(source)
     assert len(list(violations(path))) == lines
+
+
+def test_test_names_begin_with_a_subject() -> None:
+    """A name is `test_<subject>_<condition>`; articles and question words tell a story instead."""
+    words = OPENERS | {"a", "an", "the", "no", "neither", "nothing", "it", "one", "every", "each", "any"}
+    names = [
+        node.name
+        for path in Path(__file__).parent.rglob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert [name for name in names if name.split("_")[1] in words] == []

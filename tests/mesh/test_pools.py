@@ -72,7 +72,7 @@ def test_instance_spans_fewest_nodes_or_is_refused(sizes: dict[str, int]) -> Non
             assert last - first + 1 == -(-instance["npus"] // 8)
 
 
-def test_as_dict_names_the_nodes_and_what_is_left() -> None:
+def test_pools_as_dict_names_nodes_and_rest() -> None:
     entry = carve().as_dict()
     assert json.loads(json.dumps(entry)) == entry
     assert entry["decode"] == [{"name": "decode-0", "npus": 160, "first_npu": 0, "nodes": [0, 19]}]

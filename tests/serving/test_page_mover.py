@@ -142,7 +142,7 @@ def test_damaged_block_is_run_again(instances, tmp_path, long, expected) -> None
         pool.close()
 
 
-def test_with_drafts_reused_blocks_give_the_same_text(tmp_path) -> None:
+def test_reused_blocks_with_drafts_give_the_same_text(tmp_path) -> None:
     """Their MTP rows too, whatever token followed when they were stored."""
     model = Model.read(MTP_GOLDENS / "base")
     layout_of = instance(model, "plain", 2, sequences=2, pages=40)

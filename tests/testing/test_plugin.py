@@ -175,7 +175,7 @@ def test_plugin_gives_devices_and_reports_outcomes(elsewhere: pytest.Pytester) -
     )
 
 
-def test_with_xdist_and_for_384_devices(elsewhere: pytest.Pytester) -> None:
+def test_plugin_with_xdist_and_384_devices(elsewhere: pytest.Pytester) -> None:
     elsewhere.makepyfile(
         """
         import jax, pytest
