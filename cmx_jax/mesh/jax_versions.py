@@ -133,6 +133,14 @@ def manual_axes(op: Any) -> list[str]:
     return [str(name) for name in axes]
 
 
+def manual_mesh(op: Any, meshes: Mapping[str, DeviceOrder]) -> DeviceOrder | None:
+    """Returns the mesh of an `sdy.manual_computation`; None if it has neither arguments nor results."""
+    for name in ("in_shardings", "out_shardings"):
+        if shardings := list(sdy.TensorShardingPerValueAttr(op.attributes[name]).shardings):
+            return _named_mesh(sdy.TensorShardingAttr(shardings[0]).mesh_or_ref, meshes)
+    return None
+
+
 def explicit_parts(value: Any, meshes: Mapping[str, DeviceOrder]) -> list[int] | None:
     """Returns how many parts the sharding constraint of a StableHLO value cuts each dimension into, if any.
 

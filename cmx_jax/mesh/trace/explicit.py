@@ -3,7 +3,11 @@
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
+
+from cmx_jax.mesh.trace.ops.sizes import array_bytes
 
 
 def explicit_axes(aval: Any) -> dict[str, int]:
@@ -35,11 +39,17 @@ def _split(aval: Any) -> list[tuple[str, ...]]:
 
 def local_bytes(aval: Any) -> int:
     """Returns the bytes of one rank's part of an array."""
-    return math.prod(local_shape(aval)) * _itemsize(aval)
+    dtype, shape = stored_array(aval)
+    return array_bytes(shape, dtype)
 
 
-def _itemsize(aval: Any) -> int:
-    return int(getattr(aval.dtype, "itemsize", 0))
+def stored_array(aval: Any) -> tuple[str, tuple[int, ...]]:
+    """Returns the type and shape of one rank's part of an array; a typed PRNG key is stored as integers."""
+    shape = local_shape(aval)
+    if not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return str(aval.dtype), shape
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, aval.dtype))
+    return str(data.dtype), data.shape
 
 
 def implied_collective(eqn: Any) -> str:

@@ -1,38 +1,25 @@
 """Reads collectives and products from a jaxpr: the program as written, before any compiler."""
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from cmx_jax.mesh.trace.explicit import (
-    explicit_axes,
-    implied_collective,
-    is_split_by_compiler,
-    local_bytes,
-    local_shape,
+from cmx_jax.mesh.trace.equations import (
+    DONE,
+    OPS,
+    PRODUCTS,
+    STAYING,
+    collectives_of,
+    named_axes,
+    place_of,
+    product_of,
+    remote_copies_of,
 )
+from cmx_jax.mesh.trace.explicit import explicit_axes, implied_collective, is_split_by_compiler, local_bytes
 from cmx_jax.mesh.trace.ops.collective import Collective
-from cmx_jax.mesh.trace.ops.contents import Contents, Context, Product, merge_branches
-from cmx_jax.mesh.trace.ops.place import groups_of
+from cmx_jax.mesh.trace.ops.contents import Contents, Context, merge_branches, over
 from cmx_jax.mesh.trace.ops.scope import join_scopes, scopes
-
-OPS = {  # primitive -> operation
-    "all_to_all": "all_to_all",
-    "all_gather": "all_gather",
-    "all_gather_invariant": "all_gather",
-    "all_gather_reduced": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "unreduced_reduce_scatter": "reduce_scatter",
-    "psum": "all_reduce",
-    "psum_invariant": "all_reduce",
-    "unreduced_psum": "all_reduce",
-    "pmax": "all_reduce",
-    "pmin": "all_reduce",
-    "ppermute": "permute",
-    "ragged_all_to_all": "ragged_all_to_all",
-}
-PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
+from cmx_jax.mesh.trace.pallas import grid_steps
 
 
 def read_jaxpr(jaxpr: Any) -> Contents:
@@ -50,6 +37,7 @@ def read_jaxpr(jaxpr: Any) -> Contents:
     """
     contents, program = Contents(), getattr(jaxpr, "jaxpr", jaxpr)
     _walk(program, Context(), contents)
+    contents.notes += [f"{count} x {name}" for name, count in contents.unknown.items()]
     arguments = [v.aval for v in program.invars]
     if explicit := [aval for aval in arguments if explicit_axes(aval)]:
         contents.axes |= dict(explicit[0].sharding.mesh.shape)
@@ -64,18 +52,27 @@ def read_jaxpr(jaxpr: Any) -> Contents:
 
 
 def _walk(jaxpr: Any, context: Context, contents: Contents) -> None:
+    started: dict[Any, list[Collective]] = {}  # by the results of asynchronous starts
     for eqn in jaxpr.eqns:
         op_name = f"{eqn.source_info.name_stack}/{eqn.primitive}"
         inside = replace(context, scope=join_scopes(context.scope, scopes(op_name)))
         name = eqn.primitive.name
         if implied := implied_collective(eqn):
             contents.implied[implied] += 1
-        if (name in OPS or name in PRODUCTS) and is_split_by_compiler(eqn):
-            contents.unsplit[name] += 1
+        if (name in OPS or name in PRODUCTS) and (inside.auto or is_split_by_compiler(eqn)):
+            contents.unsplit[over(name, inside.auto)] += 1
         if name in OPS:
-            contents.collectives += _collectives(eqn, OPS[name], inside, contents)
+            found = list(collectives_of(eqn, OPS[name], inside, contents))
+            contents.collectives += found
+            started |= dict.fromkeys(eqn.outvars, found) if name.endswith("_start") else {}
+        elif name in DONE:
+            _await(eqn, started, contents)
         elif name in PRODUCTS:
-            contents.products.append(_product(eqn, inside, contents))
+            contents.products.append(product_of(eqn, inside, contents))
+        elif name == "dma_start":
+            contents.collectives += remote_copies_of(eqn, inside, contents)
+        elif name == "pallas_call":
+            _walk(eqn.params["jaxpr"], inside.times(grid_steps(eqn)), contents)
         elif name == "scan":
             _walk(eqn.params["jaxpr"].jaxpr, inside.times(eqn.params["length"]), contents)
         elif name == "while":
@@ -84,14 +81,36 @@ def _walk(jaxpr: Any, context: Context, contents: Contents) -> None:
         elif name == "cond":
             _branches(eqn.params["branches"], inside, contents)
         elif name == "shard_map":
-            sizes = tuple(eqn.params["mesh"].shape.items())
-            contents.axes |= dict(sizes)
+            inside = _in_mesh(eqn, inside, contents)
             arguments = (v.aval for v in eqn.params["jaxpr"].invars)
             contents.arguments = contents.arguments or sum(map(local_bytes, arguments))
-            _walk(eqn.params["jaxpr"], replace(inside, axes=sizes), contents)
+            _walk(eqn.params["jaxpr"], inside, contents)
         else:
+            if (axes := named_axes(eqn, inside)) and name not in STAYING:
+                contents.unknown[
+                    f"{name} over {', '.join(axes)} ({place_of(eqn)}): unknown, what it moves is not counted"
+                ] += 1
             for inner in _inner(eqn.params.values()):
                 _walk(inner, inside, contents)
+
+
+def _in_mesh(eqn: Any, context: Context, contents: Contents) -> Context:
+    """Returns the context inside a `shard_map`, and adds its mesh to the contents."""
+    axes = tuple(eqn.params["mesh"].shape.items())
+    contents.axes |= dict(axes)
+    if axes not in contents.meshes:
+        contents.meshes.append(axes)
+    manual = {*eqn.params["newly_manual_axes"], *context.manual}
+    auto = tuple(name for name, size in axes if name not in manual and size > 1)
+    return replace(context, axes=axes, manual=tuple(manual), auto=auto)
+
+
+def _await(eqn: Any, started: dict[Any, list[Collective]], contents: Contents) -> None:
+    """Notes where the program waits for the collectives that an equation completes."""
+    position = next(contents.order)
+    for one in {id(c): c for v in eqn.invars if v in started for c in started[v]}.values():
+        at = next(i for i, c in enumerate(contents.collectives) if c is one)
+        contents.collectives[at] = replace(one, awaited_at=position)
 
 
 def _only_maps(jaxpr: Any) -> bool:
@@ -124,74 +143,3 @@ def _branches(branches: Any, context: Context, contents: Contents) -> None:
         parts.append(Contents(order=contents.order))
         _walk(branch.jaxpr, context, parts[-1])
     merge_branches(parts, contents)
-
-
-def _collectives(eqn: Any, op: str, context: Context, contents: Contents) -> Iterator[Collective]:
-    """Yields one collective for each operand of an equation."""
-    axes = eqn.params.get("axes", eqn.params.get("axis_name"))
-    axes = axes if isinstance(axes, tuple | list) else (axes,)
-    names = tuple(name for name in axes if isinstance(name, str))
-    sizes = dict(context.axes)
-    if not names:  # an axis of a vmap: nothing moves
-        return
-    parts = eqn.params.get("axis_index_groups")
-    size = len(parts[0]) if parts else math.prod(sizes[name] for name in names)
-    groups = _ranks(parts, names, sizes) if parts else None
-    share, pairs = 1.0, None
-    if op == "permute":
-        share = len({a for a, b in eqn.params["perm"] if a != b}) / size
-        pairs = _ranks(eqn.params["perm"], names, sizes)
-    operands = eqn.invars[:1] if op == "ragged_all_to_all" else eqn.invars
-    for operand in operands:
-        yield Collective(
-            op=op,
-            axes=names,
-            group_size=size,
-            dtype=str(operand.aval.dtype),
-            shape=local_shape(operand.aval),
-            count=context.count,
-            scope=context.scope,
-            share=share,
-            groups=groups,
-            pairs=pairs,
-            known=context.known,
-            position=next(contents.order),
-        )
-
-
-def _ranks(
-    parts: Iterable[Iterable[int]], names: tuple[str, ...], sizes: dict[str, int]
-) -> tuple[tuple[int, ...], ...]:
-    """Translates positions along some axes to ranks of the whole mesh."""
-    return tuple(tuple(group[i] for i in part) for group in groups_of(names, sizes) for part in parts)
-
-
-def _product(eqn: Any, context: Context, contents: Contents) -> Product:
-    avals = [v.aval for v in (*eqn.invars[:2], eqn.outvars[0])]
-    a, b, out = map(local_shape, avals)
-    shape: tuple[int, ...] = ()
-    if eqn.primitive.name == "ragged_dot_general":  # each row meets one group's matrix
-        numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-        flops = 2 * math.prod(out) * math.prod(a[i] for i in numbers[0][0])
-    elif eqn.primitive.name == "dot_general":
-        (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
-        summed, batch = (math.prod(a[i] for i in dims) for dims in (contracted, batched))
-        shape = (batch, _quotient(a, batch * summed), summed, _quotient(b, batch * summed))
-        flops = 2 * math.prod(shape)
-    else:
-        kernel = eqn.params["dimension_numbers"].rhs_spec
-        flops = 2 * math.prod(out) * math.prod(b[i] for i in kernel[1:])
-    return Product(
-        dtype=str(avals[0].dtype),
-        flops=flops,
-        bytes=sum(map(local_bytes, avals)),
-        count=context.count,
-        scope=context.scope,
-        known=context.known,
-        position=next(contents.order),
-        shape=shape,
-    )
-
-
-def _quotient(shape: tuple[int, ...], size: int) -> int:
-    return math.prod(shape) // max(size, 1)

@@ -15,10 +15,12 @@ from jax.sharding import NamedSharding
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.jax_versions import placement_advice
 from cmx_jax.mesh.targets import compiler_options
-from cmx_jax.mesh.trace.differences import differences
+from cmx_jax.mesh.trace.differences import Row, differences
 from cmx_jax.mesh.trace.hlo.reader import read_hlo
 from cmx_jax.mesh.trace.jaxpr import read_jaxpr
+from cmx_jax.mesh.trace.ops.axis_names import named_as_in
 from cmx_jax.mesh.trace.ops.contents import Contents
+from cmx_jax.mesh.trace.ops.sizes import array_bytes
 from cmx_jax.mesh.trace.perfetto import write_timeline
 from cmx_jax.mesh.trace.stablehlo import read_stablehlo
 from cmx_jax.mesh.trace.table import Trace, View, scaled, table
@@ -68,10 +70,12 @@ def trace(
         traced = fn if hasattr(fn, "jaxpr") else _traced(fn, args)
         written = contents = read_jaxpr(traced.jaxpr)
     texts = {"jaxpr.txt": traced.jaxpr}
-    memory = {"arguments": written.arguments} if written.arguments else {}
+    arguments = _placed_bytes(args) or written.arguments
+    memory = {"arguments": arguments} if arguments else {}
     if source != "jaxpr":
         lowered = _lowered(traced, written, source, target, seconds)
         contents, texts, memory = lowered.contents, texts | lowered.texts, memory | lowered.memory
+        contents.collectives = named_as_in(contents.collectives, written.collectives)
     if source == "stablehlo":
         contents.notes.extend(written.notes)
     if source != "hlo" and (note := _undecided(contents, args)):
@@ -133,6 +137,15 @@ def _undecided(contents: Contents, args: Any) -> str:
     )
 
 
+def _placed_bytes(args: Any) -> int:
+    """Returns the bytes of one rank's parts of arguments that all say where they lie, else 0."""
+    leaves = jax.tree.leaves(args)
+    placed = [isinstance(getattr(leaf, "sharding", None), NamedSharding) for leaf in leaves]
+    if not leaves or not all(placed):
+        return 0
+    return sum(array_bytes(a.sharding.shard_shape(a.shape), str(a.dtype)) for a in leaves)
+
+
 def _parts(arg: Any) -> int:
     """Returns the number of different parts that an argument is split into."""
     sharding = getattr(arg, "sharding", None)
@@ -178,12 +191,15 @@ def _lowered(traced: Any, written: Contents, source: str, target: str, seconds: 
         with _timed(seconds, "compile"):
             compiled = lowered.compile(compiler_options=compiler_options(target))
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
+        lines = list(filter(None, str(error).splitlines())) or [type(error).__name__]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         raise CmxError(f"the program cannot be compiled for {target}: {reason}") from None
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    axes = written.axes or _mesh_of(compiled)
-    program = read_hlo(text, tuple(axes.items()))
-    contents = Contents(program.collectives, program.products, axes, program.notes)
+    meshes = written.meshes or [tuple((written.axes or _mesh_of(compiled)).items())]
+    program = read_hlo(text, *meshes)
+    contents = Contents(
+        program.collectives, program.products, written.axes or dict(meshes[0]), meshes, notes=program.notes
+    )
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
     sizes["results"] = results
@@ -201,7 +217,13 @@ def _mesh_of(compiled: Any) -> dict[str, int]:
 def _compared(written: Trace, result: Trace, target: str) -> list[str]:
     """Returns notes on the differences between a source and the jaxpr."""
     names = (written.source, result.source)
-    lines = differences(written.collectives, result.collectives, names, by=("op", "axes"))
+    one_name = named_as_in(written.contents.collectives, written.contents.collectives)
+    axes_of = {id(c): list(one.axes) for c, one in zip(written.contents.collectives, one_name, strict=True)}
+    before_rows = [
+        row | {"axes": axes_of[id(c)]}
+        for row, c in zip(written.collectives, written.contents.collectives, strict=True)
+    ]
+    lines = differences(_moving(before_rows), _moving(result.collectives), names, by=("op", "axes"))
     before, after = written.contents, result.contents
     comparable = before.axes and not before.unsplit and not after.unsplit
     for dtype in dict.fromkeys((*written.flops, *result.flops)) if comparable else ():
@@ -215,6 +237,11 @@ def _compared(written: Trace, result: Trace, target: str) -> list[str]:
             "XLA:CPU computes and sends bfloat16 as float32: the jaxpr has the bytes that were meant"
         )
     return lines
+
+
+def _moving(rows: list[Row]) -> list[Row]:
+    """Returns the rows of more than one rank: compilers drop collectives of a rank with itself."""
+    return [row for row in rows if row["group_size"] > 1 or row["wire_bytes"]]
 
 
 def _dump(folder: Path, texts: dict[str, object], result: Trace, view: View) -> None:

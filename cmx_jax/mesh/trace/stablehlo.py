@@ -10,19 +10,27 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters.mlir import make_ir_context
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.groups import Axes, Groups
-from cmx_jax.mesh.jax_versions import explicit_parts, manual_axes, module_meshes, replica_groups
+from cmx_jax.mesh.jax_versions import (
+    explicit_parts,
+    manual_axes,
+    manual_mesh,
+    module_meshes,
+    replica_groups,
+)
 from cmx_jax.mesh.trace.hlo.parser import numpy_dtype
 from cmx_jax.mesh.trace.hlo.replica_groups import axes_of_groups, axes_of_pairs, connected
 from cmx_jax.mesh.trace.ops.collective import Collective
-from cmx_jax.mesh.trace.ops.contents import Contents, Context, Product, merge_branches
+from cmx_jax.mesh.trace.ops.contents import Contents, Context, Product, merge_branches, over
+from cmx_jax.mesh.trace.ops.custom_calls import is_plain
 from cmx_jax.mesh.trace.ops.scope import join_scopes, scopes
+from cmx_jax.mesh.trace.ops.sizes import array_bytes
 from cmx_jax.mesh.trace.stablehlo_loops import trips
 
 OPS = {
@@ -72,6 +80,8 @@ class _Reader:
         if "main" not in self.functions:
             raise CmxError(f"no StableHLO program: expected a function main, found {list(self.functions)}")
         self._walk(self.functions["main"].regions[0], Context(), self.contents)
+        self.contents.meshes = [mesh.axes for mesh in self.meshes.values()]
+        self.contents.notes += [f"{count} x {name}" for name, count in self.contents.unknown.items()]
 
     def _walk(self, region: Any, context: Context, contents: Contents) -> None:
         for block in region:
@@ -80,16 +90,17 @@ class _Reader:
 
     def _visit(self, op: Any, context: Context, contents: Contents) -> None:
         name = _name(op)
-        if op.name in OPS or (op.name == "stablehlo.custom_call" and _target(op) == RAGGED):
+        is_call = op.name == "stablehlo.custom_call"
+        if op.name in OPS or (is_call and _target(op) == RAGGED):
             scope = join_scopes(context.scope, scopes(name))
             contents.collectives += self._collectives(op, replace(context, scope=scope), contents)
         elif op.name in PRODUCTS:
             scope = join_scopes(context.scope, scopes(name))
             contents.products.append(_product(op, replace(context, scope=scope), contents))
-            if self._is_unsplit(context):
-                contents.unsplit[op.name.removeprefix("stablehlo.")] += 1
+            if unsplit := self._unsplit_axes(context):
+                contents.unsplit[over(op.name.removeprefix("stablehlo."), unsplit)] += 1
         elif op.name == "func.call":
-            called = self.functions[ir.FlatSymbolRefAttr(op.attributes["callee"]).value]
+            called = self.functions[_symbol(op.attributes["callee"])]
             inside = replace(context, scope=join_scopes(context.scope, scopes(f"{name}/call")))
             self._walk(called.regions[0], inside, contents)
         elif op.name == "stablehlo.while":
@@ -102,15 +113,21 @@ class _Reader:
                 self._walk(region, context, branches[-1])
             merge_branches(branches, contents)
         elif op.name == "sdy.manual_computation":
-            manual = (*context.manual, *manual_axes(op))
-            self._walk(op.regions[0], replace(context, manual=manual), contents)
+            manual, mesh = (*context.manual, *manual_axes(op)), manual_mesh(op, self.meshes)
+            axes = mesh.axes if mesh else context.axes
+            self._walk(op.regions[0], replace(context, manual=manual, axes=axes), contents)
         else:  # the bodies of reductions have neither
+            if "replica_groups" in op.attributes or op.name in ("stablehlo.send", "stablehlo.recv"):
+                contents.unknown[f"{op.name}: unknown, what it moves is not counted"] += 1
+            elif is_call and not is_plain(_target(op)):
+                contents.unknown[f"custom call {_target(op)}: what it computes and sends is not counted"] += 1
             for region in op.regions:
                 self._walk(region, context, contents)
 
-    def _is_unsplit(self, context: Context) -> bool:
-        """Returns whether the compiler will split operations in this context over some axis."""
-        return any(size > 1 and name not in context.manual for name, size in self.contents.axes.items())
+    def _unsplit_axes(self, context: Context) -> list[str]:
+        """Returns the axes over which the compiler will split operations in this context."""
+        axes = dict(context.axes) or self.contents.axes
+        return [name for name, size in axes.items() if size > 1 and name not in context.manual]
 
     def _collectives(self, op: Any, context: Context, contents: Contents) -> Iterator[Collective]:
         """Yields one collective for each operand of an operation."""
@@ -120,21 +137,22 @@ class _Reader:
             pairs, _ = replica_groups(op.attributes["source_target_pairs"], self.meshes)
             groups = connected(pairs)
             axes = self._first_mesh_with(axes_of_pairs, pairs)
-            size = math.prod(self.contents.axes[axis] for axis in axes)
+            size = math.prod(self.contents.axes[axis] for axis in axes) if axes else max(map(len, groups))
             share = sum(a != b for a, b in pairs) / self.devices
         else:
             attributes = op.attributes if op.name in OPS else op.attributes["backend_config"]
             groups, axes = replica_groups(attributes["replica_groups"], self.meshes)
             groups = groups or (tuple(range(self.devices)),)
             axes = self._first_mesh_with(axes_of_groups, groups) if axes is None else axes
-            size = len(groups[0])
+            size = max(map(len, groups))
+            share = sum(map(len, groups)) / max(self.devices, sum(map(len, groups)))
         operands = list(op.operands)[: 1 if name == RAGGED else None]
         for operand in operands:
             dtype, shape = _array(operand)
-            if self._is_unsplit(context):
+            if unsplit := self._unsplit_axes(context):
                 parts = explicit_parts(operand, self.meshes)
                 if parts is None:
-                    contents.unsplit[name] += 1
+                    contents.unsplit[over(name, unsplit)] += 1
                 else:
                     shape = tuple(n // part for n, part in zip(shape, parts, strict=True))
             yield Collective(
@@ -154,7 +172,22 @@ class _Reader:
 
     def _first_mesh_with(self, axes_of: Callable[[Groups, Axes], tuple[str, ...]], groups: Groups) -> Any:
         """Returns the axes of the first mesh whose axes make these groups, or ()."""
-        return next(filter(None, (axes_of(groups, mesh.axes) for mesh in self.meshes.values())), ())
+        axes = (axes_of(_positions(groups, mesh.devices), mesh.axes) for mesh in self.meshes.values())
+        return next(filter(None, axes), ())
+
+
+def _positions(groups: Groups, devices: np.ndarray | None) -> Groups:
+    """Translates device numbers to positions in a mesh that has these devices, row by row."""
+    if devices is None:
+        return groups
+    position = {int(device): rank for rank, device in enumerate(devices.ravel())}
+    return tuple(tuple(position.get(device, device) for device in group) for group in groups)
+
+
+def _symbol(attribute: Any) -> str:
+    """Returns the name that a symbol refers to; MLIR quotes one such as `<lambda>`."""
+    name = ir.FlatSymbolRefAttr(attribute).value
+    return str(ir.Attribute.parse(name)).strip('"') if name.startswith('"') else name
 
 
 def _name(op: Any) -> str:
@@ -192,7 +225,7 @@ def _product(op: Any, context: Context, contents: Contents) -> Product:
         kernel = stablehlo.ConvDimensionNumbers(op.attributes["dimension_numbers"])
         summed = math.prod(b) // b[kernel.kernel_output_feature_dimension]
     arrays = ((left, a), (right, b), (result, out))
-    moved = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for dtype, shape in arrays)
+    moved = sum(array_bytes(shape, dtype) for dtype, shape in arrays)
     return Product(
         dtype=left,
         flops=2 * math.prod(out) * summed,

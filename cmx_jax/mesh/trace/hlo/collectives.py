@@ -9,6 +9,7 @@ from cmx_jax.mesh.trace.hlo.replica_groups import (
     axes_of_groups,
     axes_of_pairs,
     connected,
+    first_axes,
     groups_of,
     pairs_of,
 )
@@ -40,14 +41,15 @@ def collectives_of(instruction: Instruction, machine: Machine, op_name: str) -> 
     share, pairs = 1.0, None
     if op == "permute":
         pairs = pairs_of(instruction, machine)
-        groups, axes = connected(pairs), axes_of_pairs(pairs, machine.axes)
+        groups, axes = connected(pairs), first_axes(axes_of_pairs, pairs, machine.meshes)
         share = sum(source != target for source, target in pairs) / max(
             machine.devices, sum(map(len, groups))
         )
-        size = math.prod(n for name, n in machine.axes if name in axes) if axes else _largest(groups)
+        size = machine.size_of(axes) if axes else _largest(groups)
     else:
         groups = groups_of(instruction, machine)
-        axes, size = axes_of_groups(groups, machine.axes), _largest(groups)
+        axes, size = first_axes(axes_of_groups, groups, machine.meshes), _largest(groups)
+        share = sum(map(len, groups)) / max(machine.devices, sum(map(len, groups)))
     by_type: dict[str, list[tuple[int, ...]]] = {}
     for dtype, shape in _operands(op, instruction):
         by_type.setdefault(dtype, []).append(shape)

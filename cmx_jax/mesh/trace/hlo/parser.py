@@ -22,6 +22,7 @@ HEAD = re.compile(r"\s*(ENTRY )?\s*%?([^\s({]+)\s*(?:\(.*)?\{\s*$")
 INSTRUCTION = re.compile(r"\s*(ROOT )?\s*%?([^\s=]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(")
 END = re.compile(r"\s*\}(?:, execution_thread=.*)?\s*$")
 ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
+GROUPS_OF_RANKS = re.compile(r", (?:replica_groups|source_target_pairs)=")
 BRACKETS = re.compile(r"[()\[\]{},]")
 COMMENT = re.compile(r"/\*.*?\*/")
 CALLED = re.compile(
@@ -99,7 +100,8 @@ class Computation:
       name: Name of the computation.
       instructions: Instructions by name, in order.
       root: Instruction marked as ROOT, or the last one.
-      notable: Instructions of the ops that `read_module` was asked to list.
+      notable: Instructions of the ops that `read_module` was asked to list, and all others that name groups
+        of ranks.
     """
 
     name: str
@@ -160,7 +162,7 @@ def read_module(text: str, notable: frozenset[str]) -> Module:
             home.instructions[name] = last
             if root:
                 home.root = last
-            if op in notable:
+            if op in notable or GROUPS_OF_RANKS.search(text, match.end(), end):
                 home.notable.append(last)
         elif END.match(text, start, end):
             home.root = home.root or last

@@ -5,11 +5,11 @@ import re
 from functools import cache
 
 import numpy as np
-from jax import numpy as jnp
 
 from cmx_jax.mesh.trace.hlo.parser import Instruction, arrays
 from cmx_jax.mesh.trace.ops.contents import Product
 from cmx_jax.mesh.trace.ops.scope import scopes
+from cmx_jax.mesh.trace.ops.sizes import array_bytes, bits_of
 
 PRODUCTS = frozenset(("dot", "scaled-dot", "convolution"))
 
@@ -18,8 +18,7 @@ def product_of(instruction: Instruction) -> Product:
     """Returns a product as one rank sees it, executed once; its type is the wider one of its inputs."""
     (result,) = arrays(instruction.type)
     left, right = (arrays(instruction.operand(number).type)[0] for number in (0, 1))
-    sizes = {array: math.prod(array[1]) * jnp.dtype(array[0]).itemsize for array in (left, right, result)}
-    dtype = max(left[0], right[0], key=lambda name: jnp.dtype(name).itemsize)
+    dtype = max(left[0], right[0], key=bits_of)
     if instruction.op == "convolution":
         products = _convolution(instruction, result[1], left[1], right[1])
     else:
@@ -29,7 +28,7 @@ def product_of(instruction: Instruction) -> Product:
     return Product(
         dtype=dtype,
         flops=2 * products,
-        bytes=sum(sizes[array] for array in (left, right, result)),
+        bytes=sum(array_bytes(shape, kind) for kind, shape in (left, right, result)),
         count=1,
         scope=scopes(instruction.op_name()),
         known=1,

@@ -19,25 +19,12 @@ from cmx_jax.mesh.trace.hlo.products import PRODUCTS, product_of
 from cmx_jax.mesh.trace.hlo.replica_groups import Machine
 from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.ops.contents import Product
+from cmx_jax.mesh.trace.ops.custom_calls import is_plain
 
 CALLS = frozenset(("while", "conditional", "call", "fusion", "async", "custom-call"))
 STARTED = {f"{op}-start" for op in (*COLLECTIVES, *CALLS)}
 DONE = {op.replace("-start", "-done") for op in STARTED}
 NOTABLE = frozenset((*COLLECTIVES, *CALLS, *STARTED, *DONE, *PRODUCTS, "send", "ragged-dot"))
-# these place, select or check data, or mark parts of a collective: they compute no products and send nothing
-PLAIN_CUSTOM_CALLS = (
-    "Sharding",
-    "SPMD",
-    "xla.sdy.",
-    "AsyncCollective",
-    "PrepareAsyncCall",
-    "AllocateBuffer",
-    "MoveTo",
-    "annotate_device_placement",
-    "TopK",
-    "AssumeGatherIndicesInBound",
-    "GatherScatterIndicesBitpacked",
-)
 
 
 @dataclass
@@ -91,13 +78,13 @@ def add(content: Content, other: Content, times: int | None) -> None:
         content[instruction] = total, known_before + known * (1 if times is None else times)
 
 
-def read_hlo(text: str, mesh_axes: Axes | None = None) -> Program:
+def read_hlo(text: str, *meshes: Axes) -> Program:
     """Reads the collectives and products of optimised HLO.
 
     Args:
       text: Text of the program: `compiled.as_text()`, or a dump of it.
-      mesh_axes: Names and sizes of the mesh axes, outermost first; a device's number is its position in that
-        mesh, row-major.
+      meshes: Names and sizes of the axes of each mesh, outermost first; a device's number is its position in
+        the mesh, row-major. The axes of a collective are those of the first mesh that has its groups.
 
     Raises:
       CmxError: The text is not optimised HLO, or is cut short.
@@ -108,7 +95,7 @@ def read_hlo(text: str, mesh_axes: Axes | None = None) -> Program:
       >>> read_hlo(compiled.as_text()).flops
       {'float32': 524288}
     """
-    return _Reader(text, mesh_axes).program()
+    return _Reader(text, meshes).program()
 
 
 def _started(instruction: Instruction) -> Instruction:
@@ -119,10 +106,10 @@ def _started(instruction: Instruction) -> Instruction:
 
 
 class _Reader:
-    def __init__(self, text: str, mesh_axes: Axes | None):
+    def __init__(self, text: str, meshes: tuple[Axes, ...]):
         self.module = read_module(text, NOTABLE)
         self.notes: list[str] = []
-        self.machine = self._machine(mesh_axes or ())
+        self.machine = self._machine(meshes)
         self.contents: dict[str, Content] = {}
         self.callers: dict[str, list[Instruction]] = {}
         for computation in self.module.computations.values():
@@ -133,18 +120,20 @@ class _Reader:
         self.loops = Loops(self.module, self.callers)
         self.starts: dict[Instruction, Instruction] = {}  # of collectives inside `async` computations
 
-    def _machine(self, axes: Axes) -> Machine:
+    def _machine(self, meshes: tuple[Axes, ...]) -> Machine:
         replicas, partitions = (
             int(re.findall(rf"\b{key}=(\d+)", self.module.header + f" {key}=1")[0])
             for key in ("replica_count", "num_partitions")
         )
-        mesh = math.prod(size for _, size in axes)
-        if axes and replicas * partitions not in (1, mesh):
-            self.notes.append(
-                f"for {replicas * partitions} devices, but the mesh has {mesh}: axes are unknown"
-            )
-            axes, mesh = (), 1
-        return Machine(replicas, partitions, max(replicas * partitions, mesh), axes)
+        devices, fitting, largest = replicas * partitions, [], 1
+        for axes in filter(None, meshes):
+            ranks = math.prod(size for _, size in axes)
+            if devices not in (1, ranks):
+                self.notes.append(f"for {devices} devices, but the mesh has {ranks}: axes are unknown")
+            else:
+                fitting.append(axes)
+                largest = max(largest, ranks)
+        return Machine(replicas, partitions, max(devices, largest), tuple(fitting))
 
     def program(self) -> Program:
         collectives: list[Collective] = []
@@ -248,11 +237,11 @@ class _Reader:
         uncounted: Counter[str] = Counter()
         for computation in self.module.computations.values():
             for instruction in computation.notable:
-                if instruction.op in ("send", "ragged-dot"):
+                if instruction.op in ("send", "ragged-dot") or instruction.op not in NOTABLE:
                     uncounted[instruction.op] += 1
                 elif instruction.op == "custom-call":
                     target = instruction.attribute(r'custom_call_target="([^"]*)"') or "?"
-                    uncounted[f"custom call {target}"] += not target.startswith(PLAIN_CUSTOM_CALLS)
+                    uncounted[f"custom call {target}"] += not is_plain(target)
         for name, count in uncounted.items():
             if count:
                 self.notes.append(f"{count} x {name}: what it computes and sends is not counted")

@@ -7,6 +7,7 @@ device `r P + p`.
 import itertools
 import math
 import re
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -30,13 +31,25 @@ class Machine(NamedTuple):
       replicas: Number of replicas.
       partitions: Number of partitions of each replica.
       devices: Number of devices, by the mesh if the text does not tell.
-      axes: Names and sizes of the mesh axes; empty if unknown.
+      meshes: Names and sizes of the axes of each mesh; empty if unknown.
     """
 
     replicas: int
     partitions: int
     devices: int
-    axes: Axes
+    meshes: tuple[Axes, ...]
+
+    def size_of(self, axes: tuple[str, ...]) -> int:
+        """Returns the number of ranks along mesh axes of the first mesh that has them all."""
+        mesh = next(dict(mesh) for mesh in self.meshes if set(axes) <= {name for name, _ in mesh})
+        return math.prod(mesh[name] for name in axes)
+
+
+def first_axes(
+    axes_of: Callable[[Groups, Axes], tuple[str, ...]], groups: Groups, meshes: Iterable[Axes]
+) -> tuple[str, ...]:
+    """Returns the axes of the first mesh whose axes make these groups, or ()."""
+    return next(filter(None, (axes_of(groups, axes) for axes in meshes)), ())
 
 
 def groups_of(instruction: Instruction, machine: Machine) -> Groups:

@@ -2,9 +2,10 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from cmx_jax.mesh.groups import Axes
 from cmx_jax.mesh.trace.ops.collective import Collective
 
 
@@ -41,6 +42,8 @@ class Contents:
       collectives: Collectives in the order of the program.
       products: Matrix products and convolutions in the order of the program.
       axes: Sizes of the mesh axes of its `shard_map`s and explicit shardings.
+      meshes: Different meshes of its `shard_map`s, in the order in which they appear.
+      unknown: Number of operations, by what is known of them, that name mesh axes and are not understood.
       notes: Sentences on what is uncertain.
       arguments: Bytes that a rank passes to the program, or to its first `shard_map`; 0 if unknown.
       implied: Number of operations, by name, whose explicit shardings make the compiler insert collectives.
@@ -52,6 +55,8 @@ class Contents:
     collectives: list[Collective] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     axes: dict[str, int] = field(default_factory=dict)
+    meshes: list[Axes] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     arguments: int = 0
     implied: Counter[str] = field(default_factory=Counter)
@@ -73,7 +78,8 @@ class Context:
       known: Executions counting only loops of known length.
       scope: Names of the enclosing `named_scope`s, outermost first, separated by `/`.
       axes: Names and sizes of the mesh axes of the enclosing `shard_map`.
-      manual: Mesh axes along which sizes are those of one rank (StableHLO).
+      manual: Mesh axes along which sizes are those of one rank.
+      auto: Mesh axes of more than one rank that the compiler splits over within a `shard_map` (jaxpr).
     """
 
     count: int | None = 1
@@ -81,11 +87,17 @@ class Context:
     scope: str = ""
     axes: tuple[tuple[str, int], ...] = ()
     manual: tuple[str, ...] = ()
+    auto: tuple[str, ...] = ()
 
     def times(self, n: int | None) -> "Context":
         """Returns the context inside a loop that runs `n` times (None: data decide)."""
         count = None if n is None or self.count is None else self.count * n
         return replace(self, count=count, known=self.known * (1 if n is None else n))
+
+
+def over(name: str, axes: Sequence[str]) -> str:
+    """Returns the name of an operation with the mesh axes that it concerns, if any are known."""
+    return f"{name} over {', '.join(axes)}" if axes else name
 
 
 def merge_branches(branches: list[Contents], contents: Contents) -> None:
@@ -101,6 +113,8 @@ def merge_branches(branches: list[Contents], contents: Contents) -> None:
         contents.axes |= branch.axes
         contents.implied += branch.implied
         contents.unsplit += branch.unsplit
+        contents.unknown += branch.unknown
+        contents.meshes += [mesh for mesh in branch.meshes if mesh not in contents.meshes]
         if same_collectives and not i:
             contents.collectives += branch.collectives
         elif not same_collectives:

@@ -1,25 +1,33 @@
 """Positions of a collective's ranks on the supernode, and the boundaries that its messages cross."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 import numpy as np
 
+from cmx_jax.mesh.groups import Axes, Groups
 from cmx_jax.mesh.supernode import Supernode
 
-Groups = Iterable[Iterable[int]]
 
-
-def groups_of(axes: tuple[str, ...], sizes: dict[str, int]) -> list[list[int]]:
+def groups_of(axes: tuple[str, ...], sizes: Mapping[str, int]) -> Groups:
     """Returns the ranks of each group of a collective over some mesh axes; ranks are numbered row by row."""
-    names = list(sizes)
-    ranks = np.arange(int(np.prod(list(sizes.values())))).reshape(list(sizes.values()))
+    return _groups_of(axes, tuple(sizes.items()))
+
+
+@cache
+def _groups_of(axes: tuple[str, ...], mesh: Axes) -> Groups:
+    names, sizes = [name for name, _ in mesh], [size for _, size in mesh]
+    ranks = np.arange(math.prod(sizes)).reshape(sizes)
     last = [names.index(axis) for axis in axes]
     first = [i for i in range(len(names)) if i not in last]
-    width = int(np.prod([sizes[axis] for axis in axes]))
-    return ranks.transpose([*first, *last]).reshape(-1, width).tolist()
+    width = math.prod(sizes[i] for i in last)
+    return tuple(map(tuple, ranks.transpose([*first, *last]).reshape(-1, width).tolist()))
 
 
-def plane(groups: Groups, machine: Supernode, ranks_per_npu: int = 1, first_npu: int = 0) -> str:
+def plane(
+    groups: Iterable[Iterable[int]], machine: Supernode, ranks_per_npu: int = 1, first_npu: int = 0
+) -> str:
     """Returns the widest boundary that a message of any group crosses.
 
     Args:
