@@ -29,7 +29,8 @@ Message = dict[str, Any]
 
 A request has `run`, the id of a test, and `following`, the id of the next one or None. An answer has `ready`;
 `refused` with a reason; `report`, a serialised report; `warning`, with the other arguments of pytest's hook;
-or `done`, the id of a test that has ended."""
+`exit`, the message and return code of `pytest.exit`; `interrupt`, for a KeyboardInterrupt; or `done`, the id
+of a test that has ended."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,22 @@ class _Session:
                 return True
             self.busy = True
             session._setupstate.teardown_exact(item)  # in case another test was announced as the next
-            item.ihook.pytest_runtest_protocol(item=item, nextitem=items.get(request["following"]))
-            self.busy = False
+            try:
+                item.ihook.pytest_runtest_protocol(item=item, nextitem=items.get(request["following"]))
+            except pytest.exit.Exception as stop:
+                self._send({"exit": (stop.msg, stop.returncode)})
+                return True
+            except KeyboardInterrupt:
+                self._send({"interrupt": True})
+                return True
+            finally:
+                self.busy = False
             self._send({"done": item.nodeid})
         return True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # only this process knows the failed subtests that make a test fail; terminals ask for that
+        self.config.hook.pytest_report_teststatus(report=report, config=self.config)
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
         self._send({"report": data})
 

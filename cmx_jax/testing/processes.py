@@ -197,6 +197,7 @@ class _Process:
                 if "warning" in answer:
                     self._forward_warning(answer.pop("warning"), answer)
                     continue
+                self._stop_with(answer)
                 report = self.config.hook.pytest_report_from_serializable(
                     config=self.config, data=answer["report"]
                 )
@@ -217,6 +218,16 @@ class _Process:
                 start=started,
                 stop=time.time(),
             )
+
+    def _stop_with(self, answer: Message) -> None:
+        """Ends the run as the test in the child did: by `pytest.exit` or a KeyboardInterrupt."""
+        if "exit" in answer:
+            self.busy = False
+            reason, returncode = answer["exit"]
+            pytest.exit(reason, returncode)
+        if "interrupt" in answer:
+            self.busy = False
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         """Lets the process finish its session, or kills it if it is in the middle of a test."""

@@ -175,6 +175,54 @@ def test_plugin_gives_devices_and_reports_outcomes(elsewhere: pytest.Pytester) -
     )
 
 
+def test_subtests_fail_their_test(elsewhere: pytest.Pytester) -> None:
+    """As natively: a failed subtest is reported, and the test that contains it fails."""
+    elsewhere.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.devices(3)
+        def test_it(subtests):
+            for i in range(3):
+                with subtests.test(i=i):
+                    assert i != 1
+
+        def test_here():
+            pass
+        """
+    )
+    result = elsewhere.runpytest_subprocess("-rA")
+    assert outcomes(result)["test_it"] == "FAILED"
+    result.stdout.fnmatch_lines(["*SUBFAILED*test_it*", "*contains 1 failed subtest*"])
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        ("pytest.exit('enough', returncode=7)", 7, "*Exit: enough*"),
+        ("raise KeyboardInterrupt", pytest.ExitCode.INTERRUPTED, "*KeyboardInterrupt*"),
+    ],
+)
+def test_exit_of_a_test_ends_the_session(elsewhere: pytest.Pytester, stop: str, code: int, line: str) -> None:
+    elsewhere.makepyfile(
+        f"""
+        import pytest
+
+        @pytest.mark.devices(3)
+        def test_stops():
+            {stop}
+
+        def test_after():
+            pass
+        """
+    )
+    result = elsewhere.runpytest_subprocess("-rA")
+    assert result.ret == code
+    result.stdout.fnmatch_lines([line])
+    assert "test_after" not in outcomes(result)
+
+
 def test_plugin_with_xdist_and_384_devices(elsewhere: pytest.Pytester) -> None:
     elsewhere.makepyfile(
         """
