@@ -54,7 +54,9 @@ class Answer:
             "created": int(time.time()),
             "model": context.name,
         }
-        self._usage_in_stream = body.stream_options is not None and body.stream_options.include_usage
+        options = body.stream_options
+        self._usage_in_stream = options is not None and bool(options.include_usage)
+        self._usage_in_events = options is not None and bool(options.continuous_usage_stats)
 
     @classmethod
     async def start(
@@ -80,7 +82,7 @@ class Answer:
         n = body.n or 1
         requests = [(prompts[i // n], choice) for i, choice in enumerate(params)]
         salt = body.cache_salt or ""
-        generation = await context.service.generate(requests, priority=body.priority, namespace=salt)
+        generation = await context.service.generate(requests, priority=body.priority or 0, namespace=salt)
         return cls(context, body, kind, prompts, generation)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
@@ -103,6 +105,8 @@ class Answer:
     def event(self, kind: str, choice: Document) -> Document:
         """Makes one event of a stream."""
         event = {**self._head, "object": kind, "choices": [choice]}
+        if self._usage_in_events:
+            return event | {"usage": self.usage()}
         return event | {"usage": None} if self._usage_in_stream else event
 
     def last_events(self, kind: str) -> list[Document]:

@@ -108,7 +108,7 @@ def _entries(context: ApiContext, delta: Delta) -> list[ChosenEntry]:
 
     def entry(token: int, logprob: float) -> TokenEntry:
         text = context.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": list(context.token_bytes(token))}
 
     def chosen(token: int, scores: TokenLogprob) -> ChosenEntry:
         return {**entry(token, scores.logprob), "top_logprobs": [entry(*other) for other in scores.top]}

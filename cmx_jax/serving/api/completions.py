@@ -50,11 +50,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 class ChoicePart:
     """Converts a choice's text and tokens to OpenAI's form, part by part.
 
-    Text offsets are those of the tokens' own texts, one after the other.
+    A token's offset is the length of the text before it; parts of a character have the character's.
     """
 
     def __init__(self, context: ApiContext, logprobs: bool):
-        self._context, self._logprobs, self._offset = context, logprobs, 0
+        self._context, self._logprobs = context, logprobs
+        self._before = b""  # bytes of all tokens so far
 
     def document(self, text: str, tokens: Sequence[int], scores: TokenScores) -> Document:
         """Makes the fields of a choice for its next part."""
@@ -63,9 +64,12 @@ class ChoicePart:
     def _scores(self, tokens: Sequence[int], scores: TokenScores) -> CompletionLogprobs:
         texts = [self._context.token_text(token) for token in tokens]
         offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
+        for token in tokens:
+            offsets.append(len(self._before.decode(errors="ignore")))
+            written = self._context.token_bytes(token)
+            if not self._before and not self._context.text([token]).startswith(" "):
+                written = written.removeprefix(b" ")  # decoders of SentencePiece drop the first space
+            self._before += written
         pairs = list(zip(tokens, scores, strict=True))
         return {
             "tokens": texts,

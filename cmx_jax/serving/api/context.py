@@ -5,12 +5,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.api.schemas import Generate
 from cmx_jax.serving.api.template import ChatTemplate
+from cmx_jax.serving.api.token_bytes import TokenBytes
 from cmx_jax.serving.deploy.deployment import ModelInfo
 from cmx_jax.serving.http.error_responses import NotFound
 from cmx_jax.serving.scheduling.request import SamplingParams, TokenLogprob
@@ -151,17 +153,39 @@ class ApiContext:
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=0 if body.top_k in (None, -1) else body.top_k,  # in vLLM, -1 keeps all, too
-            seed=secrets.randbits(32) if body.seed is None else body.seed,
-            ignore_eos=body.ignore_eos,
+            seed=secrets.randbits(32) if body.seed is None else _mixed(body.seed),
+            ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
             stop_token_ids=tuple(body.stop_token_ids or ()),
         )
+        if (body.min_tokens or 0) > first.max_tokens:
+            raise CmxError(
+                f"min_tokens is {body.min_tokens}, expected at most max_tokens, {first.max_tokens}"
+            )
         return [replace(first, seed=(first.seed + i) % 2**32) for i in range(body.n or 1)]
 
     def text(self, tokens: list[int]) -> str:
         """Returns the text of tokens, including special ones, or "" without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=False)
 
+    @cached_property
+    def _bytes(self) -> TokenBytes | None:
+        return None if self.tokenizer is None else TokenBytes(self.tokenizer)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the UTF-8 bytes of a token, which may be part of a character."""
+        return self.token_text(token).encode() if self._bytes is None else self._bytes(token)
+
     def token_text(self, token: int) -> str:
-        """Returns the text of a token by itself; bytes that are no character become U+FFFD."""
-        return f"token_id:{token}" if self.tokenizer is None else self.text([token])
+        """Returns the text of a token; of a part of a character `bytes:` and escapes, as OpenAI does."""
+        if self._bytes is None:
+            return f"token_id:{token}"
+        try:
+            return self._bytes(token).decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._bytes(token))
+
+
+def _mixed(seed: int) -> int:
+    """Returns 32 bits that depend on all 64 of a seed; a seed below 2^32 stays as it is."""
+    return (seed ^ (seed >> 32) * 0x9E3779B1) % 2**32

@@ -1,7 +1,8 @@
 """Request bodies of the API: OpenAI's fields, and vLLM's additional ones.
 
 A field that is not implemented and would change the answer is refused, unless it has the value that changes
-nothing. An unknown field is refused, too: a misspelt one would be ignored otherwise.
+nothing. An unknown field is refused, too: a misspelt one would be ignored otherwise. Null is the same as
+absent, as clients send the null fields of earlier answers back.
 """
 
 from typing import Annotated, Any, Literal
@@ -22,7 +23,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "logit_bias": ({},),
     "min_p": (0,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
@@ -69,10 +69,18 @@ Stops = Annotated[list[Text], Field(max_length=MAX_STOPS), BeforeValidator(_list
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream: `include_usage` adds a last event with the usage."""
+    """Options of a stream.
+
+    Attributes:
+      include_usage: True for a last event with the usage.
+      continuous_usage_stats: True for the usage so far in each event (vLLM's option).
+      include_obfuscation: OpenAI's option for padding, which is not used here.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class Generate(BaseModel):
@@ -87,27 +95,33 @@ class Generate(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1)
     stop: Stops = []
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: int = Field(0, ge=-(2**31), lt=2**31)
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     cache_salt: Text | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "Generate":
         for name, value in (self.model_extra or {}).items():
-            if name in IGNORED:
+            if name in IGNORED or value is None:
                 continue
             if name not in NEUTRAL:
                 raise ValueError(f"field {name!r} is unknown: leave it out")
-            if value is not None and value not in NEUTRAL[name]:
+            if value not in NEUTRAL[name]:
                 raise ValueError(f"field {name!r} is not supported: leave it out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("field 'stream_options' is for streams only: set stream, or leave it out")
+        if self.min_tokens and (self.stop or self.stop_token_ids or not self.ignore_eos):
+            raise ValueError(
+                "field 'min_tokens' is supported only with ignore_eos and without stops: set ignore_eos, or "
+                "leave it out"
+            )
         return self
 
 
@@ -116,7 +130,7 @@ class CompletionRequest(Generate):
 
     prompt: Prompts
     max_tokens: int | None = None
-    echo: bool = False
+    echo: bool | None = None
     logprobs: int | None = None
 
 
@@ -130,7 +144,15 @@ class ContentPart(BaseModel):
 
 def _parts(value: Any) -> Any:
     """Converts a text to a list of one part."""
+    if not isinstance(value, str | list):
+        raise ValueError("expected a text, or a list of parts of type text")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _absent(value: Any) -> None:
+    """Refuses the value of a field that is not supported, unless it is null or an empty list."""
+    if value not in (None, []):
+        raise ValueError("the field is not supported: leave it out")
 
 
 _PART = {
@@ -143,17 +165,32 @@ _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}
 Content = Annotated[list[ContentPart], BeforeValidator(_parts), WithJsonSchema(_CONTENT)]
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
+_EMPTY = {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]}
+Absent = Annotated[None, BeforeValidator(_absent), WithJsonSchema(_EMPTY)]
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+
+class Message(BaseModel):
+    """One turn of a conversation. An assistant's may have the empty fields of an answer, and null as content.
+
+    Raises:
+      ValueError: A field is not supported, or there is no content.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, Absent] = Field(init=False)
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: Annotated[Content | None, WithJsonSchema(_CONTENT)]
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is null, expected a text, or a list of parts of type text")
+        return self
 
     def as_dict(self) -> dict[str, str]:
         """Converts the message for a chat template, with its content as one text."""
-        message = {"role": self.role, "content": "".join(part.text for part in self.content)}
+        message = {"role": self.role, "content": "".join(part.text for part in self.content or ())}
         return message if self.name is None else message | {"name": self.name}
 
 

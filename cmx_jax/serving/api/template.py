@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cmx_jax.errors import CmxError
@@ -21,7 +22,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: dict[str, str]):
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(tokens, raise_exception=_raise, strftime_now=time.strftime)
@@ -58,13 +59,34 @@ class ChatTemplate:
           CmxError: The template refuses the messages.
         """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True)
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True
+            )
         except Exception as error:  # a template is a program from the checkpoint: it may raise anything
             raise CmxError(f"the model's chat template refuses the messages: {error}") from None
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`, by which training finds the assistant's tokens: its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's form)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson` with the options and defaults that it has in transformers."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:

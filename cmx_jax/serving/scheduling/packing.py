@@ -133,5 +133,6 @@ def sampling(size: int, rows: list[int], requests: list[Request]) -> Sampling:
     )
     for row, request in zip(rows, requests, strict=True):
         p = request.params
-        s.temperature[row], s.top_k[row], s.top_p[row], s.seed[row] = p.temperature, p.top_k, p.top_p, p.seed
+        top_p = max(p.top_p, np.finfo(np.float32).tiny)  # the most likely token is kept in any case
+        s.temperature[row], s.top_k[row], s.top_p[row], s.seed[row] = p.temperature, p.top_k, top_p, p.seed
     return s

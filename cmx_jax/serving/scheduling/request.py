@@ -63,7 +63,7 @@ class SamplingParams:
       max_tokens: Largest number of tokens to generate.
       temperature: Temperature; 0 is greedy.
       top_k: Number of most likely tokens to sample from; 0: all.
-      top_p: Probability mass of the most likely tokens to sample from.
+      top_p: Probability mass of the most likely tokens to sample from; 0 keeps only the most likely one.
       seed: Seed of the draws.
       ignore_eos: True if the model's end tokens do not end the text.
       logprobs: Number of most likely tokens to report at each position, beside the sampled one; None: no
@@ -88,7 +88,7 @@ class SamplingParams:
             (self.max_tokens >= 1, "max_tokens", "at least 1"),
             (0 <= self.temperature < float("inf"), "temperature", "zero or more"),
             (0 <= self.top_k < 2**31, "top_k", "zero (off) or more, below 2^31"),
-            (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
+            (0 <= self.top_p <= 1, "top_p", "in [0, 1]"),
             (0 <= self.seed < 2**32, "seed", "in [0, 2^32)"),
             (0 <= (self.logprobs or 0) <= MAX_LOGPROBS, "logprobs", f"at most {MAX_LOGPROBS}"),
         ):

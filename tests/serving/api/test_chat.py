@@ -155,3 +155,67 @@ def test_chat_template_broken(tmp_path, name, text, message) -> None:
 def test_chat_template_missing(tmp_path) -> None:
     """A checkpoint without a template has none."""
     assert ChatTemplate.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+            "caf\u00e9",
+        ),
+        ("{{ messages[0].content | tojson(ensure_ascii=False) }}", '"caf\u00e9"'),
+        (
+            "{{ messages[0] | tojson(sort_keys=True, separators=(',', ':')) }}",
+            '{"content":"caf\u00e9","role":"user"}',
+        ),
+        (
+            "{% if tools is not none %}tools{% endif %}{% if documents is none %}no documents{% endif %}",
+            "no documents",
+        ),
+    ],
+)
+def test_template_forms_of_transformers(source: str, text: str) -> None:
+    assert ChatTemplate(source, {}).render([{"role": "user", "content": "caf\u00e9"}]) == text
+
+
+def test_answer_is_sent_back_as_it_came(client) -> None:
+    """All fields of an answer, most of them null or empty, are accepted in the next call's messages."""
+    answer = client.chat.completions.create(messages=TURNS, max_tokens=4, **GREEDY)
+    earlier = answer.choices[0].message.model_dump()
+    nulls = {"refusal": None, "audio": None, "function_call": None, "tool_calls": [], "annotations": None}
+    turns = [
+        *TURNS,
+        earlier | nulls,
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "on"},
+    ]
+    assert client.chat.completions.create(messages=turns, max_tokens=2, **GREEDY).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"role": "user", "content": None}, "content is null, expected a text, or a list of parts"),
+        ({"role": "user", "content": 3}, "messages.0.content: .*expected a text, or a list of parts"),
+        (
+            {"role": "user", "content": "x", "tool_calls": [{"id": "1"}]},
+            "tool_calls: .*the field is not supported",
+        ),
+    ],
+)
+def test_message_mistakes(client, message, error) -> None:
+    with pytest.raises(openai.BadRequestError, match=error):
+        client.post("/chat/completions", body={"messages": [message], **GREEDY}, cast_to=object)
+
+
+def test_continuous_usage(client) -> None:
+    """With `continuous_usage_stats` each event has the usage so far, and the last one the whole."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = client.chat.completions.create(
+        messages=TURNS, max_tokens=5, stream=True, stream_options=options, **GREEDY
+    )
+    counts = [event.usage.completion_tokens for event in stream]
+    assert counts[0] == 0
+    assert counts[-1] == 5
+    assert counts == sorted(counts)

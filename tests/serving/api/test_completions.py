@@ -179,8 +179,8 @@ MISTAKES = [
     ({"max_tokens": 512}, "and max_tokens 512 exceeds max_model_len, 512 tokens"),
     ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
     ({"temperature": -1}, "temperature is -1.0, expected zero or more"),
-    ({"top_p": 0}, "top_p is 0.0, expected in"),
-    ({"seed": -1}, "seed is -1, expected in"),
+    ({"top_p": -0.5}, "top_p is -0.5, expected in"),
+    ({"seed": -(2**63) - 1}, "seed: Input should be greater than"),
     ({"n": 0}, "n: Input should be greater than or equal to 1"),
     ({"n": 257}, "257 choices, expected at most 256"),
     ({"logprobs": 21}, "logprobs is 21, expected at most 20"),
@@ -220,3 +220,71 @@ def test_completion_another_model(client) -> None:
         client.models.retrieve("gpt-4")
     assert client.models.retrieve("tiny").id == "tiny"
     assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "echo": None,
+            "suffix": None,
+            "best_of": None,
+            "logit_bias": None,
+            "priority": None,
+            "unheard_of": None,
+        },
+        {"seed": -1, "temperature": 1.0},
+        {"seed": -(2**63), "temperature": 1.0},
+        {"min_tokens": 3, "ignore_eos": True},
+        {"ignore_eos": None, "min_tokens": None, "stop": None, "n": None, "top_k": None, "user": None},
+    ],
+)
+def test_fields_as_clients_send_them(client, fields) -> None:
+    """Null is the same as absent, seeds have 64 bits and a sign."""
+    body = {"prompt": PROMPTS[0], "max_tokens": 4, **fields}
+    answer = client.post("/completions", body=body, cast_to=object)
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"seed": 2**63}, "seed: Input should be less than"),
+        ({"min_tokens": 3}, "'min_tokens' is supported only with ignore_eos"),
+        ({"min_tokens": 5, "ignore_eos": True}, "min_tokens is 5, expected at most max_tokens, 4"),
+        ({"top_p": 1.5}, r"top_p is 1.5, expected in \[0, 1\]"),
+    ],
+)
+def test_field_mistakes(client, fields, error) -> None:
+    body = {"prompt": PROMPTS[0], "max_tokens": 4, **fields}
+    with pytest.raises(openai.BadRequestError, match=error):
+        client.post("/completions", body=body, cast_to=object)
+
+
+def test_top_p_of_zero_is_greedy(client, expected) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPTS[0], max_tokens=8, temperature=1.5, top_p=0, seed=3
+    )
+    greedy = client.completions.create(prompt=PROMPTS[0], max_tokens=8, **GREEDY)
+    assert answer.choices[0].text == greedy.choices[0].text
+
+
+def test_offsets_are_those_of_the_text(client) -> None:
+    """Also where a character has several tokens, whose bytes together are the text's."""
+    text = "na\u00efve \U0001f600 caf\u00e9 end"
+    [choice] = client.completions.create(prompt=text, echo=True, max_tokens=0, logprobs=1, **GREEDY).choices
+    scores = choice.logprobs
+    assert choice.text == text
+    assert scores.text_offset == sorted(scores.text_offset)
+    for token, offset in zip(scores.tokens, scores.text_offset, strict=True):
+        if not token.startswith("bytes:"):
+            assert text[offset:].startswith(token)
+    parts = [token for token in scores.tokens if token.startswith("bytes:")]
+    assert parts
+    joined = b"".join(
+        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+        if token.startswith("bytes:")
+        else token.encode()
+        for token in scores.tokens
+    )
+    assert joined.decode() == text
