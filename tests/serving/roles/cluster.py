@@ -147,7 +147,7 @@ class Cluster:
         for process in self.workers:
             status = process.status()
             names = ("waiting", "transfers", "running")
-            counts |= {f"{process.url} {name}": status["counts"][name] for name in names}
+            counts |= {f"{process.url} {name}": status["counters"][name] for name in names}
             counts[f"{process.url} pages"] = sum(i["pages_used"] for i in status["instances"])
             counts[f"{process.url} kv"] = status["kv"]["waiting"]
         return {name: count for name, count in counts.items() if count}

@@ -26,10 +26,10 @@ def test_cluster_greedy(cluster: Cluster, cluster_prompts, offline) -> None:
 
     eventually(lambda: cached() == (len(long) - 1) // BLOCK * BLOCK)
     prefill, decode = ([p.status() for p in kind] for kind in (cluster.prefill, cluster.decode))
-    assert sum(status["counts"]["prefix_hits"] for status in prefill) > 0
+    assert sum(status["counters"]["prefix_hits"] for status in prefill) > 0
     assert all(status["kv"]["offered"] > 0 for status in prefill)
-    assert all(status["counts"]["steps"] > 0 for status in decode)
-    assert all(0 < status["counts"]["accepted"] < status["counts"]["drafts"] for status in decode)
+    assert all(status["counters"]["steps"] > 0 for status in decode)
+    assert all(0 < status["counters"]["accepted"] < status["counts"]["drafts"] for status in decode)
 
 
 def test_cluster_disconnect(cluster: Cluster, cluster_prompts, offline) -> None:

@@ -31,7 +31,7 @@ def test_workers_killed(cluster: Cluster, cluster_prompts, offline) -> None:
     cluster.heal()  # at the same ports
     assert answered(cluster, cluster_prompts) == offline
     assert cluster.prefill[0].status()["kv"]["offered"] > 1
-    assert cluster.decode[0].status()["counts"]["steps"] > 0
+    assert cluster.decode[0].status()["counters"]["steps"] > 0
 
 
 def test_workers_hang(cluster: Cluster, cluster_prompts, offline) -> None:
