@@ -19,6 +19,7 @@ def cmx(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_demo_matches_dense_reference() -> None:
     """The demo on 384 devices generates the dense reference's tokens."""
     done = cmx("demo", "--json", "--max-tokens", "8")
@@ -48,6 +49,7 @@ def test_demo_matches_dense_reference() -> None:
     assert decode["dispatch_bytes"] == pytest.approx(messages * (160 + 2) * 4)
 
 
+@pytest.mark.slow
 def test_generate_text() -> None:
     """`cmx generate` prints the prompt and its continuation."""
     done = cmx("generate", "tiny", "--prompt", "The json module", "--max-tokens", "6")
@@ -56,6 +58,7 @@ def test_generate_text() -> None:
     assert done.stdout == "The json module" + Model.read("tiny").decode(list(tokens)) + "\n"
 
 
+@pytest.mark.slow
 def test_generate_seeds() -> None:
     """Equal seeds repeat the text, other seeds change it."""
     draw = ("generate", "tiny", "--prompt", "It is", "--max-tokens", "8", "--temperature", "1", "--json")
@@ -94,6 +97,7 @@ def test_generate_seeds() -> None:
         (("sing",), "invalid choice: 'sing'"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
     """A mistake ends with one line and exit code 2."""
     done = cmx(*arguments)

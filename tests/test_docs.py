@@ -56,6 +56,7 @@ def test_files_that_are_named_exist() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), blocks("python"), ids=lambda value: value.split("\n")[0][:40])
+@pytest.mark.slow
 def test_python_block_runs(name: str, text: str, tmp_path: Path) -> None:
     file = tmp_path / ("test_block.py" if "def test_" in text else "block.py")
     file.write_text(text)

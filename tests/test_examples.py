@@ -16,6 +16,7 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize("thing", PUBLIC)
+@pytest.mark.slow
 def test_example_runs(thing: Any) -> None:
     module = importlib.import_module(thing.__module__)
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()

@@ -64,6 +64,7 @@ def test_json_has_the_documented_keys_in_order(r1: Comparison, capsys: pytest.Ca
     assert list(asdict(Measurement("lanes", 0.5, 8, 8))) == ["runner", "step_s", "tokens", "tokens_equal"]
 
 
+@pytest.mark.slow
 def test_tokens_of_a_decode_step_are_compared_with_a_single_rank() -> None:
     run = Measure(BASE, "decode", context=12, drafts=0, runner="lanes")
     run.expected = [list(greedy(BASE, prompt, 8)) for prompt in run.prompts(3)]
@@ -73,6 +74,7 @@ def test_tokens_of_a_decode_step_are_compared_with_a_single_rank() -> None:
     assert result.step_s > 0
 
 
+@pytest.mark.slow
 def test_prefill_runs_on_ranks_that_share_sequences() -> None:
     shared = NamedLayout(partial(expert_parallel, 3, share_sequences=True), "prefill", 1, 1, "three ranks")
     comparison = compare(str(BASE), {"shared": shared}, context=30)

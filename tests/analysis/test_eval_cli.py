@@ -14,6 +14,8 @@ from cmx_jax.analysis.eval.results import Evaluation
 from cmx_jax.analysis.eval.skills import Item, Skill
 from cmx_jax.serving.deploy.model import locate
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("list", "module", "class", "string", "object", "method")
 
 

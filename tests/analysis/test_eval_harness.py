@@ -32,6 +32,7 @@ def requests(*arguments: tuple) -> list[SimpleNamespace]:
     return [SimpleNamespace(args=args) for args in arguments]
 
 
+@pytest.mark.slow
 def test_loglikelihood_is_of_the_continuation_encoded_with_its_context(lm) -> None:
     encode, long = lm.model.encode, "the list of the strings " * 20
     scores = lm.loglikelihood(
@@ -73,6 +74,7 @@ def test_loglikelihood_rolling_sums_over_windows(lm) -> None:
     np.testing.assert_allclose(logprobs, [first + second, third], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_generate_until_cuts_greedy_text_before_the_first_stop(lm) -> None:
     [completion] = lm.llm.generate([PROMPT], max_new_tokens=8)
     third = completion.text.split(" ")[3]
@@ -89,6 +91,7 @@ def test_generate_until_cuts_greedy_text_before_the_first_stop(lm) -> None:
     assert completion.text.startswith(texts[2])
 
 
+@pytest.mark.slow
 def test_sampling_again_gives_another_sample(lm) -> None:
     sampled = (PROMPT, {"max_gen_toks": 8, "do_sample": True, "temperature": 1.0})
     first, second = lm.generate_until(requests(sampled, sampled))

@@ -28,6 +28,7 @@ def expected(llm: LLM, prefix: list[int], target: list[int]) -> tuple[float, boo
 
 
 @pytest.mark.parametrize(("rows", "batches"), [(128, 2), (4, 4)])
+@pytest.mark.slow
 def test_likelihoods_equal_numpy_in_any_batches(tiny, contexts, rows, batches, monkeypatch) -> None:
     """Sequences of two padded lengths, so many of the shorter ones at a time."""
     monkeypatch.setattr(scoring, "LOGITS", 2048 * 64 * rows)
@@ -42,6 +43,7 @@ def test_likelihoods_equal_numpy_in_any_batches(tiny, contexts, rows, batches, m
     assert len(messages) == batches
 
 
+@pytest.mark.slow
 def test_teacher_forced_exact_match_is_greedy_decoding(tiny, contexts) -> None:
     """Decoded continuations match; with any one token changed they do not."""
     texts = [c.tokens for c in tiny.generate(contexts, max_new_tokens=5, ignore_eos=True)]

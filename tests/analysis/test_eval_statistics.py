@@ -75,6 +75,7 @@ MIXED = ((0.55, 0.12, 0.06, 0.27), (0.9, 0.01, 0.01, 0.08), (0.04, 0.01, 0.0, 0.
 
 
 @pytest.mark.parametrize("skills", [1, 4])
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say(skills) -> None:
     """Pairs of models that answer 60 items a skill: 95 % of the time, of skills unlike each other too."""
     rng, chances = np.random.default_rng(0), np.asarray(MIXED[:skills])

@@ -13,6 +13,8 @@ from cmx_jax.serving.deploy.llm import LLM
 from cmx_jax.serving.deploy.model import locate
 from cmx_jax.serving.executor import scoring
 
+pytestmark = pytest.mark.slow
+
 WORDS = "The json module returns a list of strings. Raise a ValueError if the argument is not a dict.\n" * 9
 
 

@@ -66,6 +66,7 @@ LOOPS_AND_CACHE = ("scan", "while", "scatter")  # the donated cache is written o
 
 @pytest.mark.parametrize("name", sorted(presets()))
 @pytest.mark.parametrize(("step", "ranks", "length"), [("decode", 160, 0), ("prefill", 32, 1024)])
+@pytest.mark.slow
 def test_steps_of_every_preset_lower_without_copies_of_weights(name, step, ranks, length) -> None:
     """Nothing outside the layers' loops makes an array of the size of a stack of weights."""
     c = preset(name)

@@ -15,6 +15,8 @@ from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.model.families import preset
 
+pytestmark = pytest.mark.slow
+
 R1 = preset("deepseek-r1")
 LOAD = Workload(prompt=1024, output=17, slo_ttft_ms=600, slo_tpot_ms=40)
 

@@ -14,6 +14,8 @@ from cmx_jax.analysis.predict.plan_request import PlanRequest, Workload
 from cmx_jax.errors import CmxError
 from cmx_jax.model.families import preset
 
+pytestmark = pytest.mark.slow
+
 R1 = preset("deepseek-r1")
 LOAD = Workload(prompt=2048, output=257, slo_ttft_ms=2000, slo_tpot_ms=60)
 

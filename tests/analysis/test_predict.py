@@ -18,6 +18,8 @@ from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.model.families import preset
 from cmx_jax.model.weights import int8_fields
 
+pytestmark = pytest.mark.slow
+
 R1 = preset("deepseek-r1")
 DECODE, PREFILL = named_layout("ep320").make(256), named_layout("ep32").make(256)
 PIPELINE = replace(DECODE, microbatches=2)

@@ -20,6 +20,8 @@ from cmx_jax.mesh.named_layouts import named_layout
 from cmx_jax.model.families import preset
 from cmx_jax.serving.scheduling.packing import Piece
 
+pytestmark = pytest.mark.slow
+
 R1 = preset("deepseek-r1")
 
 

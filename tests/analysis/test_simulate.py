@@ -83,6 +83,7 @@ DECODE = "--prefill-ms-per-1k 0 --decode-ms 1 --decode-ranks 2 --max-num-seqs 2 
     ],
     ids=["M/D/1", "M/M/3", "M/M/4: rows of decode"],
 )
+@pytest.mark.slow
 def test_queues_have_the_times_of_the_closed_forms(traffic, machine, servers, load, sojourn) -> None:
     """By the command, without type checks: so many requests take their time. Servers are prefill instances
     with room for one prompt, or rows of a decode batch whose steps take the same however many run."""
@@ -303,6 +304,7 @@ def instances(base) -> dict[str, list[Instance]]:
 
 
 @pytest.mark.parametrize(("started", "measured"), [("one", True), ("one", False), ("three", False)])
+@pytest.mark.slow
 def test_engine_on_lanes_takes_simulated_time(started, measured, instances, monkeypatch) -> None:
     """The same trace; step times measured in that run, or given. Both wait, pack and join alike."""
     *prefill, decode = instances[started]

@@ -87,6 +87,7 @@ def test_there_are_sixteen_different_skills() -> None:
 
 
 @each_skill
+@pytest.mark.slow
 def test_items_depend_on_seed_only(skill: Skill) -> None:
     items = items_of(skill)
     assert items == skill.items(0, EVAL_ITEMS)
@@ -146,6 +147,7 @@ def test_prompts_and_answers_are_tokenised_apart_and_fit() -> None:
     assert max(len(e.ids) for e in both) <= 64
 
 
+@pytest.mark.slow
 def test_shipped_model_answers_equal_its_report() -> None:
     """Well above chance in at least twelve skills; three of them are asked here, as a user would."""
     report = json.loads((locate("tiny") / "training.json").read_text())["skills"]["accuracy_percent"]

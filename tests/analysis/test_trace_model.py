@@ -92,6 +92,7 @@ def wire(result: Trace) -> dict[tuple[str, str], float]:
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("exchange", ["flat", "hierarchical", "allgather"])
+@pytest.mark.slow
 def test_decode_of_a_small_model_moves_the_same_in_every_source(source: str, exchange: str) -> None:
     c = config()
     layout = expert_parallel(16, c.n_routed_experts, exchange=exchange, wire="int8", mailbox_rows=0)
@@ -116,6 +117,7 @@ def test_decode_of_a_small_model_moves_the_same_in_every_source(source: str, exc
 
 
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.slow
 def test_prefill_of_shared_sequences_moves_the_same_in_every_source(source: str) -> None:
     c = config()
     a, ranks, context = c.attention, 3, 63

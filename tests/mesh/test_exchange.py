@@ -35,6 +35,7 @@ from mesh.coded import (
         *(("devices", 8, 4), ("devices", 16, 1), ("devices", 160, 2)),
     ],
 )
+@pytest.mark.slow
 def test_mailbox_results_are_exact(
     kind: str, ranks: int, slots_per_rank: int, rows: int, routing: Routing
 ) -> None:
@@ -65,6 +66,7 @@ def test_sums_do_not_depend_on_runner_or_rounds() -> None:
 @pytest.mark.parametrize("kind", ["lanes", "devices"])
 @pytest.mark.parametrize("method", sorted(EXCHANGES.keys() - {"ragged"}))
 @pytest.mark.parametrize("axis", [("node", "npu"), ("npu", "node")])
+@pytest.mark.slow
 def test_two_axes_in_either_order(kind: str, method: str, axis: tuple[str, str]) -> None:
     """The ranks of two mesh axes are numbered as one line."""
     slots = holes(8, 4, np.random.default_rng(1))

@@ -98,6 +98,7 @@ def test_emulation_follows_the_documentation_of_jax(kind: str) -> None:
 @pytest.mark.parametrize("routing", [uniform, zipf, holes, one_expert, one_rank, no_messages])
 @pytest.mark.parametrize("rows", [1, 2, WORST])
 @pytest.mark.parametrize(("kind", "ranks", "slots_per_rank"), [("lanes", 8, 4), ("devices", 6, 1)])
+@pytest.mark.slow
 def test_ragged_results_are_exact(
     kind: str, ranks: int, slots_per_rank: int, rows: int, routing: Routing
 ) -> None:
@@ -114,6 +115,7 @@ def test_ragged_results_are_exact(
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(("wire", "rows"), list(zip(WIRES, [2, WORST, 1], strict=True)))
+@pytest.mark.slow
 def test_ragged_equals_mailboxes_on_any_wire(wire: str, rows: int) -> None:
     rng = np.random.default_rng(2)
     slots = likely(8, 4, rng, 0.5)

@@ -29,6 +29,8 @@ from cmx_jax.model.checkpoint.convert import convert
 from cmx_jax.model.families import read_config
 from model.small import refused, save
 
+pytestmark = pytest.mark.slow
+
 FORMATS = Path(__file__).parents[1] / "formats"
 SOURCES = (GOLDENS / "base", GOLDENS / "qwen3_bias", GOLDENS / "llama4_conditional", FORMATS / "fp8_block")
 

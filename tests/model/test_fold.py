@@ -21,6 +21,8 @@ from cmx_jax.quant.scale_search import Scales
 from model.quantized import FOLDED, TEXT
 from model.small import random_weights
 
+pytestmark = pytest.mark.slow
+
 
 def any_scales(x: np.ndarray, weights: Any) -> Scales:
     """Scales that no search would find: the more they move, the more a fold can break."""

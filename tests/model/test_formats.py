@@ -45,6 +45,7 @@ def assert_equal(one: Weights, other: Weights) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_format_reads_as_the_plain_checkpoint_of_its_numbers(tmp_path: Path, name: str, dtype: type) -> None:
     shutil.copy(BASE / "config.json", tmp_path)
     save_file(dequantised(FORMATS / name), tmp_path / "model.safetensors")

@@ -8,6 +8,8 @@ from support import logits_of
 
 import cmx_jax
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = Path(__file__).parents[1] / "goldens"
 # In these cases decoding uses the same code as scoring for the part that differs: logits are enough.
 SCORED = {"attention_bias", "norm_eps", "style4", "tied", "negative_bias", "no_norm_topk", "one_group"} | {

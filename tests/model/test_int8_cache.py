@@ -126,6 +126,7 @@ class Case:
 
 
 @pytest.mark.parametrize("name", ["yarn_mscale", "no_q_lora", "qwen3_bias", "qwen3_mqa"])
+@pytest.mark.slow
 def test_step_attends_to_its_own_rows_as_quantised(name: str) -> None:
     case = Case(name)
     out, rows = case.at_once()

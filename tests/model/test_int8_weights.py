@@ -25,6 +25,8 @@ from cmx_jax.quant import QTensor
 from cmx_jax.serving.deploy.model import Model
 from model.small import refused
 
+pytestmark = pytest.mark.slow
+
 FORMATS = Path(__file__).parents[1] / "formats"
 FAMILIES = ("base", "qwen3_base", "llama4_conditional", "pangu")
 TOKENS = 16

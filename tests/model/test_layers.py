@@ -138,6 +138,7 @@ def some(rows: int, present: int, groups: int) -> np.ndarray:
     return group
 
 
+@pytest.mark.slow
 def test_empty_rows_cost_nothing() -> None:
     assert rows_paid(some(512, 0, 64), experts(64)) == 0
     few = [np.append(some(64, 40, 64), np.full(empty, -1, np.int32)) for empty in (0, 448)]

@@ -33,6 +33,8 @@ from cmx_jax.serving.executor.programs import Programs
 from cmx_jax.serving.scheduling.allocator import Capacity
 from model.small import config, random_weights
 
+pytestmark = pytest.mark.slow
+
 R1 = preset("deepseek-r1")
 C = config(num_attention_heads=4, num_key_value_heads=4, intermediate_size=24, num_hidden_layers=2)
 EXPERTS = C.n_routed_experts

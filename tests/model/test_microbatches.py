@@ -65,6 +65,7 @@ DRAFTS, SHARED = {"drafts": 2}, {"share_sequences": True}
         ("prefill", SHARED | DRAFTS),
     ],
 )
+@pytest.mark.slow
 def test_collectives_wait_for_no_other_stream(step, fields, exchange) -> None:
     one, two = (of_step(WIDE, step, 16, parts, **fields, **exchange) for parts in (1, 2))
     assert {c.streams for c in one} == {frozenset({0})}
@@ -138,6 +139,7 @@ PAGES_OF = np.random.default_rng(2).permutation(ROWS * PAGES).reshape(ROWS, PAGE
 TABLE = np.concatenate([PAGES_OF] * RANKS)
 
 
+@pytest.mark.slow
 def test_decode_in_two_streams_equals_one() -> None:
     """One row is empty, one has no draft, the others have one."""
     rng = np.random.default_rng(3)
@@ -147,6 +149,7 @@ def test_decode_in_two_streams_equals_one() -> None:
     check_equal(*both("decode", DecodeBatch(tokens, positions, TABLE, greedy(RANKS * ROWS))))
 
 
+@pytest.mark.slow
 def test_prefill_in_two_streams_equals_one() -> None:
     """Chunks of all lengths after cached rows; one row is empty."""
     rng = np.random.default_rng(4)

@@ -23,6 +23,8 @@ from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.scheduling.request import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = Path(__file__).parents[1] / "goldens_mtp"
 CASES = sorted(path.name for path in GOLDENS.iterdir())
 RANKS = 2

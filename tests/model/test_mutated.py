@@ -566,6 +566,7 @@ def test_wrong_tensor_is_refused(refused, fixture, mutate, words) -> None:
 
 
 @cases(QUANTISED)
+@pytest.mark.slow
 def test_wrong_quantised_tensor_is_refused(refused, fixture, mutate, words) -> None:
     refused(fixture, mutate, words, "inspect", "generate")
 
@@ -586,6 +587,7 @@ def test_absurd_quantization_config_is_refused(refused, fixture, mutate, words) 
 
 
 @cases(SCALES)
+@pytest.mark.slow
 def test_wrong_scale_is_refused(refused, fixture, mutate, words) -> None:
     refused(fixture, mutate, words, "inspect", "generate")
 

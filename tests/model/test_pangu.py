@@ -11,6 +11,8 @@ from support import logits_of
 
 import cmx_jax
 
+pytestmark = pytest.mark.slow
+
 LENGTHS, BATCH, PROMPT, NEW = (1, 7, 40), 2, 6, 64
 
 # What each case changes in pangu.TINY. Seeds are those whose greedy tokens lead by 5e-3 and whose chosen

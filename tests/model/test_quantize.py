@@ -19,6 +19,8 @@ from cmx_jax.model.quantize.report import REPORT
 from cmx_jax.model.weights import int8_fields
 from model.quantized import run
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = Path(__file__).parents[1] / "formats" / "int8_compressed" / "config.json"
 
 

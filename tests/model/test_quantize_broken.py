@@ -27,6 +27,8 @@ from cmx_jax.serving.deploy.model import Model
 from model.quantized import FOLDED, ROUNDED, TEXT, files, run
 from model.small import refused
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:

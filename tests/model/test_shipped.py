@@ -7,6 +7,8 @@ from support import GOLDENS
 import cmx_jax
 from cmx_jax.serving.deploy.llm import LLM
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = np.load(GOLDENS / "tiny.npz")
 LENGTHS = sorted(int(name.split("_")[1]) for name in GOLDEN.files if name.startswith("tokens_"))
 

@@ -148,6 +148,7 @@ def test_programs_are_shared_by_equal_instances() -> None:
     assert compile_steps(C, layout, Lanes(layout.axes), mtp=False) is not on_devices[0]
 
 
+@pytest.mark.slow
 def test_prefill_then_decode_gives_the_tokens_of_the_dense_reference(machine, expected) -> None:
     assert machine.run(IN_ORDER, PROMPTS)[0] == expected
 
@@ -212,6 +213,7 @@ def test_decode_continues_from_moved_pages(machine, expected, table) -> None:
     assert machine.go_on(moved, table, PROMPTS, out.tokens)[0] == expected
 
 
+@pytest.mark.slow
 def test_drawn_token_is_the_same_in_prefill_and_decode(machine) -> None:
     hot = replace(machine, temperature=3.0)
     tokens, _ = hot.run(IN_ORDER, PROMPTS)

@@ -74,6 +74,7 @@ def expected(spec: str, summed: int, x: jax.Array, w: QTensor) -> np.ndarray:
 
 @pytest.mark.parametrize("one", [False, True], ids=["rows", "row"])
 @pytest.mark.parametrize(("spec", "summed"), SPECS)
+@pytest.mark.slow
 def test_integers_are_summed_exactly_and_scaled_afterwards(spec: str, summed: int, one: bool) -> None:
     x, w = operands(spec, summed, one)
     got = jax.jit(lambda x, w: einsum(spec, x, w))(x, w)
@@ -82,6 +83,7 @@ def test_integers_are_summed_exactly_and_scaled_afterwards(spec: str, summed: in
 
 
 @pytest.mark.parametrize(("spec", "summed"), SPECS)
+@pytest.mark.slow
 def test_result_is_close_to_that_of_floats(spec: str, summed: int) -> None:
     x, w = operands(spec, summed)
     exact = jnp.einsum(spec, x, w.q.astype(jnp.float32) * w.scale.astype(jnp.float32))

@@ -28,6 +28,7 @@ def test_logits_equal_transformers(case: str, dtype: type) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers(case: str) -> None:
     golden = np.load(GOLDENS / case / "golden.npz")
     expected = golden["generated"].tolist()

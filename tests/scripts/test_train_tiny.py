@@ -24,6 +24,8 @@ from cmx_jax.model.weights import Weights
 from cmx_jax.serving.deploy.llm import from_pretrained
 from cmx_jax.serving.deploy.model import locate
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 

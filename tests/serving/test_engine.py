@@ -31,11 +31,13 @@ def held(engine: Engine) -> int:
     return sum(len(i.allocator.places) + i.allocator.load for i in (*engine.prefill, engine.decode))
 
 
+@pytest.mark.slow
 def test_disaggregated_serving_equals_the_dense_reference(split, prompts, expected) -> None:
     assert serve(split, prompts, TOKENS) == expected
     assert held(split) == 0
 
 
+@pytest.mark.slow
 def test_combined_instance_gives_the_same(base, prompts, expected) -> None:
     combined = instance(base, "both", 4, sequences=2, pages=16)
     engine = Engine([combined], combined)
@@ -68,6 +70,7 @@ def test_requests_join_and_leave_between_steps(split, prompts, expected) -> None
     assert held(split) == 0
 
 
+@pytest.mark.slow
 def test_seeded_text_is_independent_of_batch(base, split, prompts) -> None:
     draw = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
     together = serve(split, prompts, TOKENS, **draw)

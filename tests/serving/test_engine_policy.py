@@ -19,6 +19,8 @@ from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import Overloaded, Request, SamplingParams, State
 from cmx_jax.serving.scheduling.waiting import QueueLimits, Waiting
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 20
 
 

@@ -10,6 +10,8 @@ from cmx_jax.mesh.exchange import EXCHANGES
 from cmx_jax.serving.deploy.model import Model
 from cmx_jax.serving.engine.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 CASES = ("qwen3_sliding", "llama4_base")
 
 

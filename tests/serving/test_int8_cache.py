@@ -21,6 +21,8 @@ from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 12
 YARN = MTP_GOLDENS / "yarn"
 LENGTHS = (40, 5, 17, 1)

@@ -10,6 +10,8 @@ import cmx_jax
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.deploy.model import locate
 
+pytestmark = pytest.mark.slow
+
 TINY = locate("tiny")
 PROMPTS = ("The json module", "A dictionary is", "Return a list of")
 TOKENS = 12

@@ -22,6 +22,8 @@ from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 9
 BLOCK = 16
 

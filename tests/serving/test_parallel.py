@@ -18,6 +18,8 @@ from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.scheduling.allocator import Capacity
 from cmx_jax.serving.scheduling.request import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 24
 
 

@@ -17,6 +17,8 @@ from cmx_jax.cli import main
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.executor.spanning import Span
 
+pytestmark = pytest.mark.slow
+
 CMX = [sys.executable, "-m", "cmx_jax.cli", "serve", "tiny", "--port", "0"]
 PROMPTS = ["The json module", "A class is", "x = [1, 2, 3]"]
 FLAGS = ["--ranks", "4", "--max-num-seqs", "4", "--max-model-len", "128", "--cluster-secret", "s"]

@@ -17,6 +17,8 @@ from cmx_jax.cli import main
 from cmx_jax.serving.ems import MPServer, Pool
 from cmx_jax.serving.scheduling.waiting import QueueLimits
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "--random-input-len",
     "24",

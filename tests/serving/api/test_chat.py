@@ -22,6 +22,7 @@ def expected(llm: LLM):
     return llm.generate(PROMPT, max_new_tokens=12)[0]
 
 
+@pytest.mark.slow
 def test_chat_greedy(client, expected) -> None:
     """A conversation is continued as one text."""
     result = client.chat.completions.create(messages=TURNS, max_completion_tokens=12, **GREEDY)
@@ -48,6 +49,7 @@ def test_chat_stream(client, expected) -> None:
     assert events[-1].usage.completion_tokens == 2 * len(expected.tokens)
 
 
+@pytest.mark.slow
 def test_chat_default_max_tokens(client, llm) -> None:
     """The rest of the context is the default."""
     result = client.chat.completions.create(
@@ -57,6 +59,7 @@ def test_chat_default_max_tokens(client, llm) -> None:
     assert result.choices[0].finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_chat_logprobs(client) -> None:
     """Log-probabilities equal those of `/v1/completions`."""
     of_chat = client.chat.completions.create(

@@ -62,6 +62,7 @@ def test_completion_stream(client, expected) -> None:
     assert usages[-1].completion_tokens == sum(len(e.tokens) for e in expected)
 
 
+@pytest.mark.slow
 def test_completion_choices_and_seeds(client, llm) -> None:
     """Choices are those of consecutive seeds, in order."""
     draw = {"temperature": 0.9, "top_p": 0.95}
@@ -131,6 +132,7 @@ def test_completion_logprobs(client, expected, stream) -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.slow
 def test_completion_echo_logprobs(client, llm, max_tokens, stream) -> None:
     """`echo` scores prompts in the way that lm-evaluation-harness uses."""
     prompts = [llm.model.encode(p) for p in ("The json module", "Open a file" * 20)]

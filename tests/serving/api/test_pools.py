@@ -9,6 +9,8 @@ from serving.api.running import Running, start_server
 from cmx_jax.cli import main
 from cmx_jax.serving.deploy.deployment import pools
 
+pytestmark = pytest.mark.slow
+
 ADMIN = {"Authorization": "Bearer admin"}
 
 

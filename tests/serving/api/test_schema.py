@@ -40,6 +40,7 @@ def test_operations_complete(schema) -> None:
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
+@pytest.mark.slow
 def test_operation_random_requests(schema, path, method) -> None:
     """Half of the requests break the document. Of the others every second one has numbers that the sampler
     takes, so that it is answered."""

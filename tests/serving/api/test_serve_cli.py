@@ -13,6 +13,8 @@ import pytest
 
 from cmx_jax.cli import main
 
+pytestmark = pytest.mark.slow
+
 CMX = [sys.executable, "-m", "cmx_jax.cli", "serve", "tiny"]
 LONG = {"prompt": "The", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}
 

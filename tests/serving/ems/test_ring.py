@@ -16,6 +16,7 @@ NAMES = st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=12, uniq
 
 @settings(max_examples=25, deadline=None)
 @given(NAMES)
+@pytest.mark.slow
 def test_ring_added_server(names: list[str]) -> None:
     """An added server takes its share of the keys, and no other key moves."""
     *before, new = names

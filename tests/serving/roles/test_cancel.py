@@ -142,6 +142,7 @@ def test_disconnect_during_decode(workers, prompts) -> None:
 
 
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.1, 0.3], ids=str)
+@pytest.mark.slow
 def test_disconnect_from_router(after, workers, prompts) -> None:
     sender, receiver = workers
     members = Members([sender.url], [receiver.url], SECRET)

@@ -12,6 +12,8 @@ from serving.roles.conftest import TOKENS
 from cmx_jax.serving.deploy.llm import LLM
 from cmx_jax.serving.scheduling.request import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 
 def test_cluster_greedy(cluster: Cluster, cluster_prompts, offline) -> None:
     """Greedy text equals that of the model, and workers share blocks."""

@@ -5,11 +5,14 @@ import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from serving.ems.stores import eventually
 from serving.roles.cluster import BLOCK, SECRET, Cluster, text
 from serving.roles.conftest import TOKENS
 
 from cmx_jax.serving.ems import RemoteStore
+
+pytestmark = pytest.mark.slow
 
 
 def answered(cluster: Cluster, cluster_prompts: list[list[int]]) -> list[tuple[str, int] | str]:

@@ -17,6 +17,8 @@ from cmx_jax.serving.roles.members import Members
 from cmx_jax.serving.roles.peer import Peer, PeerError
 from cmx_jax.serving.roles.router import Router
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 12
 
 
