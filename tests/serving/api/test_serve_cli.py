@@ -41,7 +41,7 @@ def events(lines: Iterator[str]) -> list[dict]:
 def test_sigterm_finishes_requests(monkeypatch) -> None:
     """SIGTERM lets running requests finish."""
     monkeypatch.setenv("CMX_API_KEY", "secret")
-    with process("--api-key", "other") as (done, http):
+    with process("--api-key", "other", "--shutdown-timeout-s", "120") as (done, http):
         assert http.get("/v1/models").status_code == 401
         for key in ("other", "secret"):
             http.headers["Authorization"] = f"Bearer {key}"
