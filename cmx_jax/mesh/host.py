@@ -20,6 +20,7 @@ MAX_COLLECTIVE_CPU_DEVICES = 256
 XLA:CPU blocks one pool thread for each device that waits in a collective, and its pool has at most 256
 threads: a wider program waits forever. Wider meshes run on the `lanes` runner or are compiled only."""
 
+_CONFIG: Any = jax.config  # not all versions declare all options
 _COUNT_FLAG = "xla_force_host_platform_device_count"
 _FLAGS = {
     # a step on 160 devices can outlast the 40 s after which XLA gives up on a loaded machine
@@ -55,7 +56,7 @@ def request_devices(count: int) -> None:
                 f"increase or remove --{_COUNT_FLAG}"
             )
         return
-    if count <= jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
+    if count <= _CONFIG.jax_num_cpu_devices:
         return
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -78,7 +79,7 @@ def has_exactly(count: int) -> bool:
     Starts JAX only if it is configured for that number.
     """
     forced = re.search(rf"{_COUNT_FLAG}=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    configured = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    configured = _CONFIG.jax_num_cpu_devices
     if configured < 0:
         configured = int(forced[1]) if forced else 1
     return configured == count and [d.platform for d in jax.devices()] == ["cpu"] * count
@@ -144,8 +145,7 @@ def enable_compilation_cache() -> None:
     Example:
       >>> enable_compilation_cache()
     """
-    config: Any = jax.config
-    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
+    if _CONFIG.jax_compilation_cache_dir is not None or not _CONFIG.jax_enable_compilation_cache:
         return
     folder = cache_directory() / "xla"
     try:
