@@ -17,11 +17,13 @@ class ParameterCounts:
       total: Number of all parameters except those of MTP layers.
       active: Number of parameters that one token uses: its top-k experts, and the input embedding only if it
         is the head too.
+      active_with_embedding: The same with the input embedding, as most makers publish it.
       mtp: Number of parameters of MTP layers, which share embedding and head with the model.
     """
 
     total: int
     active: int
+    active_with_embedding: int
     mtp: int
 
 
@@ -37,8 +39,10 @@ def parameter_counts(c: ModelConfig) -> ParameterCounts:
     used = experts * c.num_experts_per_tok // max(c.n_routed_experts, 1)
     embed = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
     count = total(main)
+    active = count - experts + used
     return ParameterCounts(
         total=count,
-        active=count - experts + used - embed,
+        active=active - embed,
+        active_with_embedding=active,
         mtp=total(leaf for leaf in leaves if leaf.stack == "mtp"),
     )

@@ -403,7 +403,7 @@ CONFIGS: list[Row] = [
     ("many layers of many experts", "f16", config(num_hidden_layers=9000, n_routed_experts=1600), "experts"),
     ("a trillion experts", "f16", config(n_routed_experts=10**12), "n_routed_experts"),
     ("one layer more", "f16", config(num_hidden_layers=4), "model.layers.3."),
-    ("one layer less", "f16", config(num_hidden_layers=2), "model.layers.2."),
+    ("one layer less", "f16", config(num_hidden_layers=2), "layer 2 is stored"),
     ("no hidden_size", "f16", without("hidden_size"), "hidden_size"),
     ("no kv_lora_rank", "f16", without("kv_lora_rank"), "kv_lora_rank"),
     ("more experts than there are", "f16", config(num_experts_per_tok=17), "num_experts_per_tok"),

@@ -161,4 +161,9 @@ def _arrival(location: str, line: str) -> Arrival:
             f"{location}: expected an object with timestamp (ms, zero or more), "
             "input_length and output_length (above zero), and hash_ids (integers)"
         )
+    if len(arrival.blocks) > -(-arrival.prompt // BLOCK):
+        raise CmxError(
+            f"{location}: {len(arrival.blocks)} hash_ids for {arrival.prompt} tokens, expected one for each "
+            f"{BLOCK}: is this Mooncake's format, with timestamps in milliseconds?"
+        )
     return arrival

@@ -6,6 +6,7 @@
     source.py       the interface of all formats: pieces, also as INT8
     names.py        each family's tensors by Hugging Face's names, and the pieces that they make
     tensor_files.py safetensors files as one mapping from name to array
+    faults.py       faults as lines for people
     declared.py     the quantisation that a directory announces
     schemes.py      the forms in which a tensor is stored, and their decoding
     huggingface.py  a Hugging Face directory as a source of pieces

@@ -10,6 +10,9 @@ from cmx_jax.errors import CmxError
 from cmx_jax.model.fields import mapping, read_json
 
 DESCRIPTION = "quant_model_description.json"
+DESCRIPTIONS = "quant_model_description*.json"
+"""Pattern of the names of Ascend's description: msModelSlim adds the kind, as in `..._w8a8_dynamic.json`."""
+ASCEND_KINDS = ("w8a8", "w8a8_dynamic")  # of MindIE's field `quantize`
 # Sensitive and small modules, which stay in floats (section 4.5), as in compressed-tensors' `ignore`.
 IGNORED = ("lm_head", r"re:.*\.(gate|router)$")
 
@@ -21,7 +24,7 @@ class Declared:
     Attributes:
       method: `quant_method`, `ascend`, or None.
       block: Rows and columns of the block that a scale is for.
-      strategies: Strategies of compressed-tensors: one or more of `channel`, `tensor` and `group`.
+      strategies: Strategies of compressed-tensors: some of `channel`, `tensor`, `group` and `block`.
       types: Types that quantised weights may have, by their names in safetensors.
       group: Number of numbers in a row that share a scale; None without groups.
       ignored: Modules that compressed-tensors left in floats: full names, and patterns.
@@ -49,10 +52,14 @@ def _refuse(name: str, value: object, expected: str) -> NoReturn:
 
 
 def _block(raw: Mapping[str, Any]) -> tuple[int, int]:
-    block = raw.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+    block: Any = raw.get("weight_block_size")
+    if not _is_block(block):
         _refuse("weight_block_size", block, "two positive integers")
     return block[0], block[1]
+
+
+def _is_block(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
 
 
 def _compressed(raw: Mapping[str, Any]) -> Declared:
@@ -76,8 +83,12 @@ def _compressed(raw: Mapping[str, Any]) -> Declared:
     sizes = {w["group_size"] for w in weights.values() if w["strategy"] == "group"}
     if len(sizes) > 1:
         _refuse("config_groups", sizes, "one group_size")
+    blocks = {tuple(w["block_structure"]) for w in weights.values() if w["strategy"] == "block"}
+    if len(blocks) > 1:
+        _refuse("config_groups", blocks, "one block_structure")
     return Declared(
         "compressed-tensors",
+        block=next(iter(blocks), Declared.block),
         strategies=frozenset(w["strategy"] for w in weights.values()),
         types=frozenset("F8_E4M3" if w.get("type") == "float" else "I8" for w in weights.values()),
         group=next(iter(sizes), None),
@@ -99,7 +110,7 @@ def _compressed_weights(name: str, weights: Any) -> Mapping[str, Any]:
     expected: dict[str, tuple[Any, ...]] = {
         "num_bits": (8, None),
         "symmetric": (True, None),
-        "strategy": ("channel", "tensor", "group"),
+        "strategy": ("channel", "tensor", "group", "block"),
         "type": ("int", "float", None),
     }
     for key, values in expected.items():
@@ -108,6 +119,9 @@ def _compressed_weights(name: str, weights: Any) -> Mapping[str, Any]:
     size = weights.get("group_size")
     if weights["strategy"] == "group" and (type(size) is not int or size < 1):
         _refuse(f"{name}.group_size", size, "a positive integer")
+    block = weights.get("block_structure")
+    if weights["strategy"] == "block" and not _is_block(block):
+        _refuse(f"{name}.block_structure", block, "two positive integers")
     return weights
 
 
@@ -151,16 +165,27 @@ def declared(raw: Mapping[str, Any], directory: Path) -> Declared:
     Raises:
       CmxError: A method, width or kind is not supported; the field is named.
     """
-    field = "compression_config" if raw.get("quantization_config") is None else "quantization_config"
+    fields = ("quantization_config", "compression_config")
+    text = raw.get("text_config")
+    if isinstance(text, Mapping) and all(raw.get(name) is None for name in fields):
+        raw = text  # of a multimodal model, whose other parts are not read
+    field = next((name for name in fields if raw.get(name) is not None), fields[0])
     config = mapping(raw, field)
     announced = Declared()
-    if raw.get(field) is not None:
+    if (kind := raw.get("quantize")) is not None and config.get("quant_method") is None:
+        if kind not in ASCEND_KINDS:
+            raise CmxError(f"config: quantize is {str(kind)[:60]!r}, expected {' or '.join(ASCEND_KINDS)}")
+        announced = Declared("ascend")
+    elif raw.get(field) is not None:
         method = config.get("quant_method")
         if not isinstance(method, str) or method not in METHODS:
             _refuse("quant_method", method, f"one of {', '.join(METHODS)}")
         announced = METHODS[method](config)
-    if (directory / DESCRIPTION).exists():  # an FP8 model's quantization_config may still be there
-        return Declared("ascend", ascend=_description(directory / DESCRIPTION))
+    descriptions = sorted(directory.glob(DESCRIPTIONS))
+    if len(descriptions) > 1:
+        raise CmxError(f"{directory}: has {', '.join(path.name for path in descriptions)}: which is meant?")
+    if descriptions:  # an FP8 model's quantization_config may still be there
+        return Declared("ascend", ascend=_description(descriptions[0]))
     if announced.method == "ascend":
         raise CmxError(f"{directory}: quant_method is ascend, but there is no {DESCRIPTION}")
     return announced

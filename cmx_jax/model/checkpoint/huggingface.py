@@ -1,5 +1,7 @@
 """A Hugging Face directory: `config.json` and `*.safetensors`, in any storage scheme of `schemes.py`."""
 
+import logging
+import re
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.checkpoint.declared import DESCRIPTION, Declared, declared
+from cmx_jax.model.checkpoint.faults import grouped
 from cmx_jax.model.checkpoint.names import Piece, Source, sources
 from cmx_jax.model.checkpoint.schemes import Stored, plain, stored
 from cmx_jax.model.checkpoint.tensor_files import FLOATS, Header, TensorFiles, fill_finite, finite
@@ -16,10 +19,12 @@ from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.families import read_config
 from cmx_jax.model.fields import read_json
 
+log = logging.getLogger(__name__)
 _COPIES = (
     "embed_tokens.weight",
     "shared_head.head.weight",
 )  # the main model's, in an MTP layer
+_MTP_ONLY = (".eh_proj.weight", ".enorm.weight", ".hnorm.weight", ".shared_head.norm.weight")
 _SAMPLE = 256  # rows compared at both ends and in the middle
 
 # Prefixes of the text model in a multimodal directory; transformers has used both orders.
@@ -54,6 +59,7 @@ class HuggingFace:
       missing: Names of tensors that the config asks for and the files lack.
       unknown: Names of tensors that the config does not ask for.
       faults: Other faults, a line each.
+      notes: Sentences on tensors that are stored and not used.
     """
 
     def __init__(self, directory: Path, config: ModelConfig | None = None):
@@ -67,6 +73,7 @@ class HuggingFace:
         self.mtp = _has_mtp(self.config, self.files)
         self.stored: dict[str, Stored] = {}
         self.missing: list[str] = []
+        self.notes: list[str] = []
         self.faults = [
             f"tensor {name} is described in {DESCRIPTION}, but not there"
             for name in announced.ascend
@@ -76,7 +83,8 @@ class HuggingFace:
             if s.name not in self.stored:
                 self._find(s, announced)
         self.missing = sorted(set(self.missing))
-        self.unknown = sorted(name for name in self._unused() if not self._ignored(name))
+        unused = self._without_extra_layers(self._unused())
+        self.unknown = sorted(name for name in unused if not self._ignored(name))
 
     @cached_property
     def sources(self) -> list[Source]:
@@ -114,7 +122,7 @@ class HuggingFace:
         Raises:
           CmxError: A tensor is missing, unknown or faulty; the first one is named.
         """
-        for fault in self.faults:
+        for fault in grouped(self.faults):
             raise CmxError(fault)
         for fault, names in (
             ("is missing", self.missing),
@@ -123,6 +131,8 @@ class HuggingFace:
             if names:
                 count = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
                 raise CmxError(f"{self.directory}: tensor {names[0]} {fault}{count}")
+        for note in self.notes:
+            log.warning("%s: %s", self.directory, note)
         return self
 
     def fill(self, piece: Piece, out: np.ndarray) -> None:
@@ -202,11 +212,33 @@ class HuggingFace:
         stacks = {s.stacked.name for s in self.sources if s.stacked} if self.faults else set()
         return self.files.headers.keys() - used - stacks
 
+    def _without_extra_layers(self, names: set[str]) -> set[str]:
+        """Returns the names of layers that the config asks for, and takes note of the other layers."""
+        c = self.config
+        used = c.num_hidden_layers + (c.num_nextn_predict_layers if self.mtp else 0)
+        extra = {name: layer for name in names if (layer := _layer_of(name)) is not None and layer >= used}
+        if not extra:
+            return names
+        mtp = {layer for name, layer in extra.items() if name.endswith(_MTP_ONLY)}
+        others = sorted(set(extra.values()) - mtp)
+        if others:
+            stored = _span(sorted(set(extra.values())))
+            self.faults.append(
+                f"{stored} stored and not used, as num_hidden_layers is {c.num_hidden_layers}: expected "
+                "weights of as many layers"
+            )
+        else:
+            named = f"num_nextn_predict_layers is {c.num_nextn_predict_layers}"
+            self.notes.append(f"MTP {_span(sorted(mtp))} stored and not used, as {named}")
+        return names - extra.keys()
+
     def _ignored(self, name: str) -> bool:
         """Returns whether a tensor may be ignored: frequencies, copies of embedding or head, empty ones."""
         c, shape = self.config, self.files.headers[name].shape
         if name.endswith("rotary_emb.inv_freq") or name.startswith(_OTHER_MODELS):
             return True
+        if name.endswith("._extra_state"):  # Transformer Engine's; it may hold scales
+            return 0 in shape
         for i in range(c.num_nextn_predict_layers if self.mtp else 0):
             layer = f"model.layers.{c.num_hidden_layers + i}."
             if name in (layer + copy for copy in _COPIES):  # by definition (DeepSeek-V3 report, section 2.2)
@@ -242,6 +274,16 @@ class HuggingFace:
 
 
 def _has_mtp(c: ModelConfig, files: TensorFiles) -> bool:
-    """Returns whether any tensor of an MTP layer is stored."""
-    prefixes = tuple(f"model.layers.{c.num_hidden_layers + i}." for i in range(c.num_nextn_predict_layers))
-    return bool(prefixes) and any(name.startswith(prefixes) for name in files.headers)
+    """Returns whether an MTP layer of the config is stored: tensors that only MTP layers have."""
+    layers = range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
+    return any(name.endswith(_MTP_ONLY) and _layer_of(name) in layers for name in files.headers)
+
+
+def _layer_of(name: str) -> int | None:
+    """Returns the number of the layer that a tensor belongs to."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _span(layers: list[int]) -> str:
+    return f"layer {layers[0]} is" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]} are"

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from cmx_jax.errors import CmxError
+from cmx_jax.model.checkpoint.faults import grouped
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.load import open_checkpoint
 from cmx_jax.model.checkpoint.manifest import read_manifest
 from cmx_jax.model.checkpoint.names import sources
 from cmx_jax.model.checkpoint.schemes import check_scales
 from cmx_jax.model.config import MLAConfig, ModelConfig
-from cmx_jax.model.families import preset, presets
+from cmx_jax.model.families import preset, presets, read_config
 from cmx_jax.model.parameters import ParameterCounts, parameter_counts
 
 
@@ -198,14 +199,20 @@ def inspect(path: str | Path) -> Inspection:
         orbax = open_checkpoint(directory)
         c, form = orbax.config, f"orbax, {manifest.slots} expert slots"
         return _report(str(path), form, c, _mtp(c, orbax.mtp), _expected(c, orbax.mtp, manifest.dtype))
+    if (directory / "config.json").is_file() and not any(directory.glob("*.safetensors*")):
+        c = read_config(directory)
+        mtp = "named" if c.num_nextn_predict_layers else "none"
+        return _report(str(path), "config.json (no weights)", c, mtp, _expected(c, True, "bfloat16"))
     checkpoint = HuggingFace(directory)
-    problems = [
-        *checkpoint.faults,
-        *_scale_faults(checkpoint),
-        *(f"tensor {name} is missing" for name in checkpoint.missing),
-        *(f"tensor {name} is not part of this architecture" for name in checkpoint.unknown),
-    ]
-    mtp = _mtp(checkpoint.config, checkpoint.mtp)
+    problems = grouped(
+        [
+            *checkpoint.faults,
+            *_scale_faults(checkpoint),
+            *(f"tensor {name} is missing" for name in checkpoint.missing),
+            *(f"tensor {name} is not part of this architecture" for name in checkpoint.unknown),
+        ]
+    )
+    mtp = "; ".join([_mtp(checkpoint.config, checkpoint.mtp), *checkpoint.notes])
     return _report(
         str(path),
         "safetensors",
@@ -273,7 +280,8 @@ def render(result: Inspection) -> str:
         f"  {layers.dense} dense and {layers.moe} MoE layers, MTP {result.mtp}; "
         f"{result.attention}; context {result.context:,}",
         f"  {experts.routed} routed experts, {experts.per_token} a token, {experts.shared} shared",
-        f"  {count.total:,} parameters, {count.active:,} active, {count.mtp:,} in MTP layers",
+        f"  {count.total:,} parameters, {count.active:,} active "
+        f"({count.active_with_embedding:,} with the input embedding), {count.mtp:,} in MTP layers",
         "",
         f"  {'group':<22} {'scheme':<26} {'tensors':>8} {'parameters':>18} {'bytes':>18}  shapes",
     ]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cmx_jax.errors import CmxError
-from cmx_jax.model.checkpoint.declared import DESCRIPTION, compressed_int8
+from cmx_jax.model.checkpoint.declared import DESCRIPTIONS, compressed_int8
 from cmx_jax.model.checkpoint.manifest import NAME, REPORT, UNFINISHED, Manifest, read_manifest
 from cmx_jax.model.checkpoint.safetensors import SafetensorsWriter
 from cmx_jax.model.checkpoint.writer import linear
@@ -122,7 +122,7 @@ def fingerprint(src: Path) -> str:
     digest = hashlib.sha256((src / "config.json").read_bytes() if (src / "config.json").is_file() else b"")
     for path in sorted((*src.glob("*"), *src.glob("units/**/*"))):
         counts = path.suffix == ".safetensors" or path.name.endswith(".index.json") or path.parent != src
-        if path.is_file() and (counts or path.name in (NAME, DESCRIPTION)):
+        if path.is_file() and (counts or path.name == NAME or path.match(DESCRIPTIONS)):
             state = path.stat()
             digest.update(f"{path.relative_to(src)} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()
@@ -221,8 +221,8 @@ def _verify(dst: Path, writer: UnitWriter, manifest: Manifest, progress: Callabl
 def _finish(src: Path, dst: Path, manifest: Manifest, writer: UnitWriter) -> None:
     """Writes everything but the weights; the config is the last file."""
     for path in sorted(src.iterdir()):
-        skipped = path.name in ("config.json", NAME, LOCK, DESCRIPTION, REPORT) or ".index.json" in path.name
-        skipped = skipped or path.suffix in _WEIGHTS or not path.is_file()
+        skipped = path.name in ("config.json", NAME, LOCK, REPORT) or ".index.json" in path.name
+        skipped = skipped or path.match(DESCRIPTIONS) or path.suffix in _WEIGHTS or not path.is_file()
         if not skipped and path.stat().st_size < _MAX_COPIED:
             shutil.copyfile(path, dst / path.name)
     if isinstance(writer, SafetensorsWriter):

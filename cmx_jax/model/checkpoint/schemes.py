@@ -3,6 +3,7 @@
     FP8      F8_E4M3 with `weight_scale_inv`, a scale for each 128x128 block (DeepSeek-V3)
     INT8     I8 with `weight_scale`, one for each output channel (compressed-tensors "int-quantized", or not
              announced), or with `weight_scale_inv`, one for each block
+    block    F8_E4M3 or I8 with `weight_scale`, one for each block (compressed-tensors "block")
     Ascend   I8 by msModelSlim's `quant_model_description.json`: W8A8_DYNAMIC has `weight_scale` and
              `weight_offset`; W8A8 folds the activation's static scale into `deq_scale`
 
@@ -23,6 +24,7 @@ from cmx_jax.model.checkpoint.tensor_files import FLOATS, TensorFiles
 from cmx_jax.quant.blocks import dequantize_blocks, grid
 
 QUANTIZED = {"F8_E4M3": "FP8", "I8": "INT8"}
+SCALES = (*FLOATS, "F8_E8M0")  # the last are powers of two
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,10 @@ def _row_block(
         "channel": ({(rows, 1), (rows,)}, (1, columns), "per channel"),
         "tensor": ({(1,), ()}, shape, "per tensor"),
     }
+    if "block" in announced.strategies:
+        rows_columns = announced.block
+        words = f"{rows_columns[0]}x{rows_columns[1]} blocks"
+        known["block"] = ({grid(shape, rows_columns)}, rows_columns, words)
     if announced.group is not None:
         block = (1, announced.group)
         known["group"] = ({grid(shape, block)}, block, f"groups of {announced.group}")
@@ -216,8 +222,8 @@ def _expect_shape(files: TensorFiles, name: str, shapes: set[tuple[int, ...]]) -
 
 def _expect_float(files: TensorFiles, name: str) -> None:
     dtype = files.headers[name].dtype
-    if dtype not in FLOATS:
-        raise CmxError(f"tensor {name} is {dtype}, expected one of {', '.join(sorted(FLOATS))}")
+    if dtype not in SCALES:
+        raise CmxError(f"tensor {name} is {dtype}, expected one of {', '.join(sorted(SCALES))}")
 
 
 def _factors(files: TensorFiles, name: str) -> np.ndarray:

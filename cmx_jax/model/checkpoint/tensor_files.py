@@ -21,6 +21,7 @@ FLOATS: dict[str, type] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16":
 DTYPES: dict[str, type] = {
     **FLOATS,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "I8": np.int8,
     "I32": np.int32,
     "I64": np.int64,

@@ -11,7 +11,7 @@ from typing import Any
 
 from cmx_jax.errors import CmxError
 from cmx_jax.model.config import ModelConfig
-from cmx_jax.model.families.deepseek import DEEPSEEK_V3, PANGU_ULTRA_MOE
+from cmx_jax.model.families.deepseek import DEEPSEEK_V3, MINDIE_DEEPSEEK, PANGU_ULTRA_MOE
 from cmx_jax.model.families.llama4 import LLAMA4
 from cmx_jax.model.families.palm import PALM
 from cmx_jax.model.families.qwen3 import QWEN3_MOE
@@ -20,6 +20,8 @@ from cmx_jax.model.limits import expect
 
 FAMILIES = {
     "deepseek_v3": DEEPSEEK_V3,
+    "deepseekv2": MINDIE_DEEPSEEK,
+    "kimi_k2": DEEPSEEK_V3,
     "pangu_ultra_moe": PANGU_ULTRA_MOE,
     "qwen3_moe": QWEN3_MOE,
     "llama4_text": LLAMA4,

@@ -1,5 +1,6 @@
-"""DeepSeek-V3 and R1, and Pangu Ultra MoE, which differs in norms and router."""
+"""DeepSeek-V3 and R1, Kimi-K2 of the same architecture, and Pangu Ultra MoE with other norms and router."""
 
+from dataclasses import replace
 from typing import Any
 
 from cmx_jax.model.config import LayerKind, MLAConfig, ModelConfig
@@ -54,6 +55,13 @@ def _deepseek_v3(raw: Raw) -> ModelConfig:
     )
 
 
+def _mindie(raw: Raw) -> ModelConfig:
+    """MindIE's `model_type` of all DeepSeek models: V3 and R1 are told from V2 by their router."""
+    scoring = raw.get("scoring_func")
+    expect(scoring == "sigmoid", "scoring_func", scoring, "sigmoid (DeepSeek-V3's router)")
+    return _deepseek_v3(raw)
+
+
 def _pangu_ultra_moe(raw: Raw) -> ModelConfig:
     """Sandwich norms, no groups, no correction bias (openPangu-Ultra-MoE-718B)."""
     return _deepseek(
@@ -80,6 +88,7 @@ DEEPSEEK_V3 = Family(
     {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
     {"num_mtp_layers": "num_nextn_predict_layers"},
 )
+MINDIE_DEEPSEEK = replace(DEEPSEEK_V3, read=_mindie)
 PANGU_ULTRA_MOE = Family(
     _pangu_ultra_moe,
     {
