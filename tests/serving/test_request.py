@@ -35,7 +35,7 @@ def test_states_are_reached_from_waiting_and_reach_finished() -> None:
         ("temperature", float("inf")),
         ("temperature", float("nan")),
         ("top_k", -1),
-        ("top_p", 0.0),
+        ("top_p", -0.5),
         ("top_p", 1.5),
         ("seed", -1),
         ("seed", 2**32),

@@ -31,7 +31,7 @@ def test_cluster_greedy(cluster: Cluster, cluster_prompts, offline) -> None:
     assert sum(status["counters"]["prefix_hits"] for status in prefill) > 0
     assert all(status["kv"]["offered"] > 0 for status in prefill)
     assert all(status["counters"]["steps"] > 0 for status in decode)
-    assert all(0 < status["counters"]["accepted"] < status["counts"]["drafts"] for status in decode)
+    assert all(0 < status["counters"]["accepted"] < status["counters"]["drafts"] for status in decode)
 
 
 def test_cluster_disconnect(cluster: Cluster, cluster_prompts, offline) -> None:
