@@ -34,10 +34,18 @@ def test_partly_stored_mtp_layer_is_refused_by_tensor(tmp_path: Path, name: str)
         read_weights(save(tmp_path, tensors), C, np.float32)
 
 
-def test_mtp_layer_that_the_config_does_not_name_is_refused(tmp_path: Path) -> None:
-    write_weights(tmp_path, C, random_weights(C), np.float32)
-    with refused(MTP):
-        read_weights(tmp_path, config(num_nextn_predict_layers=0), np.float32)
+def test_mtp_layer_that_the_config_does_not_name_is_left_out(tmp_path: Path) -> None:
+    weights = random_weights(C)
+    write_weights(tmp_path, C, weights, np.float32)
+    found = read_weights(tmp_path, config(num_nextn_predict_layers=0), np.float32)
+    assert found.mtp is None
+    np.testing.assert_array_equal(found.head, weights.head)
+
+
+def test_layer_that_the_config_does_not_name_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, TENSORS | {"model.layers.9.input_layernorm.weight": np.ones(3, np.float32)})
+    with refused("layer 9 is stored and not used"):
+        read_weights(tmp_path, C, np.float32)
 
 
 @pytest.mark.parametrize("name", sorted(n for n in TENSORS if ".experts." not in n or n == EXPERT))
@@ -61,7 +69,6 @@ def test_many_missing_tensors_are_one_name_and_a_count(tmp_path: Path) -> None:
         "model.layers.0.self_attn.q_proj.weight",
         "model.layers.1.self_attn.kv_a_proj_with_mqa.bias",
         "model.layers.1.self_attn.kv_b_proj.weight_scale_inv",
-        "model.layers.9.input_layernorm.weight",
         "adapter",
     ],
 )
