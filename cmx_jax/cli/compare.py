@@ -44,7 +44,7 @@ def add(verbs: Any) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from cmx_jax.analysis.compare import comparison_tables as report
+    from cmx_jax.analysis.compare import comparison_tables
     from cmx_jax.analysis.compare.layouts import compare
     from cmx_jax.analysis.writing import Destination
 
@@ -53,4 +53,4 @@ def _compare(args: argparse.Namespace) -> None:
     chosen = {name: getattr(args, name) for name in names}
     result = compare(args.model, args.layouts.split(","), progress=progress(), **chosen)
     to.write(result)
-    show(result.as_dict(), args.json, lambda _: report.render(result))
+    show(result.as_dict(), args.json, lambda _: comparison_tables.render(result))

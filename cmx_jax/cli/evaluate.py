@@ -33,8 +33,7 @@ def add(verbs: Any) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from cmx_jax.analysis.eval import evaluate
-    from cmx_jax.analysis.eval import evaluation_text as report
+    from cmx_jax.analysis.eval import evaluate, evaluation_text
     from cmx_jax.serving.deploy.llm import from_pretrained
 
     tell, chosen = progress(), {name: getattr(args, name) for name in ("suite", "items", "seed")}
@@ -49,4 +48,4 @@ def _eval(args: argparse.Namespace) -> None:
         quant = args.against_quant or args.quant
         models.append(from_pretrained(args.against or args.model, **{**options, "quant": quant}))
     result = evaluate.evaluate(*models, **chosen, progress=tell)
-    show(result.as_dict(), args.json, lambda _: report.render(result))
+    show(result.as_dict(), args.json, lambda _: evaluation_text.render(result))

@@ -104,7 +104,7 @@ def write(
 ) -> PagedCache:
     """Writes the rows `[L, B, T, C]` of each token, one per layer, to its address; rows at -1 are dropped.
 
-    `groups`: see `read`.
+    `groups` is the number of equal parts of the pages and of the batch rows, as in `read`.
     """
     if groups > 1:
         parts = (*_cut((cache, page_table, addresses), groups), _cut(rows, groups, 1))

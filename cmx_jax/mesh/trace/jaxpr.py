@@ -100,9 +100,7 @@ def _in_mesh(eqn: Any, context: Context, contents: Contents) -> Context:
     contents.axes |= dict(axes)
     if axes not in contents.meshes:
         contents.meshes.append(axes)
-    manual = {*eqn.params["newly_manual_axes"], *context.manual}
-    auto = tuple(name for name, size in axes if name not in manual and size > 1)
-    return replace(context, axes=axes, manual=tuple(manual), auto=auto)
+    return replace(context, axes=axes, manual=(*context.manual, *eqn.params["newly_manual_axes"]))
 
 
 def _await(eqn: Any, started: dict[Any, list[Collective]], contents: Contents) -> None:

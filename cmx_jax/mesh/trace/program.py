@@ -82,6 +82,7 @@ def trace(
         contents.notes.append(note)
     result = table(source, contents, view, memory, seconds)
     if source != "jaxpr":
+        written.collectives = named_as_in(written.collectives, written.collectives)
         result.notes.extend(_compared(table("jaxpr", written, view, {}, {}), result, target))
     if dump is not None:
         _dump(dump, texts, result, view)
@@ -217,13 +218,7 @@ def _mesh_of(compiled: Any) -> dict[str, int]:
 def _compared(written: Trace, result: Trace, target: str) -> list[str]:
     """Returns notes on the differences between a source and the jaxpr."""
     names = (written.source, result.source)
-    one_name = named_as_in(written.contents.collectives, written.contents.collectives)
-    axes_of = {id(c): list(one.axes) for c, one in zip(written.contents.collectives, one_name, strict=True)}
-    before_rows = [
-        row | {"axes": axes_of[id(c)]}
-        for row, c in zip(written.collectives, written.contents.collectives, strict=True)
-    ]
-    lines = differences(_moving(before_rows), _moving(result.collectives), names, by=("op", "axes"))
+    lines = differences(_moving(written.collectives), _moving(result.collectives), names, by=("op", "axes"))
     before, after = written.contents, result.contents
     comparable = before.axes and not before.unsplit and not after.unsplit
     for dtype in dict.fromkeys((*written.flops, *result.flops)) if comparable else ():

@@ -25,7 +25,13 @@ from cmx_jax.mesh.jax_versions import (
     replica_groups,
 )
 from cmx_jax.mesh.trace.hlo.parser import numpy_dtype
-from cmx_jax.mesh.trace.hlo.replica_groups import axes_of_groups, axes_of_pairs, connected
+from cmx_jax.mesh.trace.hlo.replica_groups import (
+    axes_of_groups,
+    axes_of_pairs,
+    connected,
+    largest,
+    share_in_groups,
+)
 from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.ops.contents import Contents, Context, Product, merge_branches, over
 from cmx_jax.mesh.trace.ops.custom_calls import is_plain
@@ -79,7 +85,8 @@ class _Reader:
         self.devices = max((math.prod(n for _, n in mesh.axes) for mesh in self.meshes.values()), default=1)
         if "main" not in self.functions:
             raise CmxError(f"no StableHLO program: expected a function main, found {list(self.functions)}")
-        self._walk(self.functions["main"].regions[0], Context(), self.contents)
+        context = Context(axes=tuple(self.contents.axes.items()))
+        self._walk(self.functions["main"].regions[0], context, self.contents)
         self.contents.meshes = [mesh.axes for mesh in self.meshes.values()]
         self.contents.notes += [f"{count} x {name}" for name, count in self.contents.unknown.items()]
 
@@ -97,7 +104,7 @@ class _Reader:
         elif op.name in PRODUCTS:
             scope = join_scopes(context.scope, scopes(name))
             contents.products.append(_product(op, replace(context, scope=scope), contents))
-            if unsplit := self._unsplit_axes(context):
+            if unsplit := context.auto:
                 contents.unsplit[over(op.name.removeprefix("stablehlo."), unsplit)] += 1
         elif op.name == "func.call":
             called = self.functions[_symbol(op.attributes["callee"])]
@@ -124,11 +131,6 @@ class _Reader:
             for region in op.regions:
                 self._walk(region, context, contents)
 
-    def _unsplit_axes(self, context: Context) -> list[str]:
-        """Returns the axes over which the compiler will split operations in this context."""
-        axes = dict(context.axes) or self.contents.axes
-        return [name for name, size in axes.items() if size > 1 and name not in context.manual]
-
     def _collectives(self, op: Any, context: Context, contents: Contents) -> Iterator[Collective]:
         """Yields one collective for each operand of an operation."""
         name = OPS.get(op.name, RAGGED)
@@ -137,19 +139,18 @@ class _Reader:
             pairs, _ = replica_groups(op.attributes["source_target_pairs"], self.meshes)
             groups = connected(pairs)
             axes = self._first_mesh_with(axes_of_pairs, pairs)
-            size = math.prod(self.contents.axes[axis] for axis in axes) if axes else max(map(len, groups))
+            size = math.prod(self.contents.axes[axis] for axis in axes) if axes else largest(groups)
             share = sum(a != b for a, b in pairs) / self.devices
         else:
             attributes = op.attributes if op.name in OPS else op.attributes["backend_config"]
             groups, axes = replica_groups(attributes["replica_groups"], self.meshes)
             groups = groups or (tuple(range(self.devices)),)
             axes = self._first_mesh_with(axes_of_groups, groups) if axes is None else axes
-            size = max(map(len, groups))
-            share = sum(map(len, groups)) / max(self.devices, sum(map(len, groups)))
+            size, share = largest(groups), share_in_groups(groups, self.devices)
         operands = list(op.operands)[: 1 if name == RAGGED else None]
         for operand in operands:
             dtype, shape = _array(operand)
-            if unsplit := self._unsplit_axes(context):
+            if unsplit := context.auto:
                 parts = explicit_parts(operand, self.meshes)
                 if parts is None:
                     contents.unsplit[over(name, unsplit)] += 1

@@ -13,7 +13,7 @@ from cmx_jax.serving.api import admin, chat, completions, status
 from cmx_jax.serving.api.context import ApiContext
 from cmx_jax.serving.api.metrics import Metrics
 from cmx_jax.serving.api.schemas import Document
-from cmx_jax.serving.http import error_responses as errors
+from cmx_jax.serving.http import error_responses
 from cmx_jax.serving.http.guard import BodyLimit, Keys
 
 router = APIRouter()
@@ -43,7 +43,7 @@ def make_app(context: ApiContext, api_keys: Sequence[str] = (), admin_keys: Sequ
         docs_url=None,  # these pages would load scripts from other hosts
         redoc_url=None,
         responses={
-            **{status: {"description": name} for status, name in errors.TYPES.items()},
+            **{status: {"description": name} for status, name in error_responses.TYPES.items()},
             "default": {
                 "description": "an error in OpenAI's form"
             },  # else the schema lists 422, which is never sent
@@ -51,7 +51,7 @@ def make_app(context: ApiContext, api_keys: Sequence[str] = (), admin_keys: Sequ
     )
     app.state.context, app.state.metrics = context, Metrics(context)
     context.service.watchers.append(app.state.metrics.watch)
-    errors.handle(app)
+    error_responses.handle(app)
     for part in (router, completions.router, chat.router, status.router, admin.router):
         app.include_router(part)
     app.add_middleware(BodyLimit, max_bytes=context.limits.max_body_bytes)

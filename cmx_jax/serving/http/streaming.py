@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cmx_jax.errors import CmxError
-from cmx_jax.serving.http import error_responses as errors
+from cmx_jax.serving.http import error_responses
 from cmx_jax.serving.service.generation import Generation, Interrupted
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ async def _events(documents: AsyncIterator[Mapping[str, object]]) -> AsyncIterat
         async for document in documents:
             yield _event(document)
     except (Interrupted, CmxError) as error:
-        yield _event(errors.body(errors.answer(error).status_code, str(error)))
+        yield _event(error_responses.body(error_responses.answer(error).status_code, str(error)))
     yield b"data: [DONE]\n\n"
 
 
@@ -74,7 +74,7 @@ async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
     try:
         await asyncio.wait((result, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
-            raise errors.Gone
+            raise error_responses.Gone
         return result.result()
     finally:
         for task in (result, disconnected):

@@ -185,8 +185,7 @@ class Members:
         statuses = [m.status for m in self.all if m.status]
         instances = [instance for status in statuses for instance in status.instances]
         used, pages = sum(i.pages_used for i in instances), sum(i.pages for i in instances)
-        sums = sum_counters(status.counters for status in statuses)
-        return replace(sums, kv_cache_usage=used / pages if pages else 0.0)
+        return sum_counters((status.counters for status in statuses), used / pages if pages else 0.0)
 
     def instances(self) -> list[InstanceLoad]:
         """Returns the load of all workers' instances, numbering their NPUs one worker after the other."""

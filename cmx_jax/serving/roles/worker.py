@@ -17,7 +17,7 @@ from cmx_jax.errors import CmxError
 from cmx_jax.serving.deploy.deployment import Deployment
 from cmx_jax.serving.ems.keys import Fingerprint
 from cmx_jax.serving.engine.timeline import TraceEvent
-from cmx_jax.serving.http import error_responses as errors
+from cmx_jax.serving.http import error_responses
 from cmx_jax.serving.http.error_responses import Gone
 from cmx_jax.serving.http.guard import BodyLimit, Keys
 from cmx_jax.serving.http.streaming import GenerationStream, unless_gone
@@ -93,7 +93,7 @@ def make_worker(worker: Worker) -> FastAPI:
 
     app = FastAPI(title=f"cmx_jax {worker.role}", lifespan=lifespan, openapi_url=None)
     app.state.worker = worker
-    errors.handle(app)
+    error_responses.handle(app)
     app.include_router(routes)
     app.add_api_route("/health", health)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)

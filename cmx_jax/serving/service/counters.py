@@ -144,8 +144,8 @@ class WorkerLoad:
     error: str | None
 
 
-def sum_counters(counters: Iterable[EngineCounters]) -> EngineCounters:
-    """Returns the sum of each counter. `kv_cache_usage`, which cannot be summed, is 0."""
+def sum_counters(counters: Iterable[EngineCounters], kv_cache_usage: float) -> EngineCounters:
+    """Returns the sum of each counter, with the given `kv_cache_usage`, which cannot be summed."""
     rows = list(counters)
     sums = {field.name: sum(getattr(row, field.name) for row in rows) for field in fields(EngineCounters)}
-    return EngineCounters(**{**sums, "kv_cache_usage": 0.0})
+    return EngineCounters(**{**sums, "kv_cache_usage": kv_cache_usage})

@@ -2,7 +2,6 @@
 
 import math
 
-from cmx_jax.mesh.groups import Groups
 from cmx_jax.mesh.trace.hlo.parser import Array, Instruction, arrays
 from cmx_jax.mesh.trace.hlo.replica_groups import (
     Machine,
@@ -11,7 +10,9 @@ from cmx_jax.mesh.trace.hlo.replica_groups import (
     connected,
     first_axes,
     groups_of,
+    largest,
     pairs_of,
+    share_in_groups,
 )
 from cmx_jax.mesh.trace.ops.collective import Collective
 from cmx_jax.mesh.trace.ops.scope import scopes
@@ -45,11 +46,11 @@ def collectives_of(instruction: Instruction, machine: Machine, op_name: str) -> 
         share = sum(source != target for source, target in pairs) / max(
             machine.devices, sum(map(len, groups))
         )
-        size = machine.size_of(axes) if axes else _largest(groups)
+        size = machine.size_of(axes) if axes else largest(groups)
     else:
         groups = groups_of(instruction, machine)
-        axes, size = first_axes(axes_of_groups, groups, machine.meshes), _largest(groups)
-        share = sum(map(len, groups)) / max(machine.devices, sum(map(len, groups)))
+        axes, size = first_axes(axes_of_groups, groups, machine.meshes), largest(groups)
+        share = share_in_groups(groups, machine.devices)
     by_type: dict[str, list[tuple[int, ...]]] = {}
     for dtype, shape in _operands(op, instruction):
         by_type.setdefault(dtype, []).append(shape)
@@ -79,10 +80,6 @@ def starts_here(instruction: Instruction) -> bool:
     if '"async_collective_fusion_config"' not in instruction.rest:
         return True
     return any('"AsyncCollectiveStart"' in sibling.rest for sibling in instruction.home.notable)
-
-
-def _largest(groups: Groups) -> int:
-    return max(map(len, groups), default=1)
 
 
 def _operands(op: str, instruction: Instruction) -> list[Array]:

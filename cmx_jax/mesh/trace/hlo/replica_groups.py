@@ -52,6 +52,17 @@ def first_axes(
     return next(filter(None, (axes_of(groups, axes) for axes in meshes)), ())
 
 
+def largest(groups: Groups) -> int:
+    """Returns the number of members of the largest group."""
+    return max(map(len, groups), default=1)
+
+
+def share_in_groups(groups: Groups, devices: int) -> float:
+    """Returns the share of the devices that are in a group; 1 if the groups have more than are known."""
+    members = sum(map(len, groups))
+    return members / max(devices, members)
+
+
 def groups_of(instruction: Instruction, machine: Machine) -> Groups:
     """Returns the devices of each group."""
     groups = read_groups(instruction.attribute(GROUPS) or "{}")

@@ -77,9 +77,8 @@ class Context:
       count: Executions; None if data decide.
       known: Executions counting only loops of known length.
       scope: Names of the enclosing `named_scope`s, outermost first, separated by `/`.
-      axes: Names and sizes of the mesh axes of the enclosing `shard_map`.
+      axes: Names and sizes of the mesh axes of the enclosing `shard_map`, or of the whole program.
       manual: Mesh axes along which sizes are those of one rank.
-      auto: Mesh axes of more than one rank that the compiler splits over within a `shard_map` (jaxpr).
     """
 
     count: int | None = 1
@@ -87,7 +86,11 @@ class Context:
     scope: str = ""
     axes: tuple[tuple[str, int], ...] = ()
     manual: tuple[str, ...] = ()
-    auto: tuple[str, ...] = ()
+
+    @property
+    def auto(self) -> list[str]:
+        """Mesh axes of more than one rank over which the compiler splits operations."""
+        return [name for name, size in self.axes if size > 1 and name not in self.manual]
 
     def times(self, n: int | None) -> "Context":
         """Returns the context inside a loop that runs `n` times (None: data decide)."""
