@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most tests run a program a few times only: LLVM's optimisations take longer than they save. What XLA does to a
-# program (fusion, collectives, layouts) is not changed by it; `make demo` and the benchmarks run optimised code.
+# Most tests run a program a few times only: LLVM's optimisations take longer than they save. What XLA does to
+# a program (fusion, collectives, layouts) stays the same; `make demo` and the benchmarks run optimised code.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax

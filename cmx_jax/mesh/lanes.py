@@ -42,20 +42,7 @@ class Lanes:
         donate_argnums: Sequence[int] = (),
         auto: bool = False,
     ) -> Any:
-        if auto:
-            return jax.jit(fn, donate_argnums=donate_argnums)
-
-        def program(*args: Any) -> Any:
-            labels = map_specs(lambda spec, leaf: _Labels(_array_labels(spec, leaf.ndim)), in_specs, args)
-            split = jax.tree.map(self._split, args, labels)
-            out_labels = jax.tree.map(lambda spec: _Labels(_spec_labels(spec)), out_specs, is_leaf=is_spec)
-            run = self._nest(fn, labels, out_labels)
-            return jax.tree.map(
-                lambda label, branch: jax.tree.map(lambda leaf: self._merge(leaf, label), branch),
-                out_labels,
-                run(*split),
-            )
-
+        program = fn if auto else vmapped(fn, self.axes, in_specs, out_specs)
         return jax.jit(program, donate_argnums=donate_argnums)
 
     def put(self, tree: Any, specs: Any) -> Any:
@@ -66,61 +53,92 @@ class Lanes:
         array = part(tuple(slice(0, n) for n in shape))
         return self.put(array.astype(dtype, copy=False), spec)
 
-    def _split(self, leaf: Any, labels: "_Labels") -> Any:
-        """Cuts each sharded dimension into (mesh axes..., rest)."""
-        shape: list[int] = []
-        dims = iter(leaf.shape)
-        sizes, group = dict(self.axes), []
-        for name in labels.names:
-            if name is not None:
-                group.append(sizes[name])
-                continue
-            dim, parts = next(dims), math.prod(group)
-            if dim % parts:
-                raise CmxError(f"an axis of {dim} does not divide over {parts} ranks")
-            shape += [*group, dim // parts]
-            group = []
-        return leaf.reshape(shape)
 
-    def _merge(self, leaf: Any, labels: "_Labels") -> Any:
-        """Undoes `_split`. Along an axis that the spec does not name (equal on all ranks) takes the first."""
-        leaf = leaf[(0,) * (len(self.axes) - len([n for n in labels.names if n]))]
-        names = labels.names
-        shape, group = [], 1
-        for name, dim in zip([*names, *[None] * (leaf.ndim - len(names))], leaf.shape, strict=True):
-            if name is not None:
-                group *= dim
-                continue
-            shape.append(group * dim)
-            group = 1
-        return leaf.reshape(shape)
+def vmapped(fn: Callable[..., Any], axes: Axes, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Returns the whole-array function of a per-rank function whose ranks are vmapped lanes.
 
-    def _full(self, labels: "_Labels") -> list[str | None]:
-        """Labels of a result: first the mesh axes that its spec does not name."""
-        return [*(a for a, _ in self.axes if a not in labels.names), *labels.names]
+    The function may itself run inside a `shard_map`: arrays are then whole with respect to `axes` only.
 
-    def _nest(self, fn: Callable[..., Any], labels: Any, out_labels: Any) -> Callable[..., Any]:
-        """Wraps `fn` in one vmap for each mesh axis, outermost first.
+    Args:
+      fn: Per-rank function.
+      axes: Name and size of each axis of lanes, outermost first.
+      in_specs: Tuple with one spec, or pytree (prefix) of specs, for each argument.
+      out_specs: Spec, or pytree (prefix) of specs, of the result. Of a result that does not name an axis, and
+        so is equal along it, the first lane's is returned.
+    """
 
-        Every array is mapped over the dimension that is the mesh axis, if it has one.
-        """
+    def program(*args: Any) -> Any:
+        labels = map_specs(lambda spec, leaf: _Labels(_array_labels(spec, leaf.ndim)), in_specs, args)
+        split = jax.tree.map(lambda leaf, label: _split(leaf, label, axes), args, labels)
+        out_labels = jax.tree.map(lambda spec: _Labels(_spec_labels(spec)), out_specs, is_leaf=is_spec)
+        run = _nest(fn, axes, labels, out_labels)
+        return jax.tree.map(
+            lambda label, branch: jax.tree.map(lambda leaf: _merge(leaf, label, axes), branch),
+            out_labels,
+            run(*split),
+        )
 
-        def position(names: list[str | None], axis: int) -> int | None:
-            name = self.axes[axis][0]
-            outer = {n for n, _ in self.axes[:axis]}
-            inner = [n for n in names if n not in outer]
-            return inner.index(name) if name in inner else None
+    return program
 
-        for axis in reversed(range(len(self.axes))):
-            in_axes = jax.tree.map(lambda label, i=axis: _Dim(position(list(label.names), i)), labels)
-            fn = jax.vmap(
-                fn,
-                in_axes=jax.tree.map(lambda dim: dim.value, in_axes),
-                out_axes=jax.tree.map(lambda label, i=axis: position(self._full(label), i), out_labels),
-                axis_name=self.axes[axis][0],
-                axis_size=self.axes[axis][1],
-            )
-        return fn
+
+def _split(leaf: Any, labels: "_Labels", axes: Axes) -> Any:
+    """Cuts each sharded dimension into (mesh axes..., rest)."""
+    shape: list[int] = []
+    dims = iter(leaf.shape)
+    sizes, group = dict(axes), []
+    for name in labels.names:
+        if name is not None:
+            group.append(sizes[name])
+            continue
+        dim, parts = next(dims), math.prod(group)
+        if dim % parts:
+            raise CmxError(f"an axis of {dim} does not divide over {parts} ranks")
+        shape += [*group, dim // parts]
+        group = []
+    return leaf.reshape(shape)
+
+
+def _merge(leaf: Any, labels: "_Labels", axes: Axes) -> Any:
+    """Undoes `_split`. Along an axis that the spec does not name (equal on all ranks) takes the first."""
+    leaf = leaf[(0,) * (len(axes) - len([n for n in labels.names if n]))]
+    names = labels.names
+    shape, group = [], 1
+    for name, dim in zip([*names, *[None] * (leaf.ndim - len(names))], leaf.shape, strict=True):
+        if name is not None:
+            group *= dim
+            continue
+        shape.append(group * dim)
+        group = 1
+    return leaf.reshape(shape)
+
+
+def _full(labels: "_Labels", axes: Axes) -> list[str | None]:
+    """Labels of a result: first the mesh axes that its spec does not name."""
+    return [*(a for a, _ in axes if a not in labels.names), *labels.names]
+
+
+def _nest(fn: Callable[..., Any], axes: Axes, labels: Any, out_labels: Any) -> Callable[..., Any]:
+    """Wraps `fn` in one vmap for each mesh axis, outermost first.
+
+    Every array is mapped over the dimension that is the mesh axis, if it has one.
+    """
+
+    def position(names: list[str | None], axis: int) -> int | None:
+        name = axes[axis][0]
+        outer = {n for n, _ in axes[:axis]}
+        inner = [n for n in names if n not in outer]
+        return inner.index(name) if name in inner else None
+
+    for axis in reversed(range(len(axes))):
+        in_axes = jax.tree.map(lambda label, i=axis: _Dim(position(list(label.names), i)), labels)
+        fn = jax.vmap(
+            fn,
+            in_axes=jax.tree.map(lambda dim: dim.value, in_axes),
+            out_axes=jax.tree.map(lambda label, i=axis: position(_full(label, axes), i), out_labels),
+            axis_name=axes[axis][0],
+            axis_size=axes[axis][1],
+        )
+    return fn
 
 
 @dataclass(frozen=True)

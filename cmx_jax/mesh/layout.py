@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.exchange import MAX_SLOTS_PER_RANK, WIRES, exchange, usual_rows, worst_case_rows
+from cmx_jax.mesh.groups import Axes
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 
 MAX_MICROBATCHES = 64  # each is compiled separately
@@ -50,7 +51,7 @@ class Layout:
       'int8'
     """
 
-    axes: tuple[tuple[str, int], ...]
+    axes: Axes
     data: tuple[str, ...]
     experts: tuple[str, ...]
     slots: int
@@ -133,6 +134,11 @@ class Layout:
         return math.prod(size for _, size in self.axes)
 
     @property
+    def ranks_per_npu(self) -> int:
+        """Number of ranks that share an NPU: the size of axis `die`, 1 without one."""
+        return dict(self.axes).get("die", 1)
+
+    @property
     def data_ranks(self) -> int:
         return self.size(self.data)
 
@@ -208,12 +214,19 @@ def _check_ranks(ranks: int) -> None:
 
 
 def expert_parallel(
-    ranks: int, experts: int, *, exchange: str = "flat", share_sequences: bool = False, **fields: Any
+    ranks: int,
+    experts: int,
+    *,
+    exchange: str = "flat",
+    share_sequences: bool = False,
+    ranks_per_npu: int = 1,
+    **fields: Any,
 ) -> Layout:
     """The paper's layouts (section 2): expert-parallel MoE over all ranks.
 
     Over the same ranks runs either data-parallel attention (decode) or, with `share_sequences`, SP-TP-SP
     (prefill). The ranks lie on one axis `ep`, or for the hierarchical exchange on two, `node` and `npu`.
+    Where several ranks share an NPU, they lie on a further, innermost axis `die`.
 
     256 experts get 320 slots on 160 ranks, the smallest number that is equal on each rank. With
     `redundant_slots` or `shared_slots` there are exactly as many slots as these and the experts need.
@@ -223,22 +236,31 @@ def expert_parallel(
       experts: Number of routed experts.
       exchange: Exchange method.
       share_sequences: Shares each sequence among all ranks.
+      ranks_per_npu: Number of ranks per NPU: 2 where a rank is a die.
       **fields: Other fields of `Layout`.
 
     Raises:
-      CmxError: There is no rank, ranks are not whole nodes where nodes are needed, or slots do not divide.
+      CmxError: There is no rank, ranks are not whole NPUs, or not whole nodes where nodes are needed, or
+        slots do not divide.
 
     Example:
       >>> expert_parallel(160, 256).slots  # equally many on each rank; 64 stay empty
       320
     """
     _check_ranks(ranks)
-    axes: tuple[tuple[str, int], ...] = (("ep", ranks),)
+    npus, part = divmod(ranks, max(ranks_per_npu, 1))
+    if ranks_per_npu < 1 or part:
+        raise CmxError(f"{ranks} ranks with {ranks_per_npu} on an NPU, expected a multiple")
+    dies: Axes = (("die", ranks_per_npu),) if ranks_per_npu > 1 else ()
+    axes: Axes = (("npu" if dies else "ep", npus), *dies)
     if exchange == "hierarchical":
-        per_node = min(ranks, CLOUDMATRIX384.npus_per_node)
-        if ranks % per_node:
-            raise CmxError(f"{ranks} ranks, expected whole nodes of {per_node} for exchange 'hierarchical'")
-        axes = (("node", ranks // per_node), ("npu", per_node))
+        per_node = min(npus, CLOUDMATRIX384.npus_per_node)
+        if npus % per_node:
+            raise CmxError(
+                f"{ranks} ranks on {npus} NPUs, expected whole nodes of {per_node} for exchange "
+                "'hierarchical'"
+            )
+        axes = (("node", npus // per_node), ("npu", per_node), *dies)
     names = tuple(name for name, _ in axes)
     extra = fields.get("redundant_slots", 0) + fields.get("shared_slots", 0)
     slots = experts + extra if extra else -(-max(experts, 1) // ranks) * ranks

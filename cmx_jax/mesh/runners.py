@@ -6,14 +6,15 @@ Callers of a runner hold whole arrays only:
 
     runner.jit(fn, in_specs, out_specs)(*whole arrays) -> whole arrays
 
-`Devices` runs one rank on each device of a mesh, `Lanes` (lanes.py) runs all ranks as vmapped lanes of one
-device, `Abstract` traces and lowers without devices. The values are the same.
+`Devices` runs ranks on the devices of a mesh, one on each, or several as lanes: a device is then an NPU, and
+its lanes are the dies. `Lanes` (lanes.py) runs all ranks as vmapped lanes of one device, `Abstract` traces
+and lowers without devices. The values are the same.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -24,8 +25,8 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.groups import Axes
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, host_devices
 from cmx_jax.mesh.jax_versions import auto_mesh
-from cmx_jax.mesh.lanes import Lanes
-from cmx_jax.mesh.specs import Part, is_spec, map_specs
+from cmx_jax.mesh.lanes import Lanes, vmapped
+from cmx_jax.mesh.specs import Part, is_spec, map_specs, only_axes
 
 _ALIGNMENT = 64  # bytes: XLA:CPU requires it of a buffer
 
@@ -90,11 +91,17 @@ def _jit_on_mesh(
     auto: bool = False,
 ) -> Any:
     """Method `jit` of the runners that have a mesh."""
+    lanes, axes = runner.lanes, tuple(runner.mesh.shape)
+    across_in, across_out = only_axes(in_specs, axes), only_axes(out_specs, axes)
     if auto:
         # arguments lie where `put` placed them
-        outs = jax.tree.map(lambda spec: NamedSharding(runner.mesh, spec), out_specs, is_leaf=is_spec)
+        outs = jax.tree.map(lambda spec: NamedSharding(runner.mesh, spec), across_out, is_leaf=is_spec)
         return jax.jit(fn, out_shardings=outs, donate_argnums=donate_argnums)
-    mapped = jax.shard_map(fn, mesh=runner.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if lanes:
+        names = dict(lanes)
+        jax.tree.map(lambda spec: _check_lanes(spec, names), (in_specs, out_specs), is_leaf=is_spec)
+        fn = vmapped(fn, lanes, only_axes(in_specs, names), only_axes(out_specs, names))
+    mapped = jax.shard_map(fn, mesh=runner.mesh, in_specs=across_in, out_specs=across_out, check_vma=False)
     return jax.jit(mapped, donate_argnums=donate_argnums)
 
 
@@ -102,16 +109,24 @@ def _jit_on_mesh(
 class Devices:
     """Runner that is `shard_map` over a mesh of real devices: real collectives, real sharded buffers.
 
+    Attributes:
+      mesh: Devices of the ranks.
+      lanes: Name and size of each axis of ranks that share a device, inside the mesh axes. On a device its
+        ranks are vmapped lanes, so a collective over `lanes` moves nothing between devices.
+
     Example:
       >>> import jax, numpy as np
       >>> from jax.sharding import PartitionSpec as P
-      >>> runner = make_runner("devices", (("ep", 4),))
-      >>> total = runner.jit(lambda x: jax.lax.psum(x, "ep"), (P("ep"),), P())
-      >>> float(total(runner.put(np.arange(4, dtype="float32"), P("ep")))[0])
-      6.0
+      >>> runner = make_runner("devices", (("npu", 4), ("die", 2)), ranks_per_device=2)
+      >>> runner.mesh.size, runner.axes
+      (4, (('npu', 4), ('die', 2)))
+      >>> total = runner.jit(lambda x: jax.lax.psum(x, ("npu", "die")), (P(("npu", "die")),), P())
+      >>> float(total(runner.put(np.arange(8, dtype="float32"), P(("npu", "die"))))[0])
+      28.0
     """
 
     mesh: Mesh
+    lanes: Axes = ()
 
     jit = _jit_on_mesh
 
@@ -121,14 +136,17 @@ class Devices:
 
     @property
     def axes(self) -> Axes:
-        return tuple(self.mesh.shape.items())
+        return (*self.mesh.shape.items(), *self.lanes)
+
+    def _sharding(self, spec: P) -> NamedSharding:
+        """Sharding of an array over the devices; the parts of a device's lanes stay together."""
+        return NamedSharding(self.mesh, only_axes(spec, self.mesh.shape))
 
     def put(self, tree: Any, specs: Any) -> Any:
-        shardings = map_specs(lambda spec, _: NamedSharding(self.mesh, spec), specs, tree)
-        return jax.device_put(tree, shardings)
+        return jax.device_put(tree, map_specs(lambda spec, _: self._sharding(spec), specs, tree))
 
     def make(self, shape: tuple[int, ...], dtype: Any, spec: P, part: Part) -> Any:
-        sharding, parts = NamedSharding(self.mesh, spec), {}
+        sharding, parts = self._sharding(spec), {}
 
         def once(index: Any) -> np.ndarray:  # ranks that hold the same part share one reading of it
             key = tuple((s.start, s.stop) for s in index)
@@ -163,6 +181,7 @@ class Abstract:
 
     axes: Axes
     mesh: Any = field(default=None, compare=False)
+    lanes: ClassVar[Axes] = ()
 
     jit = _jit_on_mesh
 
@@ -178,6 +197,18 @@ class Abstract:
     def make(self, shape: tuple[int, ...], dtype: Any, spec: P, part: Part | None = None) -> Any:
         del part  # nothing is read
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+
+def _check_lanes(spec: P, lanes: Collection[str]) -> None:
+    """Refuses a dimension that is split over lanes first: the parts of a device would not lie together.
+
+    Raises:
+      CmxError: A dimension names an axis of lanes before one of devices.
+    """
+    for entry in spec:
+        are_lanes = [name in lanes for name in ((entry,) if isinstance(entry, str) else entry or ())]
+        if are_lanes != sorted(are_lanes):
+            raise CmxError(f"{spec}: {entry} has lanes before devices, expected the axes {list(lanes)} last")
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
@@ -198,23 +229,26 @@ def _refuse_wide(size: int) -> None:
         raise CmxError(
             f"a program over {size} CPU devices would deadlock: XLA:CPU has at most "
             f"{MAX_COLLECTIVE_CPU_DEVICES} threads for devices that wait in a collective. Use "
-            f"{MAX_COLLECTIVE_CPU_DEVICES} ranks or fewer, or runner 'lanes' for any number"
+            f"{MAX_COLLECTIVE_CPU_DEVICES} devices or fewer, several ranks per device, or runner 'lanes'"
         )
 
 
 RUNNERS = ("devices", "lanes")
 
 
-def make_runner(kind: str, axes: Axes, first_device: int = 0) -> Runner:
+def make_runner(kind: str, axes: Axes, first_device: int = 0, ranks_per_device: int = 1) -> Runner:
     """Makes a runner over mesh axes.
 
     Args:
       kind: Name of the runner, one of `RUNNERS`.
       axes: Name and size of each mesh axis, outermost first.
       first_device: Number of the first device that runner `devices` takes.
+      ranks_per_device: Number of ranks that share a device of runner `devices`, as the dies of an NPU do: the
+        innermost axes, whose sizes multiply to it, are lanes.
 
     Raises:
-      CmxError: The name is unknown, there are too few devices, or the program would deadlock.
+      CmxError: The name is unknown, there are too few devices, the program would deadlock, or no innermost
+        axes have `ranks_per_device` ranks.
 
     Example:
       >>> make_runner("lanes", (("node", 2), ("npu", 8))).axes
@@ -224,11 +258,25 @@ def make_runner(kind: str, axes: Axes, first_device: int = 0) -> Runner:
         return Lanes(axes)
     if kind != "devices":
         raise CmxError(f"runner {kind!r} is unknown, expected one of {list(RUNNERS)}")
-    count = math.prod(size for _, size in axes)
+    across, lanes = _split_axes(axes, ranks_per_device)
+    count = math.prod(size for _, size in across)
     if count > MAX_COLLECTIVE_CPU_DEVICES and len(jax.devices()) < count:
         _refuse_wide(count)  # before so many are made
     devices = host_devices(first_device + count)[first_device : first_device + count]
-    return Devices(cast(Mesh, auto_mesh(axes, devices)))
+    return Devices(cast(Mesh, auto_mesh(across, devices)), lanes)
+
+
+def _split_axes(axes: Axes, ranks_per_device: int) -> tuple[Axes, Axes]:
+    """Splits axes into those across devices and those of the ranks of one device."""
+    cut = len(axes)
+    while cut and math.prod(size for _, size in axes[cut:]) < ranks_per_device:
+        cut -= 1
+    if math.prod(size for _, size in axes[cut:]) != ranks_per_device:
+        raise CmxError(
+            f"{ranks_per_device} ranks per device, expected the size of the innermost axes: of {dict(axes)} "
+            f"that is {' or '.join(str(math.prod(s for _, s in axes[i:])) for i in range(len(axes), -1, -1))}"
+        )
+    return axes[:cut], axes[cut:]
 
 
 def check_ragged(method: str, runner: Runner) -> None:

@@ -1,6 +1,6 @@
 """Pytrees of `PartitionSpec`s, and the parts of arrays that they name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -21,3 +21,13 @@ def map_specs(fn: Callable[[P, Any], Any], specs: Any, tree: Any) -> Any:
     return jax.tree.map(
         lambda spec, branch: jax.tree.map(lambda leaf: fn(spec, leaf), branch), specs, tree, is_leaf=is_spec
     )
+
+
+def only_axes(specs: Any, names: Collection[str]) -> Any:
+    """Returns specs with these mesh axes alone: the rest of each dimension counts as one part."""
+
+    def kept(entry: Any) -> Any:
+        group = tuple(name for name in ((entry,) if isinstance(entry, str) else entry or ()) if name in names)
+        return group[0] if len(group) == 1 else group or None
+
+    return jax.tree.map(lambda spec: P(*map(kept, spec)), specs, is_leaf=is_spec)

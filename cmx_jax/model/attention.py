@@ -6,6 +6,7 @@ sequence, by tokens and then by heads (SP-TP-SP, section 4.3.1).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -102,11 +103,12 @@ def data_parallel_attention(
 
 
 def sequence_parallel_attention(
-    positions: Int[Array, "B t"],
+    own: TokenPositions,
     tokens: TokenPositions,
     span: int,
     c: ModelConfig,
-    axis: Axis,
+    axis: tuple[str, ...],
+    heads: tuple[str, ...],
     read_cache: ReadCache | None = None,
     kv_dtype: Any = None,
 ) -> Attend:
@@ -116,29 +118,36 @@ def sequence_parallel_attention(
     The gathered latents are `Q + C` wide where hidden states are `D` wide. The weights `q_b`, `k_b` and `v_b`
     are those of this rank's heads. The new rows that `Attend` returns are those of all tokens.
 
+    Where there are fewer heads than ranks, heads are split over some of the axes only. Ranks that differ
+    along the others have the same heads, and each group of `heads` ranks attends for its own tokens.
+
     Args:
-      positions: Positions of this rank's part of the tokens; -1 for padding.
+      own: Positions of this rank's part of the tokens.
       tokens: Positions of all tokens.
       span: Number of addresses `S` of a batch row.
       c: The model.
       axis: Axes of the ranks that share sequences.
+      heads: Those of them over which heads are split, in the same order.
       read_cache: Reader of the cached rows, see `data_parallel_attention`.
       kv_dtype: Type in which rows are cached; the latents are gathered in that type.
     """
-    mask, all_positions = masks(tokens, span, c)[False], jnp.maximum(tokens.positions, 0)
+    queries = tokens if heads == axis else jax.tree.map(partial(gather, axis=heads, dim=1), own)
+    mask, query_positions = masks(queries, span, c)[False], jnp.maximum(queries.positions, 0)
 
     def attend(number: Any, kind: LayerKind, h: Any, w: MLA | GQA) -> tuple[Any, Any]:
         del kind
         assert isinstance(w, MLA)
-        q, computed = mla.down(h, jnp.maximum(positions, 0), w, c)
+        q, computed = mla.down(h, jnp.maximum(own.positions, 0), w, c)
         rows = paged.encode_rows(computed, kv_dtype, c)
         with jax.named_scope("GatherLatents"):
-            q, rows = jax.tree.map(lambda a: gather(a, axis, 1), (q, rows))
+            q = gather(q, heads, 1)
+            rows = jax.tree.map(partial(gather, axis=axis, dim=1), rows)
         context = rows if read_cache is None else paged.insert(read_cache(number), tokens.addresses, rows)
         context = paged.decode_rows(context, computed.dtype, c)
-        out = mla.expanded(mla.up(q, all_positions, w, c), context, mask, w, c)
-        with jax.named_scope("HeadsToTokens"):
-            out = jax.lax.all_to_all(out, axis, 1, 2, tiled=True)
+        out = mla.expanded(mla.up(q, query_positions, w, c), context, mask, w, c)
+        if heads:
+            with jax.named_scope("HeadsToTokens"):
+                out = jax.lax.all_to_all(out, heads, 1, 2, tiled=True)
         return project_out(out, w), rows
 
     return attend

@@ -22,6 +22,7 @@ from cmx_jax.model.cache import PagedCache, Rows
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decoder import Stream, decoder, logits, mtp_hidden, with_mtp
 from cmx_jax.model.sampling import greedy, logprobs_of, next_tokens
+from cmx_jax.model.sharding import head_axes
 from cmx_jax.model.weights import Weights
 
 
@@ -93,8 +94,9 @@ def _attend(
         return data_parallel_attention(
             tokens, span, c, read_cache, kv_dtype=cache.dtype, tensor=layout.tensor
         )
+    own = TokenPositions(part.positions, part.begin)
     return sequence_parallel_attention(
-        part.positions, tokens, span, c, layout.sequence, read_cache, cache.dtype
+        own, tokens, span, c, layout.sequence, head_axes(c, layout), read_cache, cache.dtype
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh.eplb import balancedness
 from cmx_jax.mesh.layout import Layout
@@ -132,12 +133,13 @@ def relocate_experts(
 
     def make(leaf: Leaf) -> Any:
         if leaf.kind == "slots":
-            return runner.put(table_of(leaf, slots), leaf_spec(leaf, layout))
+            return runner.put(table_of(leaf, slots), leaf_spec(c, leaf, layout))
         if leaf.experts:
             array = getattr(old[leaf.stack], leaf.path.rsplit(".", 1)[1])
             if leaf.kind in ("int8", "scale"):
                 array = array.q if leaf.kind == "int8" else array.scale
-            return _reorder(array, leaf, before[leaf.stack], after[leaf.stack], layout, runner)
+            spec = leaf_spec(c, leaf, layout)
+            return _reorder(array, leaf, before[leaf.stack], after[leaf.stack], spec, runner)
         return None
 
     new = laid_out(c, layout, make, weights.mtp is not None)
@@ -149,9 +151,7 @@ def relocate_experts(
     )
 
 
-def _reorder(
-    array: Any, leaf: Leaf, before: np.ndarray, after: np.ndarray, layout: Layout, runner: Runner
-) -> Any:
+def _reorder(array: Any, leaf: Leaf, before: np.ndarray, after: np.ndarray, spec: P, runner: Runner) -> Any:
     """Reorders an array `[X, L, ...]` of experts for another placement."""
     # keyed by the shard's slice of the other axes, then by its first slot
     shards: dict[Any, dict[int, np.ndarray]] = {}
@@ -181,7 +181,7 @@ def _reorder(
                 out[i, layer] = piece(slot, layer, parts)
         return out
 
-    return runner.make(leaf.shape, array.dtype, leaf_spec(leaf, layout), part)
+    return runner.make(leaf.shape, array.dtype, spec, part)
 
 
 def _slice_key(index: tuple[slice, ...], leaf: Leaf) -> tuple[tuple[int, int, int], ...]:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Abstract, Lanes, Runner, make_runner
+from cmx_jax.mesh.exchange import gather
 
 AXES = (("a", 2), ("b", 3))
 SIZES = dict(AXES)
@@ -20,7 +21,18 @@ RANKS = [{"a": a, "b": b} for a in range(2) for b in range(3)]
 SPECS = [P("a"), P(None, "a"), P(("a", "b")), P(("b", "a")), P("b", None, "a"), P("a", "b"), P()]
 WHOLE = np.arange(6 * 6 * 4, dtype=np.int32).reshape(6, 6, 4)
 
-each_kind = pytest.mark.parametrize("kind", ["devices", "lanes"])
+each_kind = pytest.mark.parametrize("kind", ["devices", "lanes", "two devices with three lanes"])
+
+
+def runner_of(kind: str) -> Runner:
+    """Returns a runner over `AXES`."""
+    return make_runner(kind, AXES) if " " not in kind else make_runner("devices", AXES, 0, 3)
+
+
+def skip_crossed(kind: str, spec: P) -> None:
+    """Skips a spec that splits a dimension over lanes before devices, which is refused."""
+    if " " in kind and spec == P(("b", "a")):
+        pytest.skip("lanes come after devices")
 
 
 def shard(array: np.ndarray, spec: P, rank: dict[str, int]) -> np.ndarray:
@@ -46,7 +58,8 @@ def talk(x: jax.Array) -> jax.Array:
 @each_kind
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_ranks_hold_their_shards_and_communicate(kind: str, spec: P) -> None:
-    results = make_runner(kind, AXES).jit(talk, (spec,), P(("a", "b")))(WHOLE)
+    skip_crossed(kind, spec)
+    results = runner_of(kind).jit(talk, (spec,), P(("a", "b")))(WHOLE)
     total = sum(shard(WHOLE, spec, rank).sum() for rank in RANKS)
     for me, (rank, result) in enumerate(zip(RANKS, np.asarray(results), strict=True)):
         received = [(rank["a"] * 3 + b) * 10 + rank["b"] for b in range(3)]
@@ -57,7 +70,8 @@ def test_ranks_hold_their_shards_and_communicate(kind: str, spec: P) -> None:
 @each_kind
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_results_are_assembled_by_their_spec(kind: str, spec: P) -> None:
-    runner = make_runner(kind, AXES)
+    skip_crossed(kind, spec)
+    runner = runner_of(kind)
     double = runner.jit(lambda x: 2 * x, (spec,), spec)
     np.testing.assert_array_equal(double(WHOLE), 2 * WHOLE)
     np.testing.assert_array_equal(double(runner.put(WHOLE, spec)), 2 * WHOLE)
@@ -65,13 +79,13 @@ def test_results_are_assembled_by_their_spec(kind: str, spec: P) -> None:
 
 @each_kind
 def test_result_with_another_spec_than_the_argument(kind: str) -> None:
-    transpose = make_runner(kind, AXES).jit(lambda x: x.T, (P("a", ("b",)),), P("b", "a"))
+    transpose = runner_of(kind).jit(lambda x: x.T, (P("a", ("b",)),), P("b", "a"))
     np.testing.assert_array_equal(transpose(WHOLE[..., 0]), WHOLE[..., 0].T)
 
 
 @each_kind
 def test_replicated_result_is_returned_once(kind: str) -> None:
-    total = make_runner(kind, AXES).jit(lambda x: jax.lax.psum(x, ("a", "b")), (P(("a", "b")),), P())
+    total = runner_of(kind).jit(lambda x: jax.lax.psum(x, ("a", "b")), (P(("a", "b")),), P())
     np.testing.assert_array_equal(total(WHOLE), WHOLE.sum(0, keepdims=True))
 
 
@@ -92,7 +106,7 @@ def test_pytrees_with_specs_per_leaf_or_prefix(kind: str, specs: Any, missing: s
     tree: Any = Pair(left=WHOLE, right=(WHOLE + 1, {"deep": WHOLE + 2}))
     if missing != "neither":
         tree = tree.replace(**{missing: None})
-    runner = make_runner(kind, AXES)
+    runner = runner_of(kind)
     step = runner.jit(lambda t, _: jax.tree.map(lambda x: x + 1, t), (specs, P()), specs)
     result = step(runner.put(tree, specs), None)
     chex.assert_trees_all_equal(result, jax.tree.map(lambda x: x + 1, tree))
@@ -100,7 +114,7 @@ def test_pytrees_with_specs_per_leaf_or_prefix(kind: str, specs: Any, missing: s
 
 @each_kind
 def test_donated_argument_is_deleted(kind: str) -> None:
-    runner = make_runner(kind, AXES)
+    runner = runner_of(kind)
     step = runner.jit(lambda x, y: (x + y, y), (P("a"), P("a")), (P("a"), P("a")), donate_argnums=(0,))
     x, y = runner.put((WHOLE, WHOLE), (P("a"), P("a")))
     np.testing.assert_array_equal(step(x, y)[0], 2 * WHOLE)
@@ -142,7 +156,7 @@ def refused(call: Callable[[], object]) -> str:
 def test_program_on_257_cpu_devices_is_refused() -> None:
     message = refused(lambda: make_runner("devices", (("a", 257),)))
     assert "257 CPU devices would deadlock" in message
-    assert "256 ranks or fewer, or runner 'lanes'" in message
+    assert "256 devices or fewer, several ranks per device, or runner 'lanes'" in message
     assert make_runner("devices", (("a", 16), ("b", 16))).axes == (("a", 16), ("b", 16))
 
 
@@ -153,7 +167,43 @@ def test_invalid_runners_are_refused() -> None:
     assert "an axis of 4 does not divide over 3 ranks" in refused(lambda: uneven(np.zeros((4, 2))))
 
 
-@pytest.mark.parametrize("runner", [make_runner("devices", AXES), Lanes(AXES), Abstract(AXES)], ids=repr)
+def test_ranks_per_device_that_are_no_innermost_axes_are_refused() -> None:
+    message = refused(lambda: make_runner("devices", (("a", 2), ("b", 3)), ranks_per_device=2))
+    assert message == (
+        "2 ranks per device, expected the size of the innermost axes: of {'a': 2, 'b': 3} that is 1 or 3 or 6"
+    )
+    crossed = make_runner("devices", AXES, ranks_per_device=3).jit
+    assert "has lanes before devices, expected the axes ['b'] last" in refused(
+        lambda: crossed(lambda x: x, (P(("b", "a")),), P())
+    )
+
+
+def test_every_collective_over_devices_and_lanes() -> None:
+    """Each collective over both axes, or one axis after the other, equals that of six lanes."""
+
+    def collectives(x: jax.Array) -> tuple[jax.Array, ...]:
+        rows = jnp.tile(x, (6, 1)) * jnp.arange(1, 7, dtype=x.dtype)[:, None]
+        summed = rows
+        for name in ("a", "b"):
+            summed = jax.lax.psum_scatter(summed, name, scatter_dimension=0, tiled=True)
+        return (
+            jax.lax.psum(x, ("a", "b")),
+            jax.lax.pmax(x, ("a", "b")),
+            jax.lax.all_to_all(rows, ("a", "b"), 0, 0),
+            jax.lax.all_to_all(rows, ("a", "b"), 0, 1, tiled=True),
+            gather(x, ("a", "b")),
+            summed,
+            jax.lax.ppermute(x, "b", [(0, 2), (2, 1), (1, 0)]),
+            jax.lax.axis_index(("a", "b"))[None],
+        )
+
+    both = P(("a", "b"))
+    x = np.arange(24, dtype=np.float32).reshape(6, 4)
+    runs = [runner_of(kind).jit(collectives, (both,), both)(x) for kind in ("lanes", "two devices")]
+    chex.assert_trees_all_equal(*runs)
+
+
+@pytest.mark.parametrize("runner", [*map(runner_of, ("devices", "lanes", "two devices")), Abstract(AXES)])
 def test_runners_follow_the_protocol(runner: Runner) -> None:
     assert isinstance(runner, Runner)
     assert runner.axes == AXES

@@ -94,7 +94,7 @@ def test_ranks_have_matching_parts_of_weights_and_scales(name: str, int8: bool) 
     local: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
 
     def record(leaf: Leaf) -> None:
-        spec = [(axes,) if isinstance(axes, str) else axes or () for axes in leaf_spec(leaf, layout)]
+        spec = [(axes,) if isinstance(axes, str) else axes or () for axes in leaf_spec(c, leaf, layout)]
         spec += [()] * (len(leaf.shape) - len(spec))
         shape = tuple(n // layout.size(axes) for n, axes in zip(leaf.shape, spec, strict=True))
         local.setdefault((leaf.stack, leaf.path), {})[leaf.kind] = shape

@@ -91,7 +91,7 @@ def test_shipped_mtp_layer_is_loaded() -> None:
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8' is unknown, expected one of .'auto', "),
         ({"wire": "int4"}, "wire 'int4', expected one of"),
         ({"exchange": "post"}, "exchange 'post' is unknown, expected one of"),
-        ({"ranks": 12, "exchange": "hierarchical"}, "12 ranks, expected whole nodes of 8"),
+        ({"ranks": 12, "exchange": "hierarchical"}, "12 ranks on 12 NPUs, expected whole nodes of 8"),
         ({"max_model_len": 513}, "max_model_len is 513, expected 1 to the model's context of 512"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),

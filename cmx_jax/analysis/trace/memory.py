@@ -67,7 +67,7 @@ def by_layout(
     leaves: list[Leaf] = []
     laid_out(c, layout, leaves.append, drafts > 0)
     for leaf in leaves:
-        axes = [axis for axis in leaf_spec(leaf, layout) if axis]
+        axes = [axis for axis in leaf_spec(c, leaf, layout) if axis]
         names = tuple(name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis))
         size = math.prod(leaf.shape) // layout.size(names) * leaf_dtype(leaf, jnp.bfloat16).itemsize
         memory[part(leaf)] = memory.get(part(leaf), 0) + size

@@ -186,8 +186,10 @@ def load_weights(
       CmxError: A number is not finite, or the experts do not fit the slots.
     """
 
+    c = config or checkpoint.config
+
     def make(leaf: Leaf, kind: Any, part: Part) -> Any:
-        return runner.make(leaf.shape, kind, leaf_spec(leaf, layout), part)
+        return runner.make(leaf.shape, kind, leaf_spec(c, leaf, layout), part)
 
     mtp = checkpoint.mtp if mtp is None else mtp
-    return _filled(checkpoint, config or checkpoint.config, layout, dtype, mtp, make)
+    return _filled(checkpoint, c, layout, dtype, mtp, make)

@@ -92,7 +92,7 @@ class LLM:
         self.instance = model.instance(
             args.runner,
             layout,
-            make_runner(args.runner, layout.axes),
+            make_runner(args.runner, layout.axes, ranks_per_device=layout.ranks_per_npu),
             capacity,
             args.drafts(model.checkpoint.mtp),
             args.kv_cache_dtype,
