@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from reference.dense import greedy
+from reference.dense import Dense, greedy
+from reference.int8 import Int8Wire
 
-from cmx_jax.serving.deploy.demo import PROMPTS
+from cmx_jax.serving.deploy.demo import AGAIN, PROMPTS
 from cmx_jax.serving.deploy.model import Model, locate
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -19,34 +22,84 @@ def cmx(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.slow
-def test_demo_matches_dense_reference() -> None:
-    """The demo on 384 devices generates the dense reference's tokens."""
-    done = cmx("demo", "--json", "--max-tokens", "8")
+def demo(*arguments: str) -> dict[str, Any]:
+    done = cmx("demo", "--json", "--max-tokens", "6", *arguments)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["devices"] == 384
-    assert [entry["npus"] for entry in result["pools"]["decode"]] == [160]
-    assert [entry["npus"] for entry in result["pools"]["prefill"]] == [16] * 6
-    assert result["pools"]["spare"] == {"npus": 128, "prefill_instances": 8}
-    assert [r["prompt"] for r in result["requests"]] == list(PROMPTS)
-    model = Model.read("tiny")
+    return json.loads(done.stdout)
+
+
+def check_greedy(result: dict[str, Any], reference: type[Dense]) -> None:
+    """Every token of the demo's texts is the likeliest one of a dense reference after those before it."""
+    model, dense = Model.read("tiny"), reference(str(locate("tiny")), np.float64)
+    assert [r["prompt"] for r in result["requests"]] == [*PROMPTS, *AGAIN]
     for r in result["requests"]:
         prompt = model.encode(r["prompt"])
-        tokens = list(greedy(locate("tiny"), prompt, r["output_tokens"]))
-        assert r["text"] == model.decode(tokens)
         assert r["prompt_tokens"] == len(prompt)
-        assert r["ttft_s"] > 0
-        assert r["tpot_s"] > 0
-    decode, layers, top_k = result["exchange"]["decode-0"], 3, 8
-    busy = sum(r["output_tokens"] - 1 for r in result["requests"])
-    drafts = decode["drafts_proposed"][0]  # one with each token that went in
-    accepted = round(decode["acceptance"][0] * drafts)
-    assert busy <= drafts + accepted <= busy + len(PROMPTS)  # the last draft may exceed the limit
-    assert accepted > 0
-    messages = top_k * (layers * 2 * drafts + drafts + accepted) / decode["steps"] / 160
-    assert decode["combine_bytes"] == pytest.approx(messages * 160 * 4)
-    assert decode["dispatch_bytes"] == pytest.approx(messages * (160 + 2) * 4)
+        assert min(r["ttft_s"], r["tpot_s"]) > 0
+        tokens = list(prompt)
+        for _ in range(r["output_tokens"]):
+            tokens.append(int(dense.logits(np.array(tokens))[-1].argmax()))
+        assert model.decode(tokens[len(prompt) :]) == r["text"]
+
+
+@pytest.mark.slow
+def test_demo_is_the_papers_deployment() -> None:
+    """The demo on 384 devices gives the dense INT8 reference's tokens; its numbers are counted again here."""
+    result = demo()
+    assert result["devices"] == 384
+    assert [entry["npus"] for entry in result["pools"]["decode"]] == [160]
+    assert [entry["npus"] for entry in result["pools"]["prefill"]] == [16] * 14
+    assert result["pools"]["spare"]["npus"] == 0
+    check_greedy(result, Int8Wire)
+    shown = {e["mechanism"]: e["figures"] for e in result["mechanisms"]}
+    assert [*shown] == [
+        *("pools", "int8", "int8-wire", "dies", "microbatches", "mtp", "replicas", "eplb", "sp-tp-sp"),
+        *("caching", "transfer", "peers", "planes"),
+    ]
+    assert shown["pools"] == {"instances": 15, "npus": 384}
+    assert shown["dies"] == {"ranks": 320, "npus": 160}
+    assert shown["replicas"] == {"experts": 256, "redundant": 32, "shared": 32}
+    requests = result["requests"]
+    drafts, accepted = shown["mtp"]["proposed"], shown["mtp"]["accepted"]
+    busy = sum(r["output_tokens"] - 1 for r in requests)
+    assert 0 < accepted < drafts
+    assert busy <= drafts + accepted <= busy + len(requests)  # the last draft may exceed the limit
+    block, layers = 16, 5  # tokens; four layers and the MTP layer
+    cached = [(len(Model.read("tiny").encode(r["prompt"])) - 1) // block * block for r in requests[-2:]]
+    assert [r["cached_tokens"] for r in requests[-2:]] == cached
+    assert shown["caching"]["hits"] == sum(cached) == 96
+    computed = sum(r["prompt_tokens"] for r in requests) - sum(cached)
+    assert shown["sp-tp-sp"]["tokens"] == computed
+    # eight routed experts and the shared one of each token: in three MoE layers and the MTP layer
+    messages = 9 * (4 * computed + 3 * 2 * drafts + drafts + accepted)
+    wire = shown["int8-wire"]
+    assert (wire["dispatched"], wire["combined"]) == (messages * (160 + 6), messages * 160 * 2)
+    assert wire["most_rounds"] == 1
+    row = layers * 80 * 4  # bytes
+    pages = sum(-(-r["prompt_tokens"] // block) for r in requests)
+    blocks = 3  # all of the long prompts' blocks are in the part that they share
+    moved = {"rdma": pages * block * row, "vpc": blocks * block * row}
+    fetched = sum(cached) * row
+    assert shown["planes"] == moved | {
+        "ub": sum(wire[k] for k in ("dispatched", "combined")) + fetched + moved["vpc"]
+    }
+    assert sum(sum(ranks.values()) for ranks in shown["transfer"]["by_rank"].values()) == len(requests)
+    for move in shown["eplb"]["prefill"]:
+        assert 0 < move["moved"] <= move["slots"] == 320 * 4
+        assert move["before"] <= move["after"] <= 1
+    assert shown["eplb"]["prefill"]
+    assert 0 < shown["peers"]["overlapped"] <= shown["peers"]["decode_steps"]
+
+
+@pytest.mark.slow
+def test_plain_demo_matches_float_reference() -> None:
+    """With every mechanism switched off the demo gives the float reference's tokens."""
+    result = demo("--plain", "--prefill-instances", "2")
+    check_greedy(result, Dense)
+    shown = {e["mechanism"]: e["figures"] for e in result["mechanisms"]}
+    assert [*shown] == ["pools", "exchange", "transfer", "peers", "planes"]
+    assert shown["pools"] == {"instances": 3, "npus": 160 + 2 * 16}
+    assert shown["exchange"]["wire"] == "float32"
 
 
 @pytest.mark.slow
@@ -87,11 +140,17 @@ def test_generate_seeds() -> None:
             "kv_cache_dtype 'int4' is unknown",
         ),
         (
-            ("demo", "--eplb-interval", "4"),
+            ("demo", "--without", "replicas", "--eplb-interval", "4"),
             "0 redundant and 0 shared slots are 256, expected to fill the 320",
         ),
-        (("demo", "--shared-slots", "32"), "288 expert slots do not divide over 160 ranks"),
-        (("demo", "--prefill-instances", "7"), "7 prefill instances asked for, expected 1 to 6"),
+        (
+            ("demo", "--shared-slots", "40"),
+            "256 experts, 32 redundant and 40 shared slots do not divide over 32 prefill ranks, "
+            "expected for example 24",
+        ),
+        (("demo", "--prefill-instances", "15"), "15 x 16 prefill NPUs need 400, CloudMatrix384 has 384"),
+        (("demo", "--without", "mtp,magic"), "mechanism 'magic' is unknown, expected one of dies, int8,"),
+        (("demo", "--model", str(GOLDENS / "base")), "recipe: num_speculative_tokens is 1, expected 0 for a"),
         (("compare", "tiny", "--layouts", "ep8,ep8"), "layout 'ep8' is given twice"),
         (("compare", "tiny", "--layouts", "ep8", "--html", "/nowhere/x.html"), "/nowhere is not a directory"),
         (("sing",), "invalid choice: 'sing'"),

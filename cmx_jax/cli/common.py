@@ -4,10 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from cmx_jax.serving.deploy.engine_args import EngineArgs
+from cmx_jax.serving.deploy.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -43,14 +44,17 @@ def add_json(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 
-def add_engine_options(verb: Any, *groups: str, **defaults: Any) -> None:
+def add_engine_options(verb: Any, *groups: str, of_recipe: bool = False, **defaults: Any) -> None:
     """Adds a flag for each field of `EngineArgs` in these groups.
 
     Args:
       verb: Parser or group of arguments.
       groups: Groups of options; see `engine_args`.
+      of_recipe: True for flags that change a recipe: they have no default, and `--help` names the recipe's.
       defaults: Defaults by field, where they are not those of `EngineArgs`.
     """
+    if of_recipe:
+        defaults = asdict(Recipe().engine)
     types = get_type_hints(EngineArgs)
     for f in fields(EngineArgs):
         if f.metadata["group"] not in groups:
@@ -59,7 +63,8 @@ def add_engine_options(verb: Any, *groups: str, **defaults: Any) -> None:
         if default is not None:
             about = f"{about} (default {default})"
         kind = next(t for t in (int, str) if t is types[f.name] or t in get_args(types[f.name]))
-        verb.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=default, help=about)
+        given = None if of_recipe else default
+        verb.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=given, help=about)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

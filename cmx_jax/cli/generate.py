@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cmx_jax.cli.common import add_engine_options, add_json, engine_options, progress, show
+from cmx_jax.cli.recipes import add_recipe, recipe_of
 
 
 def add(verbs: Any) -> None:
@@ -14,15 +15,10 @@ def add(verbs: Any) -> None:
     demo.set_defaults(run=_demo)
     demo.add_argument("--model", default="tiny", help="checkpoint directory, or tiny (default)")
     demo.add_argument(
-        "--max-tokens", type=int, default=32, help="tokens to generate for each prompt (default 32)"
+        "--max-tokens", type=int, default=16, help="tokens to generate for each prompt (default 16)"
     )
-    demo.add_argument(
-        "--prefill-instances",
-        type=int,
-        default=6,
-        help="number of prefill instances to start, of six (default 6)",
-    )
-    add_engine_options(demo, "exchange", "decode", exchange="hierarchical", num_speculative_tokens=1)
+    add_recipe(demo)
+    add_engine_options(demo, "exchange", "decode", of_recipe=True)
     add_json(demo)
 
     generate = verbs.add_parser("generate", help="continue prompts")
@@ -53,11 +49,7 @@ def _demo(args: argparse.Namespace) -> None:
     from cmx_jax.serving.deploy import demo
 
     result = demo.run(
-        name_or_path=args.model,
-        max_tokens=args.max_tokens,
-        prefill=args.prefill_instances,
-        progress=progress(),
-        **engine_options(args),
+        name_or_path=args.model, recipe=recipe_of(args), max_tokens=args.max_tokens, progress=progress()
     )
     show(result, args.json, demo.render)
 

@@ -4,14 +4,15 @@ import argparse
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cmx_jax.cli import caching
 from cmx_jax.cli.common import engine_options, progress
+from cmx_jax.cli.recipes import changes_recipe, recipe_of
 from cmx_jax.errors import CmxError
 
-POOLS = {"prefill_instances": 6, "decode_instances": 1}
 LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_ttl_s")
 
 
@@ -52,35 +53,22 @@ def deployed(args: argparse.Namespace) -> Any:
     from cmx_jax.serving.scheduling.waiting import QueueLimits
 
     tell = progress()
-    options = engine_options(args)
     limits = QueueLimits(**{name: getattr(args, name) for name in LIMITS})
     in_pools = args.deployment == "pools" and args.role == "all"
-    _check_unused(args, POOLS if not in_pools else ("ranks",), "pools" if not in_pools else "colocated")
+    flag = changes_recipe(args)
+    if flag and not in_pools:
+        raise CmxError(f"{flag} is for --deployment pools: leave it out")
     tell("loading")
     if in_pools:
-        counts = {name.split("_")[0]: getattr(args, name) or default for name, default in POOLS.items()}
-        sequences = _sequences(options.pop("max_num_seqs", None))
-        deployment = pools(args.model, **counts, sequences=sequences, **options)
+        # the caching pool is that of the flags
+        deployment = pools(args.model, replace(recipe_of(args), cache_block=0))
     elif args.role == "all":
-        deployment = colocated(args.model, **options)
+        deployment = colocated(args.model, **engine_options(args))
     else:
-        deployment = worker(args.role, args.model, host=args.host, **options)
+        deployment = worker(args.role, args.model, host=args.host, **engine_options(args))
     args.joined(deployment)
     tell("compiling (kept for the next time)")
     warm_up(deployment.engine)
     deployment.engine.limits = limits
     tell("")
     return deployment
-
-
-def _sequences(max_num_seqs: int | None) -> int:
-    """Returns the sequences per decode rank with which the first decode instance has `max_num_seqs`."""
-    from cmx_jax.mesh.pools import DECODE_NPUS
-
-    return 1 if max_num_seqs is None else -(-max_num_seqs // DECODE_NPUS)
-
-
-def _check_unused(args: argparse.Namespace, names: Any, deployment: str) -> None:
-    for name in names:
-        if getattr(args, name) is not None:
-            raise CmxError(f"--{name.replace('_', '-')} is for --deployment {deployment}: leave it out")

@@ -2,17 +2,17 @@
 
 import argparse
 import os
+from dataclasses import fields
 from typing import Any
 
 from cmx_jax.cli import caching, roles
 from cmx_jax.cli.common import add_engine_options
-from cmx_jax.cli.hosting import POOLS, answer_api, cached, deployed, leave
+from cmx_jax.cli.hosting import answer_api, cached, deployed, leave
+from cmx_jax.cli.recipes import add_recipe
 from cmx_jax.errors import CmxError
+from cmx_jax.serving.deploy.engine_args import EngineArgs
 
 QUEUE = 1024  # default limit of waiting requests
-UNSET = (
-    "runner", "ranks", "exchange", "max_num_seqs", "max_num_batched_tokens", "num_speculative_tokens",
-)  # fmt: skip
 ROLES = ("all", "prefill", "decode", "router", "cache")
 
 
@@ -29,7 +29,7 @@ def add(verbs: Any) -> None:
     caching.add_pool(verb.add_argument_group("caching pool"))
     add_engine_options(verb, "model", "exchange", "decode", num_speculative_tokens=1)
     # None: the default depends on the deployment and the model
-    verb.set_defaults(**dict.fromkeys(UNSET))
+    verb.set_defaults(**dict.fromkeys(f.name for f in fields(EngineArgs)))
 
 
 def _add_http(group: Any) -> None:
@@ -87,12 +87,9 @@ def _add_span(group: Any) -> None:
 
 def _add_engine(group: Any) -> None:
     names = ("colocated", "pools")
-    about = "colocated: one instance (default); pools: the supernode's pools, with hierarchical exchange"
+    about = "colocated: one instance (default); pools: the paper's deployment, on all of the supernode"
     group.add_argument("--deployment", choices=names, default="colocated", help=about)
-    for name, count in POOLS.items():
-        kind = name.removesuffix("_instances")
-        about = f"number of {kind} instances, with --deployment pools (default {count})"
-        group.add_argument(f"--{kind}-instances", type=int, help=about)
+    add_recipe(group)
     add_engine_options(group, "size")
     queued = f"largest number of waiting requests; more get status 429 (default {QUEUE})"
     group.add_argument("--max-num-queued-reqs", type=int, default=QUEUE, help=queued)

@@ -14,7 +14,7 @@ and lowers without devices. The values are the same.
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -142,6 +142,14 @@ class Devices:
         """Sharding of an array over the devices; the parts of a device's lanes stay together."""
         return NamedSharding(self.mesh, only_axes(spec, self.mesh.shape))
 
+    def portable(self) -> "Abstract":
+        """Returns the runner of programs that run wherever their arguments lie.
+
+        It is equal for all `Devices` with the same axes and lanes. Its programs are traced once for all of
+        them, and take placed arguments (`put`) only.
+        """
+        return Abstract(self.axes, lanes=self.lanes)
+
     def put(self, tree: Any, specs: Any) -> Any:
         return jax.device_put(tree, map_specs(lambda spec, _: self._sharding(spec), specs, tree))
 
@@ -151,7 +159,7 @@ class Devices:
         def once(index: Any) -> np.ndarray:  # ranks that hold the same part share one reading of it
             key = tuple((s.start, s.stop) for s in index)
             if key not in parts:
-                parts[key] = _aligned(part(index).astype(dtype, copy=False))
+                parts[key] = aligned(part(index).astype(dtype, copy=False))
             return parts[key]
 
         return jax.make_array_from_callback(shape, sharding, once, dtype=dtype)
@@ -168,6 +176,7 @@ class Abstract:
       axes: Name and size of each mesh axis, outermost first.
       mesh: Mesh or AbstractMesh to trace over; None for an AbstractMesh of `axes`. For a mesh of devices,
         possibly of a topology that is not there, programs can also be compiled.
+      lanes: The innermost of `axes`, whose ranks share a device; see `Devices`. They are not in the mesh.
 
     Example:
       >>> import jax
@@ -181,22 +190,21 @@ class Abstract:
 
     axes: Axes
     mesh: Any = field(default=None, compare=False)
-    lanes: ClassVar[Axes] = ()
+    lanes: Axes = ()
 
     jit = _jit_on_mesh
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mesh", self.mesh or auto_mesh(self.axes))
+        across = self.axes[: len(self.axes) - len(self.lanes)]
+        object.__setattr__(self, "mesh", self.mesh or auto_mesh(across))
 
     def put(self, tree: Any, specs: Any) -> Any:
-        def place(spec: P, leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
-
-        return map_specs(place, specs, tree)
+        return map_specs(lambda spec, leaf: self.make(leaf.shape, leaf.dtype, spec), specs, tree)
 
     def make(self, shape: tuple[int, ...], dtype: Any, spec: P, part: Part | None = None) -> Any:
         del part  # nothing is read
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+        sharding = NamedSharding(self.mesh, only_axes(spec, self.mesh.shape))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _check_lanes(spec: P, lanes: Collection[str]) -> None:
@@ -211,12 +219,14 @@ def _check_lanes(spec: P, lanes: Collection[str]) -> None:
             raise CmxError(f"{spec}: {entry} has lanes before devices, expected the axes {list(lanes)} last")
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """Copies an array to an address that XLA takes as it is.
+def aligned(array: np.ndarray) -> np.ndarray:
+    """Returns an array at an address that XLA takes as it is: the array itself, or a copy.
 
     All CPU devices that hold the array then share its memory. Otherwise each would have a copy of its own,
     which is in no cache of the processor when the device's turn comes.
     """
+    if array.ctypes.data % _ALIGNMENT == 0 and array.flags.c_contiguous:
+        return array
     buffer = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.runners import Runner, check_ragged
+from cmx_jax.mesh.runners import Devices, Runner, check_ragged
 from cmx_jax.model import cache as paged
 from cmx_jax.model.batch import PrefillBatch, StepOutput
 from cmx_jax.model.config import ModelConfig
@@ -82,19 +82,20 @@ def compile_steps(
 ) -> Steps:
     """Returns the programs of an instance under a runner; each compiles at its first call with new shapes.
 
-    Equal arguments give the same programs, so that equal instances in a process compile only once. Programs
-    hold no arrays.
+    Equal arguments give the same programs, so that equal instances in a process trace only once, and compile
+    only once for the same devices. Programs hold no arrays, and take placed arguments only (`Runner.put`).
 
     Args:
       c: The model.
       layout: Layout of the instance.
-      runner: `Devices` or `Lanes` over the layout's axes. (All `Abstract` runners of the same axes are equal,
-        whatever their meshes, and would share programs.)
+      runner: `Devices` or `Lanes` over the layout's axes. All `Devices` with the same axes share programs.
       mtp: True if the weights have MTP layers, which then draft.
       kv_dtype: Type of cached rows for `score`, which has no cache; None leaves rows as they are computed.
     """
     check_ragged(layout.exchange, runner)
-    return _compile_steps(c, layout, cast(Hashable, runner), mtp, kv_dtype)
+    # GSPMD's programs are bound to a mesh of devices
+    portable = runner.portable() if isinstance(runner, Devices) and not layout.auto else runner
+    return _compile_steps(c, layout, cast(Hashable, portable), mtp, kv_dtype)
 
 
 # Few instances' programs are kept: a program takes hundreds of memory mappings, of which Linux allows a

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from reference import pangu
-from reference.dense import Dense
+from reference.int8 import Int8
 from safetensors.numpy import load_file
 from support import BASE, GOLDENS
 
@@ -66,29 +66,10 @@ def test_logits_of_int8_weights_are_near_those_of_floats(case: str, tmp_path: Pa
     assert off.max() > 1e-3  # it is not the floats that were computed
 
 
-def larger(x: np.ndarray) -> np.ndarray:
-    """The next bfloat16."""
-    return np.nextafter(x.astype(ml_dtypes.bfloat16), ml_dtypes.bfloat16(np.inf)).astype(x.dtype)
-
-
-class Rounded(Dense):
-    """The dense reference with every INT8 product's operands rounded by hand."""
-
-    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
-        if name.endswith(("kv_b_proj", "lm_head")):
-            return super().linear(name, x)
-        w = self.w[f"{name}.weight"]
-        least = np.abs(w).max(axis=1, keepdims=True) / 127
-        scale = least.astype(ml_dtypes.bfloat16).astype(x.dtype)
-        scale = np.where(scale < least, larger(scale), scale)
-        step = np.abs(x).max(axis=-1, keepdims=True) / 127
-        return (np.rint(x / step) * step) @ (np.rint(w / scale) * scale).T
-
-
 def test_logits_are_those_of_products_rounded_by_hand() -> None:
     tokens = np.load(BASE / "golden.npz")["tokens_7"]
     llm = cmx_jax.from_pretrained(BASE, ranks=4, max_num_seqs=4, quant="int8")
-    reference = Rounded(str(BASE), np.float64)
+    reference = Int8(str(BASE), np.float64)
     expected = np.stack([reference.logits(row) for row in tokens])
     np.testing.assert_allclose(llm.logits(tokens), expected, atol=1e-4, rtol=0)
 

@@ -87,7 +87,7 @@ class Measure:
             max_model_len=self.length + self.tokens,
             num_speculative_tokens=self.drafts,
         )
-        return LLM(self.model, layout, args)
+        return LLM.on_layout(self.model, layout, args)
 
     def _run(self, llm: LLM, sequences: int) -> tuple[Tokens, float]:
         """Returns greedy tokens of each sequence, and the step's seconds from turns that do nothing else."""

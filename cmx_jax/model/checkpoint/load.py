@@ -9,7 +9,7 @@ import numpy as np
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.runners import Runner
+from cmx_jax.mesh.runners import Runner, aligned
 from cmx_jax.mesh.specs import Part
 from cmx_jax.model.checkpoint.huggingface import HuggingFace
 from cmx_jax.model.checkpoint.manifest import read_manifest
@@ -163,6 +163,9 @@ def _filled(
 
 _NONE = np.zeros((0, 0), np.int32)
 
+HostParts = dict[tuple[Any, ...], np.ndarray]
+"""Parts of weights on the host, by stack, path and kind of their leaf and by index."""
+
 
 def load_weights(
     checkpoint: Checkpoint,
@@ -171,6 +174,7 @@ def load_weights(
     dtype: Any,
     mtp: bool | None = None,
     config: ModelConfig | None = None,
+    shared: HostParts | None = None,
 ) -> Weights:
     """Loads the weights of a checkpoint onto an instance, experts in the layout's slots.
 
@@ -181,6 +185,8 @@ def load_weights(
       dtype: Type of floats.
       mtp: True to load MTP layers, False to leave them out; None loads those that are stored.
       config: The checkpoint's config with the fields that are to be INT8; None keeps all in floats.
+      shared: Parts that other instances with the same layout, type and config have read, in memory that all
+        of them use; new parts are added. None: nothing is kept.
 
     Raises:
       CmxError: A number is not finite, or the experts do not fit the slots.
@@ -189,7 +195,14 @@ def load_weights(
     c = config or checkpoint.config
 
     def make(leaf: Leaf, kind: Any, part: Part) -> Any:
-        return runner.make(leaf.shape, kind, leaf_spec(c, leaf, layout), part)
+        def kept(index: tuple[slice, ...]) -> np.ndarray:
+            assert shared is not None
+            key = (leaf.stack, leaf.path, leaf.kind, *((s.start, s.stop) for s in index))
+            if key not in shared:
+                shared[key] = aligned(part(index).astype(kind, copy=False))
+            return shared[key]
+
+        return runner.make(leaf.shape, kind, leaf_spec(c, leaf, layout), part if shared is None else kept)
 
     mtp = checkpoint.mtp if mtp is None else mtp
     return _filled(checkpoint, c, layout, dtype, mtp, make)

@@ -1,20 +1,24 @@
-"""The demo: prompts through prefill and decode instances carved out of the 384-device virtual supernode."""
+"""The demo: CloudMatrix-Infer on the 384-device virtual supernode, with a number for each mechanism."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
-from cmx_jax.mesh.pools import Pools, carve
+from cmx_jax.mesh.pools import Pools
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
-from cmx_jax.serving.deploy.engine_args import POOL_DEFAULTS, POOL_MODEL_LEN, EngineArgs
+from cmx_jax.serving.deploy.evidence import evidence
 from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.deploy.recipe import Recipe
 from cmx_jax.serving.deploy.site import Site
 from cmx_jax.serving.engine.engine import Engine
-from cmx_jax.serving.executor.stats import Traffic
 from cmx_jax.serving.scheduling.request import Request, SamplingParams
 
+PREFIX = (
+    "The with statement is used to wrap the execution of a block with methods defined by a context manager. "
+    "This allows common try and finally usage patterns to be encapsulated for convenient reuse. "
+)
+"""Beginning that several prompts share, so that the caching pool has blocks for them."""
 PROMPTS = (
     "The with statement",
     "Open a file",
@@ -22,61 +26,77 @@ PROMPTS = (
     "Convert a string",
     "If the object is",
     "The import statement",
+    PREFIX + "The execution",
 )
+AGAIN = (PREFIX + "The execution", PREFIX + "A context manager")
+"""Prompts of a second wave: one of the first again, and one that shares its beginning."""
 
 
 def run(
     *,
     name_or_path: str = "tiny",
-    prompts: tuple[str, ...] = PROMPTS,
-    max_tokens: int = 32,
-    prefill: int = 6,
+    recipe: Recipe | None = None,
+    waves: tuple[tuple[str, ...], ...] = (PROMPTS, AGAIN),
+    max_tokens: int = 16,
     progress: Callable[[str], None] = lambda _: None,
-    **options: Any,
 ) -> dict[str, Any]:
-    """Serves prompts on a supernode and reports on pools, requests and exchanges.
+    """Serves prompts on a supernode and reports on pools, requests and each mechanism of the recipe.
 
     The programs of short sequences run once before the clock starts, so that times are of serving.
 
     Args:
       name_or_path: The model.
-      prompts: Texts to continue.
+      recipe: What runs on the supernode; None: the paper's deployment.
+      waves: Texts to continue; those of a wave are served together.
       max_tokens: Number of tokens to generate for each prompt.
-      prefill: Number of prefill instances to start.
       progress: Gets a line about what is being done.
-      options: Fields of `EngineArgs`; the defaults are those of pools, with one MTP draft.
 
     Raises:
-      CmxError: The model is refused, an option does not fit it, or `prefill` exceeds the supernode.
+      CmxError: The model is refused, or the recipe does not fit it or the supernode.
     """
     enable_compilation_cache()
-    args = EngineArgs(**{**POOL_DEFAULTS, "num_speculative_tokens": 1, **options})
+    recipe = recipe or Recipe()
     progress("reading the model")
-    model = Model.read(name_or_path, args.dtype, args.quant)
-    pools = carve(CLOUDMATRIX384)
-    if not 1 <= prefill <= len(pools.prefill):
-        raise CmxError(f"{prefill} prefill instances asked for, expected 1 to {len(pools.prefill)}")
-    progress(f"starting {CLOUDMATRIX384.npus} devices, 1 decode and {prefill} prefill instance(s)")
-    context = args.context(model.config.max_position_embeddings, POOL_MODEL_LEN)
-    site = Site(model=model, args=args, context=context)
-    started = site.instances(replace(pools, prefill=pools.prefill[:prefill]))
-    engine = Engine(*started, eplb_interval=args.eplb_interval)
+    model = Model.read(name_or_path, recipe.engine.dtype, recipe.engine.quant)
+    progress(f"starting {CLOUDMATRIX384.npus} devices, {recipe.prefill_instances} prefill instance(s)")
+    site = Site(model=model, recipe=recipe)
+    engine = site.start()
+    try:
+        progress("compiling (kept for the next time)")
+        for prompts in waves:
+            _serve(engine, model, prompts, 2, lambda _: None, namespace="warm-up")
+        engine.reset_counters()
+        requests = []
+        for prompts in waves:
+            requests += _serve(engine, model, prompts, max_tokens, progress)
+        pools = site.carve(recipe.prefill_instances, recipe.decode_instances)
+        return report(model, pools, engine, recipe, requests, [p for prompts in waves for p in prompts])
+    finally:
+        site.close()
+
+
+def _serve(
+    engine: Engine,
+    model: Model,
+    prompts: tuple[str, ...],
+    max_tokens: int,
+    progress: Callable[[str], None],
+    namespace: str = "",
+) -> list[Request]:
+    """Serves prompts together, and waits until the caching pool has their blocks."""
     params = SamplingParams(max_tokens=max_tokens)
-    warm = SamplingParams(max_tokens=2)
-    for stage, stage_params in (("compiling (kept for the next time)", warm), ("serving", params)):
-        progress(stage)
-        for instance in (*engine.prefill, engine.decode):
-            instance.traffic = Traffic()
-        engine.moves.clear()
-        requests = [engine.submit(model.encode(p), stage_params) for p in prompts]
-        while engine.busy:
-            engine.step()
-            progress(f"{stage}: {sum(len(r.tokens) for r in requests)} tokens")
-    return report(model, pools, engine, requests, prompts)
+    requests = [engine.submit(model.encode(p), params, namespace=namespace) for p in prompts]
+    while engine.busy:
+        engine.step()
+        progress(f"serving: {sum(len(r.tokens) for r in requests)} tokens")
+    if engine.mover.context is not None:
+        engine.mover.run_deferred()
+        engine.mover.context.settle()
+    return requests
 
 
 def report(
-    model: Model, pools: Pools, engine: Engine, requests: list[Request], prompts: tuple[str, ...]
+    model: Model, pools: Pools, engine: Engine, recipe: Recipe, requests: list[Request], prompts: list[str]
 ) -> dict[str, Any]:
     """The document that `cmx demo --json` prints."""
     tokens = sum(len(r.tokens) for r in requests)
@@ -86,12 +106,13 @@ def report(
         "supernode": pools.supernode.name,
         "devices": pools.supernode.npus,
         "pools": pools.as_dict(),
-        "started": [i.name for i in (*engine.prefill, engine.decode)],
+        "started": [i.name for i in (*engine.prefill, *engine.decoders)],
         "requests": [
             {
                 "prompt": prompt,
                 "text": model.decode(r.tokens),
                 "prompt_tokens": len(r.prompt),
+                "cached_tokens": r.cached_tokens,
                 "output_tokens": len(r.tokens),
                 "finish_reason": r.finish_reason,
                 "ttft_s": round(r.ttft_s, 4),
@@ -100,8 +121,8 @@ def report(
             for prompt, r in zip(prompts, requests, strict=True)
         ],
         "tokens_per_s": round(tokens / seconds, 2),
-        "exchange": {i.name: i.exchange_bytes() for i in (*engine.prefill, engine.decode)},
-        "rebalanced": [asdict(move) for move in engine.moves],
+        "mechanisms": [asdict(e) for e in evidence(engine, recipe)],
+        "exchange": {i.name: i.exchange_bytes() for i in (*engine.prefill, *engine.decoders)},
     }
 
 
@@ -109,37 +130,24 @@ def render(result: dict[str, Any]) -> str:
     """The report for a terminal."""
     pools, lines = result["pools"], [f"{result['supernode']}: {result['devices']} devices"]
     for role in ("decode", "prefill"):
-        for entry in pools[role]:
-            running = "model loaded" if entry["name"] in result["started"] else "free"
-            first, last = entry["nodes"]
-            lines.append(
-                f"  {entry['name']:<10} {entry['npus']:>3} NPUs, nodes {first:>2}-{last:<2}  {running}"
-            )
+        entries = pools[role]
+        first, last = entries[0]["nodes"][0], entries[-1]["nodes"][1]
+        npus = entries[0]["npus"]
+        lines.append(f"  {role:<8} {len(entries):>2} instance(s) of {npus:>3} NPUs, nodes {first} to {last}")
     spare = pools["spare"]
-    lines.append(
-        f"  {'spare':<10} {spare['npus']:>3} NPUs, room for {spare['prefill_instances']} prefill instances"
-    )
+    if spare["npus"]:
+        room = spare["prefill_instances"]
+        lines.append(f"  {'spare':<8} {spare['npus']} NPUs, room for {room} prefill instances")
     for r in result["requests"]:
         lines.append("")
         lines.append(f"> {r['prompt']}")
         lines.append(r["text"].strip("\n"))
+        cached = f" ({r['cached_tokens']} cached)" if r["cached_tokens"] else ""
         lines.append(
-            f"  [{r['prompt_tokens']} + {r['output_tokens']} tokens, first after {r['ttft_s']:.2f} s, "
-            f"then {r['tpot_s'] * 1000:.0f} ms a token]"
+            f"  [{r['prompt_tokens']}{cached} + {r['output_tokens']} tokens, first after {r['ttft_s']:.2f} "
+            f"s, then {r['tpot_s'] * 1000:.0f} ms a token]"
         )
-    lines.append(f"\n{result['tokens_per_s']:.1f} tokens/s over all requests")
-    for name, e in result["exchange"].items():
-        lines.append(
-            f"{name}: {e['dispatch_bytes']:,.0f} bytes dispatched and {e['combine_bytes']:,.0f} combined "
-            f"per rank and step, {e['rounds_mean']:.1f} rounds a layer (most {e['rounds_most']})"
-        )
-        if "acceptance" in e:
-            lines.append(
-                f"{name}: drafts accepted by position: {', '.join(f'{a:.0%}' for a in e['acceptance'])}"
-            )
-    for move in result["rebalanced"]:
-        lines.append(
-            f"experts rebalanced: {move['moved']} of {move['slots']} slots moved, balancedness "
-            f"{move['before']:.2f} to {move['after']:.2f}"
-        )
+    lines.append(f"\n{result['tokens_per_s']:.1f} tokens/s over all requests\n")
+    width = max(len(e["mechanism"]) for e in result["mechanisms"])
+    lines += [f"{e['mechanism']:<{width}}  {e['text']}" for e in result["mechanisms"]]
     return "\n".join(lines)

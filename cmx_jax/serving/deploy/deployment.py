@@ -6,16 +6,13 @@ from typing import Any
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
-from cmx_jax.mesh.pools import DECODE_NPUS, PREFILL_NPUS
-from cmx_jax.serving.deploy.engine_args import POOL_DEFAULTS, POOL_MODEL_LEN, EngineArgs
 from cmx_jax.serving.deploy.llm import from_pretrained
 from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.deploy.recipe import Recipe
 from cmx_jax.serving.deploy.site import NpuRange, Site
 from cmx_jax.serving.ems import Fingerprint, Pool
 from cmx_jax.serving.engine.engine import Engine
-from cmx_jax.serving.executor.stats import Traffic
 from cmx_jax.serving.kv import JaxTransport, LeasedPages
-from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import SamplingParams
 
 
@@ -64,10 +61,7 @@ class Deployment(ModelInfo):
         Raises:
           CmxError: A block is not a whole number of pages.
         """
-        one = self.engine.instances[0]
-        self.engine.mover.context = ContextCache(
-            pool, self.fingerprint.of(block), one.programs.cache.pages, generated
-        )
+        self.engine.mover.reuse_blocks(pool, block, self.model.id, generated)
 
     def recarve(self, prefill: int, decode: int, grace_s: float) -> None:
         """Changes the number of prefill and decode instances; see `Engine.recarve`.
@@ -127,46 +121,27 @@ def _single_instance(name: str, name_or_path: str, options: dict[str, Any]) -> D
     )
 
 
-def pools(
-    name_or_path: str,
-    *,
-    prefill: int,
-    decode: int = 1,
-    sequences: int = 1,
-    decode_npus: int = DECODE_NPUS,
-    prefill_npus: int = PREFILL_NPUS,
-    **options: Any,
-) -> Deployment:
-    """Starts the paper's pools on the whole mesh: decode instances of 160 NPUs, prefill instances of 16.
+def pools(name_or_path: str, recipe: Recipe | None = None) -> Deployment:
+    """Starts the pools of a recipe on the supernode.
 
     Args:
       name_or_path: The model.
-      prefill: Number of prefill instances.
-      decode: Number of decode instances.
-      sequences: Number of sequences per decode rank.
-      decode_npus: Number of NPUs per decode instance.
-      prefill_npus: Number of NPUs per prefill instance.
-      options: Fields of `EngineArgs`, with the defaults of `POOL_DEFAULTS`. `max_model_len` is by default the
-        model's context, at most 256.
+      recipe: Layouts and options of the instances; None: the paper's.
 
     Raises:
       CmxError: The model is unknown or refused, or the instances do not fit it or the supernode.
     """
     enable_compilation_cache()
-    args = EngineArgs(**{**POOL_DEFAULTS, **options})
-    model = Model.read(name_or_path, args.dtype, args.quant)
-    length = args.context(model.config.max_position_embeddings, POOL_MODEL_LEN)
-    site = Site(
-        model=model,
-        args=args,
-        context=length,
-        sequences=sequences,
-        decode_npus=decode_npus,
-        prefill_npus=prefill_npus,
-    )
-    engine = Engine(*site.instances(site.carve(prefill, decode)), eplb_interval=args.eplb_interval)
+    recipe = recipe or Recipe()
+    model = Model.read(name_or_path, recipe.engine.dtype, recipe.engine.quant)
+    site = Site(model=model, recipe=recipe)
     return Deployment(
-        name="pools", model=model, engine=engine, max_model_len=length, npus=site.npus(), site=site
+        name="pools",
+        model=model,
+        engine=site.start(),
+        max_model_len=site.context,
+        npus=site.npus(),
+        site=site,
     )
 
 
@@ -178,9 +153,6 @@ def warm_up(engine: Engine) -> None:
     for temperature in (0.0, 1.0) if engine.prefill else ():
         request = engine.submit([0], SamplingParams(max_tokens=2, temperature=temperature, ignore_eos=True))
         engine.run()
-        if ticket := engine.tickets.pop(request, None):
+        if ticket := engine.mover.tickets.pop(request, None):
             engine.outbox.withdraw(ticket.transfer_id)
-    for instance in engine.instances:
-        instance.traffic = Traffic()
-        instance.computed_tokens = 0
-    engine.steps, engine.step_s, engine.busy_s = 0, 0.0, 0.0
+    engine.reset_counters()

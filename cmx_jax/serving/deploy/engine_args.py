@@ -5,11 +5,6 @@ from typing import Any
 
 from cmx_jax.errors import CmxError
 
-POOL_DEFAULTS = {"runner": "devices", "exchange": "hierarchical", "num_speculative_tokens": None}
-"""Defaults of pools on a whole supernode, where they are not those of one instance."""
-POOL_MODEL_LEN = 256
-"""Tokens to make room for at most in pools, by default."""
-
 
 def _option(default: Any, group: str, about: str) -> Any:
     """Returns a field of `EngineArgs`.
@@ -29,6 +24,8 @@ class EngineArgs:
     Attributes:
       runner: `lanes` (any number of ranks on one device) or `devices` (one device per rank).
       ranks: Number of expert-parallel ranks.
+      ranks_per_npu: Number of ranks that share an NPU, which is a device of runner `devices`: 2 where a rank
+        is a die.
       dtype: `float32` or `bfloat16`, the type of weights, cache and arithmetic.
       quant: `int8` rounds the large matrices while they are loaded, with a scale for each output channel, and
         computes with them in INT8 (W8A8: activations are rounded token by token); `auto` does so where the
@@ -38,6 +35,8 @@ class EngineArgs:
       wire: Type of dispatched tokens, `float32`, `bfloat16` or `int8`; None takes `dtype`.
       exchange: Method by which tokens travel to experts: `flat`, `hierarchical` (by node, then NPU),
         `allgather` (everywhere), or, on accelerators, `ragged` (messages only).
+      mailbox_rows: Messages for each peer in a round of dispatch; 0 has room for the worst case, so that one
+        round always suffices; None: twice the mean.
       max_num_seqs: Number of sequences decoded at once, over all ranks; further ones wait.
       max_model_len: Longest sequence to make room for, in tokens; None takes the model's context, up to a
         limit of the deployment.
@@ -55,6 +54,7 @@ class EngineArgs:
 
     runner: str = _option("lanes", "model", "execution of ranks on this machine: lanes or devices")
     ranks: int = _option(8, "model", "number of expert-parallel ranks")
+    ranks_per_npu: int = _option(1, "model", "ranks that share an NPU (a device), as its two dies do")
     dtype: str = _option("float32", "model", "dtype of weights, cache and arithmetic: float32 or bfloat16")
     quant: str = _option("auto", "model", "quantization of weights: auto (as stored), int8 or none")
     kv_cache_dtype: str = _option(
@@ -67,6 +67,9 @@ class EngineArgs:
         "flat",
         "exchange",
         "exchange of tokens with experts: flat, hierarchical, allgather, or ragged (accelerators only)",
+    )
+    mailbox_rows: int | None = _option(
+        None, "exchange", "messages for each peer in a round, 0: the worst case (default: twice the mean)"
     )
     max_num_seqs: int = _option(32, "size", "largest number of sequences that decode at once")
     max_model_len: int | None = _option(

@@ -18,6 +18,8 @@ from cmx_jax.mesh.runners import make_runner
 from cmx_jax.model.rebalance import Move
 from cmx_jax.serving.deploy.engine_args import EngineArgs
 from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.deploy.recipe import Recipe
+from cmx_jax.serving.deploy.site import Site
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.scoring import device_logits
 from cmx_jax.serving.scheduling.allocator import Capacity
@@ -52,12 +54,12 @@ class Completion:
 
 
 class LLM:
-    """A model on one instance that prefills and decodes.
+    """A model on one instance that prefills and decodes, or on the pools of a recipe.
 
     Attributes:
       model: Config, weights and tokenizer as read.
-      instance: The instance; `instance.traffic` has counts of its exchanges and drafts.
-      engine: Serving loop over the instance.
+      instance: The (first) decode instance; `instance.traffic` has counts of its exchanges and drafts.
+      engine: Serving loop over the instances.
       max_model_len: Longest sequence that there is room for, in tokens.
 
     Example:
@@ -68,8 +70,20 @@ class LLM:
       4
     """
 
-    def __init__(self, model: Model, layout: Layout, args: EngineArgs):
-        """Puts a model on the ranks of a layout.
+    def __init__(self, model: Model, engine: Engine, max_model_len: int):
+        """Serves a model with an engine; `on_layout` and `from_pretrained` make one.
+
+        Args:
+          model: Config, weights and tokenizer as read.
+          engine: Serving loop with a decode instance.
+          max_model_len: Longest sequence that there is room for, in tokens.
+        """
+        self.model, self.engine, self.max_model_len = model, engine, max_model_len
+        self.instance = engine.decode
+
+    @classmethod
+    def on_layout(cls, model: Model, layout: Layout, args: EngineArgs) -> "LLM":
+        """Puts a model on the ranks of one instance, which prefills and decodes.
 
         Args:
           model: Config, weights and tokenizer as read.
@@ -81,15 +95,14 @@ class LLM:
         """
         width, parts = Capacity().page_width, layout.microbatches
         sequences = -(-args.max_num_seqs // (layout.data_ranks * parts)) * parts
-        self.model = model
-        self.max_model_len = args.context(model.config.max_position_embeddings, MAX_MODEL_LEN)
+        max_model_len = args.context(model.config.max_position_embeddings, MAX_MODEL_LEN)
         capacity = Capacity(
             sequences=sequences,
-            pages=sequences * pages_for(self.max_model_len, width),
+            pages=sequences * pages_for(max_model_len, width),
             page_width=width,
             max_num_batched_tokens=args.max_num_batched_tokens,
         )
-        self.instance = model.instance(
+        instance = model.instance(
             args.runner,
             layout,
             make_runner(args.runner, layout.axes, ranks_per_device=layout.ranks_per_npu),
@@ -97,7 +110,7 @@ class LLM:
             args.drafts(model.checkpoint.mtp),
             args.kv_cache_dtype,
         )
-        self.engine = Engine([self.instance], self.instance, eplb_interval=args.eplb_interval)
+        return cls(model, Engine([instance], instance, eplb_interval=args.eplb_interval), max_model_len)
 
     @property
     def moves(self) -> list[Move]:
@@ -201,19 +214,28 @@ def completion(request: Request, model: Model) -> Completion:
     )
 
 
-def from_pretrained(name_or_path: str | Path, *, layout: str | Layout | None = None, **options: Any) -> LLM:
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    layout: str | Layout | None = None,
+    recipe: Recipe | None = None,
+    **options: Any,
+) -> LLM:
     """Loads a Hugging Face directory, or `tiny`, the model that ships.
 
     Args:
       name_or_path: The model.
       layout: Layout of the ranks: a `Layout`, or the name of one such as `tp4` (see
-        `cmx_jax.mesh.named_layouts`). It replaces the options `ranks`, `wire`, `exchange`, `microbatches`,
-        `redundant_slots` and `shared_slots`. None: expert parallelism by these options.
+        `cmx_jax.mesh.named_layouts`). It replaces the options `ranks`, `ranks_per_npu`, `wire`, `exchange`,
+        `mailbox_rows`, `microbatches`, `redundant_slots` and `shared_slots`. None: expert parallelism by
+        these options.
+      recipe: Pools of prefill and decode instances on the supernode's devices, instead of one instance. It
+        has options of its own: `layout` and `options` cannot be given with it.
       options: Fields of `EngineArgs`, such as `runner="devices"`. `max_model_len` is by default the model's
         context, at most 4,096.
 
     Raises:
-      CmxError: The model is unknown or refused, or the layout does not fit it or the machine.
+      CmxError: The model is unknown or refused, or the layout or recipe does not fit it or the machine.
 
     Example:
       >>> import cmx_jax
@@ -222,6 +244,12 @@ def from_pretrained(name_or_path: str | Path, *, layout: str | Layout | None = N
       (1, 3, 2048)
     """
     enable_compilation_cache()
+    if recipe is not None:
+        if layout is not None or options:
+            given = ", ".join(["layout"] * (layout is not None) + sorted(options))
+            raise CmxError(f"{given}: given beside a recipe, expected in the recipe (Recipe.with_engine)")
+        site = Site(model=Model.read(name_or_path, recipe.engine.dtype, recipe.engine.quant), recipe=recipe)
+        return LLM(site.model, site.start(), site.context)
     args = EngineArgs(**options)
     model = Model.read(name_or_path, args.dtype, args.quant)
     experts = model.config.n_routed_experts
@@ -229,10 +257,13 @@ def from_pretrained(name_or_path: str | Path, *, layout: str | Layout | None = N
         layout = expert_parallel(
             args.ranks,
             experts,
+            ranks_per_npu=args.ranks_per_npu,
             exchange=args.exchange,
             wire=args.dtype if args.wire is None else args.wire,
+            mailbox_rows=args.mailbox_rows,
             microbatches=args.microbatches,
             redundant_slots=args.redundant_slots,
             shared_slots=args.shared_slots,
         )
-    return LLM(model, named_layout(layout).make(experts) if isinstance(layout, str) else layout, args)
+    chosen = named_layout(layout).make(experts) if isinstance(layout, str) else layout
+    return LLM.on_layout(model, chosen, args)

@@ -17,6 +17,7 @@ from cmx_jax.mesh.layout import Layout
 from cmx_jax.mesh.runners import Runner
 from cmx_jax.model.cache import cache_dtype
 from cmx_jax.model.checkpoint import load_weights, open_checkpoint
+from cmx_jax.model.checkpoint.load import HostParts
 from cmx_jax.model.checkpoint.source import Checkpoint, digest
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.decode import MAX_DRAFTS
@@ -156,6 +157,7 @@ class Model:
         capacity: Capacity,
         num_speculative_tokens: int = 0,
         kv_cache_dtype: str = "auto",
+        shared: HostParts | None = None,
     ) -> Instance:
         """Starts an instance of the model; each rank's weights are read from the files.
 
@@ -166,6 +168,7 @@ class Model:
           capacity: Capacity of each rank.
           num_speculative_tokens: Number of MTP drafts of a decode step.
           kv_cache_dtype: Type of the cached rows.
+          shared: Weights that instances with the same layout have read; see `load_weights`.
 
         Raises:
           CmxError: A weight is not finite, the experts do not fit the slots, the model has no MTP layer to
@@ -180,7 +183,7 @@ class Model:
             )
             raise CmxError(f"num_speculative_tokens is {drafts}, expected {expected}")
         dtype = jnp.dtype(self.dtype)
-        weights = load_weights(self.checkpoint, layout, runner, dtype, drafts > 0, self.config)
+        weights = load_weights(self.checkpoint, layout, runner, dtype, drafts > 0, self.config, shared)
         programs = Programs(name, self.config, layout, runner, weights, capacity, self.dtype, drafts, kept)
         return Instance(programs)
 

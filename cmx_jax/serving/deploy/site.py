@@ -1,19 +1,25 @@
 """Instances of a model on a supernode, on the slices that pools are carved into."""
 
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import host_devices
-from cmx_jax.mesh.layout import expert_parallel
-from cmx_jax.mesh.pools import DECODE_NPUS, PREFILL_NPUS, Pools, Slice, carve
+from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.pools import Pools, Slice, carve
 from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
-from cmx_jax.serving.deploy.engine_args import EngineArgs
+from cmx_jax.model.checkpoint.load import HostParts
 from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.deploy.recipe import MAX_MODEL_LEN, Recipe
+from cmx_jax.serving.ems import MPServer, Pool
+from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.scheduling.allocator import Capacity
-from cmx_jax.serving.scheduling.pages import pages_for
+
+CACHE_DRAM_BYTES, CACHE_DISK_BYTES = 64 << 20, 256 << 20  # tiers of a recipe's caching pool
 
 
 class NpuRange(NamedTuple):
@@ -34,25 +40,23 @@ class Site:
 
     Attributes:
       model: The model to serve.
-      args: Options of the instances. The ranks are those of the slices; `max_num_seqs` is not used.
-        `microbatches`, `redundant_slots` and `shared_slots` are for decode instances only.
-      context: Longest sequence to make room for, in tokens.
-      sequences: Number of sequences per decode rank.
-      decode_npus: Number of NPUs per decode instance.
-      prefill_npus: Number of NPUs per prefill instance.
+      recipe: Layouts and options of the instances.
     """
 
     model: Model
-    args: EngineArgs
-    context: int
-    sequences: int = 1
-    decode_npus: int = DECODE_NPUS
-    prefill_npus: int = PREFILL_NPUS
+    recipe: Recipe
     _started: dict[Slice, Instance] = field(default_factory=dict, init=False)
+    _resources: ExitStack = field(default_factory=ExitStack, init=False)
+    _read: dict[Layout, HostParts] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if self.args.runner == "devices":
+        if self.recipe.engine.runner == "devices":
             host_devices(CLOUDMATRIX384.npus)  # all of the supernode, not just what the first instance needs
+
+    @property
+    def context(self) -> int:
+        """Longest sequence that there is room for, in tokens."""
+        return self.recipe.engine.context(self.model.config.max_position_embeddings, MAX_MODEL_LEN)
 
     def carve(self, prefill: int, decode: int) -> Pools:
         """Returns the slices of this many prefill and decode instances.
@@ -62,8 +66,9 @@ class Site:
         """
         if prefill < 1 or decode < 1:
             raise CmxError(f"{prefill} prefill and {decode} decode instances, expected one of each at least")
+        recipe = self.recipe
         return carve(
-            prefill=prefill, decode=decode, decode_npus=self.decode_npus, prefill_npus=self.prefill_npus
+            prefill=prefill, decode=decode, decode_npus=recipe.decode_npus, prefill_npus=recipe.prefill_npus
         )
 
     def instances(self, pools: Pools) -> tuple[list[Instance], list[Instance]]:
@@ -72,29 +77,41 @@ class Site:
         self._started = kept
         return [kept[s] for s in pools.prefill], [kept[s] for s in pools.decode]
 
+    def start(self) -> Engine:
+        """Starts all instances of the recipe and its caching pool, and returns their engine.
+
+        Raises:
+          CmxError: The instances do not fit the supernode or the model.
+        """
+        recipe = self.recipe
+        engine = Engine(
+            *self.instances(self.carve(recipe.prefill_instances, recipe.decode_instances)),
+            eplb_interval=recipe.engine.eplb_interval,
+            prefill_eplb_interval=recipe.prefill_eplb_interval,
+        )
+        if recipe.cache_block:
+            folder = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="cmx-cache-"))
+            store = MPServer(Path(folder), dram=CACHE_DRAM_BYTES, disk=CACHE_DISK_BYTES)
+            pool = Pool({"here": store})
+            self._resources.callback(pool.close)
+            engine.mover.reuse_blocks(pool, recipe.cache_block, self.model.id)
+        return engine
+
+    def close(self) -> None:
+        """Ends the caching pool that `start` started."""
+        self._resources.close()
+
     def npus(self) -> dict[str, NpuRange]:
         """Returns the NPUs of each instance, by its name."""
         return {s.name: NpuRange(s.start, s.npus) for s in self._started}
 
     def _start(self, s: Slice) -> Instance:
-        c, args, width = self.model.config, self.args, Capacity().page_width
-        decodes = s.role == "decode"
-        fields = ("microbatches", "redundant_slots", "shared_slots") if decodes else ()
-        layout = expert_parallel(
-            s.npus,
-            c.n_routed_experts,
-            exchange=args.exchange,
-            wire=self.model.dtype if args.wire is None else args.wire,
-            **{name: getattr(args, name) for name in fields},
-        )
-        rows = max(self.sequences, args.microbatches) if decodes else 1
-        capacity = Capacity(
-            sequences=rows,
-            pages=rows * pages_for(self.context, width),
-            page_width=width,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-        )
-        runner = make_runner(args.runner, layout.axes, s.start if args.runner == "devices" else 0)
+        recipe, args = self.recipe, self.recipe.engine
+        layout = recipe.layout(s.role, self.model.config, self.model.dtype)
+        first = s.start if args.runner == "devices" else 0
+        runner = make_runner(args.runner, layout.axes, first, layout.ranks_per_npu)
+        shared = self._read.setdefault(layout, {})  # instances of equal layouts read the weights once
+        capacity = recipe.capacity(s.role, self.context)
         mtp = self.model.checkpoint.mtp
         drafts = args.drafts(mtp) if mtp else 0
-        return self.model.instance(s.name, layout, runner, capacity, drafts, args.kv_cache_dtype)
+        return self.model.instance(s.name, layout, runner, capacity, drafts, args.kv_cache_dtype, shared)

@@ -1,15 +1,15 @@
 """The serving loop: requests wait, are prefilled on one instance, move their pages, decode on another.
 
-One `step` of the loop: admit waiting requests, run every prefill instance that has work, move finished
-prompts to decode instances, run one step of each of these. Requests join and leave the decode batch between
-steps. An engine has a `Scheduler`, which decides what runs where, and a `PageMover`, which brings the pages
-there.
+One `step` of the loop: admit waiting requests, move prefilled prompts to decode instances, start one step of
+each of these, start every prefill instance that has work, and wait for decode. Decode does not wait for
+prefill: a prefill step that takes longer than a decode step ends in a later turn. An instance that does both
+prefills first. Requests join and leave the decode batch between steps. An engine has a `Scheduler`, which
+decides what runs where, `PrefillSteps`, and a `PageMover`, which brings the pages there.
 
 One thread at a time may use an engine.
 """
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,10 +18,11 @@ from cmx_jax.errors import CmxError
 from cmx_jax.model.rebalance import Move
 from cmx_jax.serving.engine.checks import check_context, check_pages, check_prompt, check_rebalanced
 from cmx_jax.serving.engine.page_mover import PageMover
+from cmx_jax.serving.engine.prefill_steps import PrefillSteps
 from cmx_jax.serving.engine.recarve import Recarver
 from cmx_jax.serving.engine.timeline import Timeline
 from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.kv import LeasedPages, Local, RemotePages, Ticket
+from cmx_jax.serving.kv import LeasedPages, Local, RemotePages
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, State, TokenLogprob
 from cmx_jax.serving.scheduling.scheduler import Scheduler
@@ -31,10 +32,9 @@ from cmx_jax.serving.scheduling.waiting import QueueLimits, Waiting
 class Engine:
     """Serves requests with prefill and decode instances; one may be both (`prefill == decode`).
 
-    In a prefill-only or decode-only worker all instances are of that kind. Without decode instances a request
-    ends with its first token: its `finish_reason` is `transfer`, and `tickets` has the ticket with which
-    another process fetches its pages. Without prefill instances requests come by `receive`, and a preempted
-    one ends with the finish reason `preempted`.
+    Without decode instances a request ends with its first token: its `finish_reason` is `transfer`, and
+    `mover.tickets` has the ticket by which another process fetches its pages. Without prefill instances
+    requests come by `receive`, and a preempted one ends with the finish reason `preempted`.
 
     Attributes:
       scheduler: Decides which requests run on which instances.
@@ -43,9 +43,10 @@ class Engine:
       timeline: Events of requests and instances.
       limits: Limits of the waiting queue; `submit` refuses requests that exceed them.
       eplb_interval: Decode steps after which the experts of decode instances are rebalanced; 0: never.
-      moves: Results of the rebalancings so far.
+      moves: Results of the rebalancings of decode instances so far.
+      prefills: Starts and ends prefill steps.
+      overlapped_steps: Number of decode turns so far during which a prefill step was running.
       steps: Number of decode turns so far.
-      step_s: Seconds in which a program ran.
       busy_s: Seconds of all turns in which a program ran.
     """
 
@@ -55,6 +56,7 @@ class Engine:
         decode: Instance | Sequence[Instance],
         eplb_interval: int = 0,
         *,
+        prefill_eplb_interval: int = 0,
         context: ContextCache | None = None,
         outbox: LeasedPages | None = None,
         recompute: bool = True,
@@ -66,6 +68,8 @@ class Engine:
           prefill: Instances that take prompts.
           decode: One or several instances that continue them.
           eplb_interval: Decode steps between two rebalancings of the experts; 0: never.
+          prefill_eplb_interval: Prefill steps between two rebalancings of the experts of prefill instances;
+            0: never.
           context: Cache of prompts' KV blocks.
           outbox: Lends pages from prefill to decode; None: within this process.
           recompute: True if a prompt whose pages are lost in transfer runs again; otherwise it fails.
@@ -77,14 +81,14 @@ class Engine:
         if eplb_interval < 0:
             raise CmxError(f"eplb_interval is {eplb_interval}, expected zero (never) or more")
         decoders = [decode] if isinstance(decode, Instance) else list(decode)
-        instances = [*prefill, *decoders]
-        if not instances:
+        if not (instances := [*prefill, *decoders]):
             raise CmxError("an engine without instances, expected at least one that prefills or decodes")
         self.eplb_interval, self.limits = eplb_interval, limits or QueueLimits()
         self.moves: list[Move] = []
-        self.steps = 0
-        self.step_s = self.busy_s = 0.0
+        self.steps = self.overlapped_steps = 0
+        self._decode_s = self.busy_s = 0.0
         check_rebalanced(decoders if eplb_interval else ())
+        check_rebalanced(prefill if prefill_eplb_interval else ())
         check_pages(instances)
         lookahead = 1 + max(instance.programs.num_speculative_tokens for instance in instances)
         self.scheduler = Scheduler(list(prefill), decoders, time.perf_counter, lookahead)
@@ -92,7 +96,23 @@ class Engine:
         self.outbox = outbox or LeasedPages(Local(), instances[0].programs.fingerprint())
         self.mover = PageMover(self.scheduler, self.timeline, self.outbox, context, recompute)
         self.scheduler.subscribe(self.timeline.on_change)
+        self.prefills = PrefillSteps(self.scheduler, self.mover, self.timeline, prefill_eplb_interval)
         self._recarver = Recarver(self.scheduler)
+
+    def reset_counters(self) -> None:
+        """Sets all counters of the engine and its instances to zero, as after a warm-up."""
+        self.steps = self.overlapped_steps = 0
+        self._decode_s = self.busy_s = 0.0
+        self.moves.clear()
+        self.prefills.reset_counters()
+        self.mover.reset_counters()
+        for instance in self.instances:
+            instance.reset_counters()
+
+    @property
+    def step_s(self) -> float:
+        """Seconds in which the engine waited for programs."""
+        return self._decode_s + self.prefills.step_s
 
     @property
     def prefill(self) -> list[Instance]:
@@ -119,16 +139,6 @@ class Engine:
         """Requests without a place."""
         return self.scheduler.waiting
 
-    @property
-    def transfers(self) -> deque[tuple[Any, Request]]:
-        """Prefilled requests that wait for a decode rank; see `Scheduler.transfers`."""
-        return self.scheduler.transfers
-
-    @property
-    def tickets(self) -> dict[Request, Ticket]:
-        """Tickets of prompts that another process continues; the reader of a ticket removes it."""
-        return self.mover.tickets
-
     def submit(
         self, prompt: list[int], params: SamplingParams, *, priority: int = 0, namespace: str = ""
     ) -> Request:
@@ -153,10 +163,8 @@ class Engine:
             list(prompt), params, priority=priority, namespace=namespace, arrived=self.scheduler.clock()
         )
         check_context(request, config)
-        waiting = self.waiting
-        if waiting:
-            oldest = waiting.first()
-            tokens = waiting.tokens + len(prompt)
+        if waiting := self.waiting:
+            oldest, tokens = waiting.first(), waiting.tokens + len(prompt)
             self.limits.check(len(waiting) + 1, tokens, lambda: self.scheduler.clock() - oldest.arrived)
         self.scheduler.enqueue(request)
         return request
@@ -202,9 +210,10 @@ class Engine:
     def reset(self) -> None:
         """Forgets all requests, as after a step that was broken off."""
         self.waiting.clear()
-        self.transfers.clear()
+        self.scheduler.transfers.clear()
         self.mover.reset()
         self.timeline.forget()
+        self.prefills.reset()
         for instance in self.instances:
             instance.reset()
 
@@ -212,7 +221,7 @@ class Engine:
     def busy(self) -> bool:
         """True while a request is unfinished or a change of instances is pending."""
         placed = any(instance.allocator.places for instance in self.instances)
-        return bool(self.waiting or self.transfers or placed or self._recarver.pending)
+        return bool(self.waiting or self.scheduler.transfers or placed or self._recarver.pending)
 
     def run(self) -> None:
         """Steps until every submitted request is finished."""
@@ -223,12 +232,12 @@ class Engine:
         """Runs one turn of the loop; returns the requests that finished in it."""
         began, before = time.perf_counter(), self.step_s
         finished = self._expire()
+        finished += self.prefills.end_ready()
         self._recarver.apply()
         for instance, request in self.scheduler.admit():
             self.mover.fetch_blocks(instance, request)
         self.mover.put_blocks()
-        for instance in self.prefill:
-            finished += self._prefill(instance) if instance.allocator.prefilling else []
+        finished += self.prefills.run_blocking()
         finished += self.mover.move() if self.decoders else self.mover.hand_over()
         finished += self._decode()
         if self.step_s > before:
@@ -243,22 +252,12 @@ class Engine:
             self.cancel(request, "error", f"waited longer than {ttl_s:g} s for a place")
         return expired
 
-    def _prefill(self, instance: Instance) -> list[Request]:
-        """Runs one prefill step; returns the requests whose first token was their last."""
-        began, finished = time.perf_counter(), []
-        with self.timeline.step(instance.name, "prefill", requests=len(instance.allocator.prefilling)):
-            completed = instance.prefill()
-        self.step_s += time.perf_counter() - began
-        ends = {r: r.add(r.next_token, instance.config.eos_token_ids) for r in completed}
-        stay = [r for r in completed if ends[r] or instance in self.scheduler.both]
-        self.mover.store(instance, stay)
-        for request, last in ends.items():
-            self.scheduler.finish_prefill(instance, request, last)
-            finished += [request] * last
-        return finished
-
     def _decode(self) -> list[Request]:
-        """Runs one step of each decode instance that has sequences; returns the requests that finished."""
+        """Runs one step of each decode instance that has sequences, and starts prefill steps beside it.
+
+        Returns:
+          The requests that finished.
+        """
         finished: list[Request] = []
         for instance in self.decoders:
             finished += self.scheduler.grow(instance)
@@ -269,7 +268,9 @@ class Engine:
                 sequences = sum(row is not None for row in instance.allocator.rows)
                 steps.enter_context(self.timeline.step(instance.name, "decode", sequences=sequences))
                 instance.start_decode()
+            self.prefills.start()
             self.mover.run_deferred()
+            overlapped = bool(running and self.prefills.running)
             generated = [(instance, instance.end_decode()) for instance in running]
         for instance, tokens_of in generated:
             for request, tokens in tokens_of.items():
@@ -279,8 +280,9 @@ class Engine:
                     self.scheduler.finish(instance, request)
                     finished.append(request)
         if running:
-            self.step_s += time.perf_counter() - began
+            self._decode_s += time.perf_counter() - began
             self.steps += 1
+            self.overlapped_steps += overlapped
             if self.eplb_interval and self.steps % self.eplb_interval == 0:
                 self.moves += [instance.rebalance() for instance in self.decoders]
         return finished

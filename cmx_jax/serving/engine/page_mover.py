@@ -10,7 +10,7 @@ import jax
 from cmx_jax.serving.engine.timeline import Timeline
 from cmx_jax.serving.executor.instance import Instance
 from cmx_jax.serving.kv import LeasedPages, RemotePages, Ticket, TransferError, transfer_locally
-from cmx_jax.serving.kv.prefix_cache import ContextCache
+from cmx_jax.serving.kv.prefix_cache import BlockPool, ContextCache
 from cmx_jax.serving.scheduling.request import Request, State
 from cmx_jax.serving.scheduling.scheduler import Scheduler
 
@@ -26,6 +26,7 @@ class PageMover:
       outbox: Lends pages from prefill to decode.
       recompute: True if a prompt whose pages are lost in transfer runs again; otherwise it fails.
       lost: Number of prompts whose pages were lost.
+      moved_bytes: Number of bytes of the pages that decode received from prefill.
       tickets: Tickets of prompts that another process continues; the reader of a ticket removes it.
       deferred: Functions to run while the next decode step is in flight.
     """
@@ -40,7 +41,7 @@ class PageMover:
     ):
         self._scheduler, self._timeline = scheduler, timeline
         self.outbox, self.context, self.recompute = outbox, context, recompute
-        self.lost = 0
+        self.lost = self.moved_bytes = 0
         self.fetching: dict[Request, tuple[Instance, Future[list[Any]]]] = {}
         self.tickets: dict[Request, Ticket] = {}
         self.deferred: deque[Callable[[], None]] = deque()
@@ -57,12 +58,34 @@ class PageMover:
         for queue in (self.fetching, self.tickets, self.deferred):
             queue.clear()
 
+    def reset_counters(self) -> None:
+        """Sets all counters to zero, those of the context cache included."""
+        self.lost = self.moved_bytes = 0
+        if self.context is not None:
+            self.context.reset_counters()
+
     def run_deferred(self) -> None:
         """Runs the deferred functions."""
         while self.deferred:
             self.deferred.popleft()()
 
     # from the caching pool and into it
+
+    def reuse_blocks(self, pool: BlockPool, block: int, model: str, generated: bool = False) -> None:
+        """Reuses the KV blocks of prompts from a caching pool, and stores new ones there.
+
+        Args:
+          pool: The caching pool.
+          block: Number of tokens per block.
+          model: Id of the weights.
+          generated: True to store generated text, too; see `ContextCache`.
+
+        Raises:
+          CmxError: A block is not a whole number of pages.
+        """
+        programs = self._scheduler.instances[0].programs
+        fingerprint = programs.fingerprint(model).of(block)
+        self.context = ContextCache(pool, fingerprint, programs.cache.pages, generated)
 
     def fetch_blocks(self, instance: Instance, request: Request) -> None:
         """Starts to fetch the cached blocks of a placed request, which waits for them."""
@@ -153,6 +176,7 @@ class PageMover:
             if received:
                 target.put_pages(list(received), list(received.values()))
             for request, pages in received.items():
+                self.moved_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(pages))
                 self._store_pages(request, pages)
                 self._timeline.moved(request, source.name, target.name, len(jax.tree.leaves(pages)[0]))
                 self._scheduler.finish_move(source, target, request)

@@ -1,7 +1,7 @@
 """One instance: a model on a sub-mesh, with its paged KV cache."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,30 @@ from cmx_jax.model.batch import DecodeBatch, StepOutput
 from cmx_jax.model.cache import NO_PAGE
 from cmx_jax.model.rebalance import Move, balanced, describe
 from cmx_jax.serving.executor.programs import Op, Programs
-from cmx_jax.serving.executor.stats import Traffic
+from cmx_jax.serving.executor.stats import Traffic, load_of
 from cmx_jax.serving.kv.mapping import prefill_tp_rank
-from cmx_jax.serving.scheduling.allocator import RankAllocator
-from cmx_jax.serving.scheduling.packing import bucket, pack, sampling
+from cmx_jax.serving.scheduling.allocator import Place, RankAllocator
+from cmx_jax.serving.scheduling.packing import Piece, bucket, pack, sampling
 from cmx_jax.serving.scheduling.pages import pages_for
 from cmx_jax.serving.scheduling.request import Request, State, TokenLogprob
 
 # A program is compiled for each length, so lengths are few: this many pages, doubled as often as needed.
 PREFILL_PAGES = 2
 DECODE_PAGES = 8
+
+
+class _StartedPrefill(NamedTuple):
+    """A prefill step that was started.
+
+    Attributes:
+      pieces: Chunks of prompts in each batch row.
+      places: Place of each request at the start.
+      output: Results, which may not be ready.
+    """
+
+    pieces: list[list[Piece]]
+    places: dict[Request, Place]
+    output: StepOutput
 
 
 class Instance:
@@ -45,31 +59,63 @@ class Instance:
         self.allocator = RankAllocator(self.capacity, self.layout.data_ranks, self.layout.microbatches)
         self.traffic = Traffic()
         self.computed_tokens = 0
+        self._prefilling: _StartedPrefill | None = None
 
     def reset(self) -> None:
         """Forgets all requests and makes a new cache, as after a step that was broken off."""
+        self._prefilling = None
         self.allocator.reset()
         self.programs.run(Op.EMPTY, ())
+
+    def reset_counters(self) -> None:
+        """Sets all counters to zero."""
+        self.traffic, self.computed_tokens = Traffic(), 0
 
     def release(self, request: Request) -> None:
         """Frees the pages and the row of a request."""
         self.allocator.release(request)
 
-    def prefill(self) -> list[Request]:
-        """Runs the next chunks of placed prompts.
+    @property
+    def prefill_started(self) -> bool:
+        """True between `start_prefill` and `end_prefill`."""
+        return self._prefilling is not None
 
-        Returns:
-          The requests whose prompts are complete, with their next token and drafts.
-        """
+    @property
+    def prefill_ready(self) -> bool:
+        """True if `end_prefill` need not wait."""
+        assert self._prefilling is not None
+        return all(leaf.is_ready() for leaf in jax.tree.leaves(self._prefilling.output))
+
+    def prefill(self) -> list[Request]:
+        """Starts a prefill step and waits for it; see `end_prefill`."""
+        self.start_prefill()
+        return self.end_prefill()
+
+    def start_prefill(self) -> None:
+        """Starts the next chunks of placed prompts; `end_prefill` waits for them."""
         pieces = self.allocator.next_pieces()
         width = self.capacity.page_width
         unit = math.lcm(PREFILL_PAGES * width, self.layout.sequence_ranks)
         pages = {request: place.pages for request, place in self.allocator.places.items()}
         packed = pack(pieces, pages, width, unit)
         requests = [piece.request for row in pieces for piece in row]
-        output = self._result(self._start(Op.PREFILL, packed.batch, requests, cached=packed.cached))
-        self.computed_tokens += sum(piece.stop - piece.start for row in pieces for piece in row)
-        completed = self.allocator.mark_prefilled(pieces)
+        output = self._start(Op.PREFILL, packed.batch, requests, cached=packed.cached)
+        places = {request: self.allocator.places[request] for request in requests}
+        self._prefilling = _StartedPrefill(pieces, places, output)
+
+    def end_prefill(self) -> list[Request]:
+        """Waits for the prefill step.
+
+        Returns:
+          The requests whose prompts are complete, with their next token and drafts. Requests that have lost
+          their place since the start are left out.
+        """
+        assert self._prefilling is not None
+        started, self._prefilling = self._prefilling, None
+        output = self._result(started.output)
+        self.computed_tokens += sum(piece.stop - piece.start for row in started.pieces for piece in row)
+        kept = {r for r, place in started.places.items() if self.allocator.places.get(r) is place}
+        completed = self.allocator.mark_prefilled(started.pieces, kept)
         for request, row, index in completed:
             request.next_token = int(output.tokens[row, index])
             request.drafts = [] if output.drafts is None else [int(output.drafts[row, index])]
@@ -121,14 +167,19 @@ class Instance:
         self.traffic.add(output.stats, self.config.num_moe_layers)
         return output
 
-    def rebalance(self) -> Move:
-        """Places the experts again (EPLB) by the load measured since the last time, between two steps.
+    def rebalance(self, measured: dict[str, np.ndarray] | None = None) -> Move:
+        """Places the experts again (EPLB) by their load, between two steps.
+
+        Args:
+          measured: Number of times that each expert was chosen, `[L, E]` by stack; None: what this instance
+            measured since the last time.
 
         Raises:
           CmxError: The experts do not fill the layout's slots.
         """
         c, programs = self.config, self.programs
-        load = self.traffic.load_of(programs.placement, c.n_routed_experts)
+        measured = self.traffic.load if measured is None else measured
+        load = load_of(measured, programs.placement, c.n_routed_experts)
         after = balanced(load, c, self.layout)
         report = describe(load, programs.placement, after, c, self.layout)
         programs.run(Op.RELOCATE, after)
@@ -170,7 +221,8 @@ class Instance:
         for sender in senders:
             self.traffic.sent[sender] = self.traffic.sent.get(sender, 0) + 1
         leaves, tree = jax.tree.flatten(pages)
-        copies = zip(*(_copied(leaf, slots, senders) for leaf in leaves), strict=True)
+        npu = self.layout.ranks_per_npu
+        copies = zip(*(_copied(leaf, slots, senders, npu) for leaf in leaves), strict=True)
         return [jax.tree.unflatten(tree, copy) for copy in copies]
 
     def put_pages(self, requests: list[Request], pages: list[Any]) -> None:
@@ -204,12 +256,20 @@ class Instance:
             array[rank, : len(ids)] = ids
         return array.reshape(-1), [[rank * length + i for i in span] for rank, span in spans]
 
-    def exchange_bytes(self) -> dict[str, object]:
-        """Returns `Traffic.report` of this instance."""
+    def _message_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of a dispatched and of a combined message."""
         combine = self.programs.dtype if self.layout.wire == "float32" else "bfloat16"
         width, wire = self.config.hidden_size, self.layout.wire
-        sizes = message_bytes(width, wire), width * jnp.dtype(combine).itemsize
-        return self.traffic.report(self.layout.ranks, *sizes)
+        return message_bytes(width, wire), width * jnp.dtype(combine).itemsize
+
+    def payload_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of all messages that were dispatched and combined, without empty mailbox rows."""
+        dispatch, combine = self._message_bytes()
+        return self.traffic.messages * dispatch, self.traffic.messages * combine
+
+    def exchange_bytes(self) -> dict[str, object]:
+        """Returns `Traffic.report` of this instance."""
+        return self.traffic.report(self.layout.ranks, *self._message_bytes())
 
 
 def _add_logprob(request: Request, output: StepOutput, row: int, index: int) -> None:
@@ -221,8 +281,8 @@ def _add_logprob(request: Request, output: StepOutput, row: int, index: int) -> 
         request.logprobs.append(TokenLogprob(float(logprobs.chosen[row, index]), pairs))
 
 
-def _copied(pages: Any, slots: list[list[int]], senders: list[int]) -> list[np.ndarray]:
-    """Returns the pages at each list of slots on the host, from the copy that its sender holds.
+def _copied(pages: Any, slots: list[list[int]], senders: list[int], ranks_per_npu: int) -> list[np.ndarray]:
+    """Returns the pages at each list of slots on the host, from the copy on its sender's device.
 
     Pages of ranks in several processes are on the host already, as one array.
     """
@@ -235,5 +295,5 @@ def _copied(pages: Any, slots: list[list[int]], senders: list[int]) -> list[np.n
     for slot, sender in zip(slots, senders, strict=True):
         start = max(first for first in copies if first <= slot[0])
         shards = copies[start]
-        taken.append(np.asarray(shards[sender % len(shards)])[[row - start for row in slot]])
+        taken.append(np.asarray(shards[sender // ranks_per_npu % len(shards)])[[row - start for row in slot]])
     return taken

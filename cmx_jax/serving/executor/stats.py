@@ -1,10 +1,32 @@
 """Counts of the exchanges and drafts of an instance, summed over steps."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from cmx_jax.model.moe import MoEStats
+
+
+def load_of(
+    measured: dict[str, np.ndarray], placement: dict[str, np.ndarray], experts: int
+) -> dict[str, np.ndarray]:
+    """Returns the load of all layers of a placement; ones where nothing was measured."""
+    loads = {}
+    for stack, table in placement.items():
+        loads[stack] = np.ones((len(table), experts))
+        if stack in measured and measured[stack].any():
+            loads[stack][: len(measured[stack])] = measured[stack]
+    return loads
+
+
+def total_load(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns the sum of measured loads, `[L, E]` by stack."""
+    total: dict[str, np.ndarray] = {}
+    for part in parts:
+        for stack, load in part.items():
+            total[stack] = total[stack] + load if stack in total else load
+    return total
 
 
 @dataclass
@@ -57,15 +79,6 @@ class Traffic:
 
     def _count(self, stack: str, load: np.ndarray) -> None:
         self.load[stack] = self.load.get(stack, 0) + load
-
-    def load_of(self, placement: dict[str, np.ndarray], experts: int) -> dict[str, np.ndarray]:
-        """Returns the load of all layers of a placement; ones where nothing was measured."""
-        loads = {}
-        for stack, table in placement.items():
-            loads[stack] = np.ones((len(table), experts))
-            if stack in self.load and self.load[stack].any():
-                loads[stack][: len(self.load[stack])] = self.load[stack]
-        return loads
 
     def drafted(self, tokens: np.ndarray, accepted: np.ndarray) -> None:
         """Counts the drafts of a step by its input tokens `[B, 1 + k]` and its accepted drafts `[B]`."""

@@ -12,6 +12,7 @@ verified.
 
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -63,6 +64,8 @@ class ContextCache:
         turn leaves the thinking out).
       hits: Number of prompt tokens found in the pool.
       queries: Number of prompt tokens looked up.
+      fetched_bytes: Number of bytes read from the pool.
+      stored_bytes: Number of bytes given to the pool.
       errors: Number of lookups and stores that failed in the pool; each counts as a miss and is logged.
     """
 
@@ -89,7 +92,11 @@ class ContextCache:
         self._sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._leaves]
         self._threads = ThreadPoolExecutor(2, "context-cache")
         self._storing: set[Future[None]] = set()
-        self.hits = self.queries = self.errors = 0
+        self.reset_counters()
+
+    def reset_counters(self) -> None:
+        """Sets the counters of this process to zero; the pool's own go on."""
+        self.hits = self.queries = self.errors = self.fetched_bytes = self.stored_bytes = 0
 
     def keys(self, tokens: Sequence[int], namespace: str) -> list[bytes]:
         """Returns the keys of all full blocks of a sequence, in order."""
@@ -111,6 +118,7 @@ class ContextCache:
             for payload in self.pool.get_many(space(namespace), self.keys(tokens, namespace)):
                 if len(payload) != sum(self._sizes):
                     break
+                self.fetched_bytes += len(payload)
                 blocks.append(self._decode(payload))
         except Exception:
             self._record_error()
@@ -145,6 +153,7 @@ class ContextCache:
             for i in range(known, len(keys)):
                 rows = slice(i * self._pages, (i + 1) * self._pages)
                 payload = b"".join(leaf[rows].tobytes() for leaf in leaves)
+                self.stored_bytes += len(payload)
                 self.pool.put_async(space(namespace), keys[i], payload)
         except Exception:
             self._record_error()
@@ -162,12 +171,18 @@ class ContextCache:
         return {**self.pool.stats(), "errors": self.errors}
 
     def settle(self, timeout_s: float = 10.0) -> bool:
-        """Waits until the pool has received everything that is to be stored.
+        """Waits until the pool has stored everything that it was given.
 
         Returns:
           True if that took less than `timeout_s` seconds.
         """
-        return not wait(list(self._storing), timeout_s).not_done
+        deadline = time.monotonic() + timeout_s
+        given = not wait(list(self._storing), timeout_s).not_done
+        while self.pool.stats()["waiting"]:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return given
 
     def close(self) -> None:
         """Ends the threads; stores and lookups under way are finished."""

@@ -154,7 +154,7 @@ async def prefill(body: PrefillRequest, request: Request) -> Response:
         with contextlib.suppress(Unavailable):
             await _withdraw(service, submitted)
         raise
-    ticket = service.engine.tickets.pop(chunk.request, None)
+    ticket = service.engine.mover.tickets.pop(chunk.request, None)
     answer = PrefillAnswer(
         token=chunk.tokens[0],
         logprob=logprobs_to_json(chunk.logprobs)[0] if chunk.logprobs else None,
@@ -180,7 +180,7 @@ async def _withdraw(service: Service, prompts: list[Prompt]) -> None:
     be.
     """
     engine = service.engine
-    tickets = await service.call(lambda: [engine.tickets.pop(prompt, None) for prompt in prompts])
+    tickets = await service.call(lambda: [engine.mover.tickets.pop(prompt, None) for prompt in prompts])
     for ticket in filter(None, tickets):
         engine.outbox.withdraw(ticket.transfer_id)
 

@@ -4,6 +4,7 @@ Nothing here knows how a step is run: `Instance` runs it with JAX, the simulator
 """
 
 import heapq
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,16 @@ class Place(NamedTuple):
     row: int | None
 
 
+def spread_order(ranks: int) -> np.ndarray:
+    """Returns ranks `[ranks]` so that any first few of them lie far apart: on different NPUs and nodes.
+
+    Equally loaded ranks are taken in this order. It is the order of their numbers' bits read backwards (van
+    der Corput's sequence).
+    """
+    bits = max(ranks - 1, 1).bit_length()
+    return np.array(sorted(range(ranks), key=lambda rank: f"{rank:0{bits}b}"[::-1]))
+
+
 class RankAllocator:
     """Allocates pages and decode rows on ranks that have sequences of their own, all with the same capacity.
 
@@ -67,6 +78,7 @@ class RankAllocator:
         self._used = np.zeros(ranks, np.int64)  # pages by rank
         self._free_rows = [list(range(rank * rows, (rank + 1) * rows)) for rank in range(ranks)]  # heaps
         self._full = np.zeros(ranks, np.int64)  # without a free row: more than any number of pages
+        self._order = spread_order(ranks)
 
     def place(self, request: Request, tokens: int, decode: bool, reserve_pages: int = 0) -> bool:
         """Allocates pages for a request on the emptiest rank, and a row there if it will decode.
@@ -81,7 +93,8 @@ class RankAllocator:
           False, with nothing changed, if no rank has room.
         """
         need = pages_for(tokens, self.capacity.page_width)
-        rank = int((self._used + self._full if decode else self._used).argmin()) if self.ranks > 1 else 0
+        used = self._used + self._full if decode else self._used
+        rank = int(self._order[used[self._order].argmin()])
         if self.pools[rank].free < need or (decode and not self._free_rows[rank]):
             return False
         running = self.capacity.sequences - len(self._free_rows[rank])
@@ -138,8 +151,14 @@ class RankAllocator:
         budget, width = self.capacity.max_num_batched_tokens, self.capacity.page_width
         return schedule(placed, self.ranks, self.prefill_rows, budget, width)
 
-    def mark_prefilled(self, pieces: list[list[Piece]]) -> list[tuple[Request, int, int]]:
+    def mark_prefilled(
+        self, pieces: list[list[Piece]], kept: Collection[Request] | None = None
+    ) -> list[tuple[Request, int, int]]:
         """Records that prompt chunks have run.
+
+        Args:
+          pieces: Chunks in each batch row.
+          kept: Requests that still have the place that they had when the chunks were chosen; None: all.
 
         Returns:
           The requests whose prompts are complete, each with the batch row and the index there of its last
@@ -148,6 +167,8 @@ class RankAllocator:
         completed = []
         for row, row_pieces in enumerate(pieces):
             for index, piece in enumerate(row_pieces):
+                if kept is not None and piece.request not in kept:
+                    continue
                 piece.request.prefilled = piece.stop
                 if piece.stop == len(piece.request.prefill_tokens):
                     self.prefilling.remove(piece.request)

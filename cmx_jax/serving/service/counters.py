@@ -62,7 +62,7 @@ class EngineCounters:
         pages = sum(i.capacity.pages * i.allocator.ranks for i in instances)
         return cls(
             waiting=len(engine.waiting),
-            transfers=len(engine.transfers),
+            transfers=len(engine.scheduler.transfers),
             running=sum(len(i.allocator.places) for i in instances),
             kv_cache_usage=sum(i.allocator.load for i in instances) / pages,
             prefix_queries=context.queries if context else 0,

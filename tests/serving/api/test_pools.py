@@ -2,12 +2,14 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from serving.api.running import Running, start_server
 
 from cmx_jax.cli import main
 from cmx_jax.serving.deploy.deployment import pools
+from cmx_jax.serving.deploy.recipe import Recipe, plain
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +19,8 @@ ADMIN = {"Authorization": "Bearer admin"}
 @pytest.fixture(scope="module")
 def server():
     """Small instances on lanes; the carving is the supernode's."""
-    deployment = pools("tiny", prefill=1, runner="lanes", decode_npus=8, prefill_npus=4, max_model_len=64)
+    small = replace(plain(Recipe()), prefill_instances=1, sequences=1, decode_npus=8, prefill_npus=4)
+    deployment = pools("tiny", small.with_engine(runner="lanes", max_model_len=64))
     with start_server(deployment, admin_keys=["admin"]) as running:
         yield running
 

@@ -43,7 +43,8 @@ class Running:
     def left(self) -> tuple[int, ...]:
         """Number of requests, tickets and pages left: all zeros when the worker is idle."""
         engine, service = self.engine, self.worker.service
-        queues = (engine.waiting, engine.transfers, engine.mover.fetching, engine.tickets, service.live)
+        mover = engine.mover
+        queues = (engine.waiting, engine.scheduler.transfers, mover.fetching, mover.tickets, service.live)
         loads = [len(i.allocator.places) + i.allocator.load for i in engine.instances]
         published = getattr(engine.outbox.transport, "_published", ())
         return (*map(len, queues), *loads, engine.outbox.waiting, len(published))
