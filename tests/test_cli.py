@@ -150,7 +150,10 @@ def test_generate_seeds() -> None:
         ),
         (("demo", "--prefill-instances", "15"), "15 x 16 prefill NPUs need 400, CloudMatrix384 has 384"),
         (("demo", "--without", "mtp,magic"), "mechanism 'magic' is unknown, expected one of dies, int8,"),
-        (("demo", "--model", str(GOLDENS / "base")), "recipe: num_speculative_tokens is 1, expected 0 for a"),
+        (
+            ("demo", "--model", str(GOLDENS / "base"), "--without", "replicas"),
+            "recipe: num_speculative_tokens is 1, expected 0 for a model without MTP layers: switch off 'mtp'",
+        ),
         (("compare", "tiny", "--layouts", "ep8,ep8"), "layout 'ep8' is given twice"),
         (("compare", "tiny", "--layouts", "ep8", "--html", "/nowhere/x.html"), "/nowhere is not a directory"),
         (("sing",), "invalid choice: 'sing'"),
