@@ -35,7 +35,7 @@ def overhead(sequences: int, tokens: int) -> dict[str, float]:
             engine.submit(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True))
         while engine.waiting or any(i.allocator.prefilling for i in engine.prefill):
             engine.step()
-        engine.step_s = engine.busy_s = 0.0
+        engine.reset_counters()
         turns = 0
         while not any(r is None for r in engine.decode.allocator.rows[:sequences]):
             engine.step()

@@ -152,7 +152,7 @@ def test_generate_seeds() -> None:
         (("demo", "--without", "mtp,magic"), "mechanism 'magic' is unknown, expected one of dies, int8,"),
         (
             ("demo", "--model", str(GOLDENS / "base"), "--without", "replicas"),
-            "recipe: num_speculative_tokens is 1, expected 0 for a model without MTP layers: switch off 'mtp'",
+            "recipe: num_speculative_tokens is 1, expected 0 for a model without MTP layers: switch off",
         ),
         (("compare", "tiny", "--layouts", "ep8,ep8"), "layout 'ep8' is given twice"),
         (("compare", "tiny", "--layouts", "ep8", "--html", "/nowhere/x.html"), "/nowhere is not a directory"),

@@ -287,22 +287,3 @@ def _split_axes(axes: Axes, ranks_per_device: int) -> tuple[Axes, Axes]:
             f"that is {' or '.join(str(math.prod(s for _, s in axes[i:])) for i in range(len(axes), -1, -1))}"
         )
     return axes[:cut], axes[cut:]
-
-
-def check_ragged(method: str, runner: Runner) -> None:
-    """Refuses the ragged exchange where XLA has no ragged all-to-all: on CPU, and between lanes.
-
-    The ragged exchange is traced and lowered everywhere, and compiled ahead of time for accelerators.
-
-    Raises:
-      CmxError: The runner cannot run the exchange.
-    """
-    if method != "ragged" or isinstance(runner, Abstract):
-        return
-    if isinstance(runner, Devices) and runner.mesh.devices.flat[0].platform != "cpu":
-        return
-    place = "on CPU" if isinstance(runner, Devices) else "between lanes"
-    raise CmxError(
-        f"exchange 'ragged' does not run {place}: XLA's ragged all-to-all is for accelerators. Choose flat, "
-        "hierarchical or allgather, or runner 'devices' on accelerators"
-    )

@@ -127,7 +127,7 @@ def sequence_parallel_attention(
       span: Number of addresses `S` of a batch row.
       c: The model.
       axis: Axes of the ranks that share sequences.
-      heads: Those of them over which heads are split, in the same order.
+      heads: Axes among `axis` over which heads are split, in the same order.
       read_cache: Reader of the cached rows, see `data_parallel_attention`.
       kv_dtype: Type in which rows are cached; the latents are gathered in that type.
     """

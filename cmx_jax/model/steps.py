@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, cast
 
 from jax.sharding import PartitionSpec as P
 
+from cmx_jax.errors import CmxError
 from cmx_jax.mesh.layout import Layout
-from cmx_jax.mesh.runners import Devices, Runner, check_ragged
+from cmx_jax.mesh.runners import Abstract, Devices, Runner
 from cmx_jax.model import cache as paged
 from cmx_jax.model.batch import PrefillBatch, StepOutput
 from cmx_jax.model.config import ModelConfig
@@ -129,4 +130,23 @@ def _compile_steps(c: ModelConfig, layout: Layout, runner: Any, mtp: bool, kv_dt
         ),
         take_pages=runner.jit(paged.take_pages, (data, data), data),
         put_pages=runner.jit(paged.put_pages, (data, data, data), data, donate_argnums=(0,)),
+    )
+
+
+def check_ragged(method: str, runner: Runner) -> None:
+    """Refuses the ragged exchange where XLA has no ragged all-to-all: on CPU, and between lanes.
+
+    The ragged exchange is traced and lowered everywhere, and compiled ahead of time for accelerators.
+
+    Raises:
+      CmxError: The runner cannot run the exchange.
+    """
+    if method != "ragged" or isinstance(runner, Abstract):
+        return
+    if isinstance(runner, Devices) and runner.mesh.devices.flat[0].platform != "cpu":
+        return
+    place = "on CPU" if isinstance(runner, Devices) else "between lanes"
+    raise CmxError(
+        f"exchange 'ragged' does not run {place}: XLA's ragged all-to-all is for accelerators. Choose flat, "
+        "hierarchical or allgather, or runner 'devices' on accelerators"
     )

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh import Abstract, Runner, make_runner
 from cmx_jax.mesh.exchange import WIRES, Axis, ExchangeArgs, exchange, message_bytes
-from cmx_jax.mesh.runners import check_ragged
+from cmx_jax.model.steps import check_ragged
 from mesh.coded import (
     TOKENS,
     TOP_K,

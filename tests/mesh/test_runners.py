@@ -178,7 +178,7 @@ def test_ranks_per_device_that_are_no_innermost_axes_are_refused() -> None:
     )
 
 
-def test_every_collective_over_devices_and_lanes() -> None:
+def test_collectives_over_devices_and_lanes() -> None:
     """Each collective over both axes, or one axis after the other, equals that of six lanes."""
 
     def collectives(x: jax.Array) -> tuple[jax.Array, ...]:

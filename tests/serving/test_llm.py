@@ -144,7 +144,7 @@ def test_model_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
     assert len(llm.generate([[1, 2]], max_new_tokens=2, ignore_eos=True)[0].tokens) == 2
 
 
-@pytest.mark.parametrize("broken", ["prefill", "start_decode"])
+@pytest.mark.parametrize("broken", ["start_prefill", "start_decode"])
 def test_interrupted_call_leaves_nothing(monkeypatch, broken) -> None:
     llm = cmx_jax.from_pretrained("tiny", ranks=2)
     whole = llm.generate(["A class is"], max_new_tokens=3)

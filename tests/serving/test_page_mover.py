@@ -211,7 +211,7 @@ def test_engines_serve_concurrently(instances, long, expected) -> None:
     assert sender.outbox.waiting == len(long)
     continued = []
     for r in requests:
-        ticket = sender.tickets.pop(r)
+        ticket = sender.mover.tickets.pop(r)
         received = fetch(
             ticket,
             sender.outbox.transport,
@@ -241,7 +241,7 @@ def test_preempted_request_ends_where_no_instance_prefills(base, instances, long
     receiver = Engine([], instance(base, "small", 1, sequences=2, pages=15))
     requests = [sender.submit(prompt, params(max_tokens=20)) for prompt in (long[1], long[4])]
     sender.run()
-    received = [sender.outbox.transport._held[sender.tickets[r].transfer_id] for r in requests]
+    received = [sender.outbox.transport._held[sender.mover.tickets[r].transfer_id] for r in requests]
     continued = [
         receiver.receive(list(r.prompt), r.params, first=r.tokens[0], drafts=[], pages=pages[0])
         for r, pages in zip(requests, received, strict=True)

@@ -101,7 +101,7 @@ def test_layouts_give_transformers_tokens(case, runner, ranks, drafts, fields, a
     ],
 )
 def test_ranks_that_share_sequences_prefill_for_others(case, runner, drafts, fields, alone) -> None:
-    """SP-TP-SP over some ranks that share three heads; prompts packed, and in chunks where the row is short."""
+    """SP-TP-SP over ranks that share three heads; prompts packed, and in chunks where the row is short."""
     ranks = fields.get("ranks", 3)
     fields = {name: value for name, value in fields.items() if name != "ranks"}
     prefill = start(case, ranks, runner, share_sequences=True, drafts=drafts, **fields)

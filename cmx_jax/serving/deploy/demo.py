@@ -46,7 +46,7 @@ def run(
 
     Args:
       name_or_path: The model.
-      recipe: What runs on the supernode; None: the paper's deployment.
+      recipe: Layouts and options of the instances; None: the paper's deployment.
       waves: Texts to continue; those of a wave are served together.
       max_tokens: Number of tokens to generate for each prompt.
       progress: Gets a line about what is being done.

@@ -1,4 +1,4 @@
-"""What a deployment did, mechanism by mechanism: the numbers that show that each one ran."""
+"""Numbers that show that each mechanism of a deployment ran."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,11 @@ from cmx_jax.serving.executor.instance import Instance
 
 @dataclass(frozen=True)
 class Evidence:
-    """What shows that a mechanism of the paper ran.
+    """Numbers that show that a mechanism of the paper ran.
 
     Attributes:
-      mechanism: Name of the mechanism, as in `cmx_jax.serving.deploy.recipe.MECHANISMS`, or what else is
-        counted.
+      mechanism: Name of the mechanism, as in `cmx_jax.serving.deploy.recipe.MECHANISMS`, or of another
+        count.
       text: The numbers in one line.
       figures: The numbers, for JSON.
     """
@@ -52,7 +52,7 @@ def plane_bytes(engine: Engine) -> PlaneBytes:
 
 
 def evidence(engine: Engine, recipe: Recipe) -> list[Evidence]:
-    """Returns what shows that each mechanism of a recipe ran; those that are switched off are left out."""
+    """Returns the evidence of each mechanism of a recipe; those that are switched off are left out."""
     args, decode = recipe.engine, engine.decode
     found = [_instances(engine)]
     if args.quant == "int8":

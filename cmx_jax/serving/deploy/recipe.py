@@ -1,25 +1,18 @@
-"""The recipe of a deployment: what runs on the pools of a supernode. The default is the paper's."""
+"""The recipe of a deployment: what runs on the pools of a supernode. The default is the paper's.
+
+Plain data, so that commands show their flags without loading JAX; `recipe_layouts.py` makes layouts of it.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmx_jax.errors import CmxError
-from cmx_jax.mesh.layout import Layout, expert_parallel
-from cmx_jax.mesh.pools import DECODE_NPUS, PREFILL_NPUS
-from cmx_jax.mesh.supernode import CLOUDMATRIX384
-from cmx_jax.model.config import MLAConfig, ModelConfig
 from cmx_jax.serving.deploy.engine_args import EngineArgs
-from cmx_jax.serving.scheduling.allocator import Capacity
-
-MAX_MODEL_LEN = 256
-"""Tokens to make room for at most in pools, by default."""
-PREFILL_SEQUENCES = 2
-"""Longest sequences per microbatch for which ranks that share sequences have pages."""
 
 _ENGINE = EngineArgs(
     runner="devices",
-    ranks_per_npu=CLOUDMATRIX384.npu.dies,
+    ranks_per_npu=2,  # a rank is a die
     quant="int8",
     wire="int8",
     exchange="hierarchical",
@@ -34,7 +27,7 @@ _ENGINE = EngineArgs(
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What runs on the pools of a supernode.
+    """Layouts and options of the instances on a supernode's pools.
 
     The defaults are the deployment of CloudMatrix-Infer (sections 4.1 to 4.4): decode with EP320, a slot on
     each die (256 routed experts, 32 redundant and 32 shared ones), prefill instances of 16 NPUs with EP32 and
@@ -66,8 +59,8 @@ class Recipe:
 
     prefill_instances: int = 14
     decode_instances: int = 1
-    prefill_npus: int = PREFILL_NPUS
-    decode_npus: int = DECODE_NPUS
+    prefill_npus: int = 16
+    decode_npus: int = 160
     sequences: int = 2
     share_sequences: bool = True
     prefill_microbatches: int = 2
@@ -99,70 +92,6 @@ class Recipe:
                 raise CmxError(f"mechanism {name!r} is unknown, expected one of {', '.join(MECHANISMS)}")
             recipe = MECHANISMS[name].switch_off(recipe)
         return recipe
-
-    def layout(self, role: str, c: ModelConfig, dtype: str) -> Layout:
-        """Returns the layout of an instance.
-
-        Args:
-          role: `prefill` or `decode`.
-          c: The model.
-          dtype: Type in which the model computes.
-
-        Raises:
-          CmxError: The recipe does not fit the model; the message names the field and what would fit.
-        """
-        engine, decodes = self.engine, role == "decode"
-        ranks = (self.decode_npus if decodes else self.prefill_npus) * engine.ranks_per_npu
-        self._check(role, ranks, c)
-        return expert_parallel(
-            ranks,
-            c.n_routed_experts,
-            ranks_per_npu=engine.ranks_per_npu,
-            exchange=engine.exchange,
-            wire=dtype if engine.wire is None else engine.wire,
-            mailbox_rows=engine.mailbox_rows,
-            redundant_slots=engine.redundant_slots,
-            shared_slots=engine.shared_slots,
-            microbatches=engine.microbatches if decodes else self.prefill_microbatches,
-            share_sequences=self.share_sequences and not decodes,
-        )
-
-    def _check(self, role: str, ranks: int, c: ModelConfig) -> None:
-        engine, experts = self.engine, c.n_routed_experts
-        extra = engine.redundant_slots + engine.shared_slots
-        if extra and (experts + extra) % ranks:
-            fits = -(experts + engine.shared_slots) % ranks or ranks
-            raise CmxError(
-                f"recipe: redundant_slots is {engine.redundant_slots}, but {experts} experts, "
-                f"{engine.redundant_slots} redundant and {engine.shared_slots} shared slots do not divide "
-                f"over {ranks} {role} ranks, expected for example {fits}"
-            )
-        if role == "prefill" and self.share_sequences and not isinstance(c.attention, MLAConfig):
-            raise CmxError(
-                "recipe: share_sequences is for models with latent attention: switch off 'sp-tp-sp'"
-            )
-        if engine.num_speculative_tokens and not c.num_nextn_predict_layers:
-            raise CmxError(
-                f"recipe: num_speculative_tokens is {engine.num_speculative_tokens}, expected 0 for a model "
-                "without MTP layers: switch off 'mtp'"
-            )
-        if self.sequences % engine.microbatches:
-            raise CmxError(
-                f"recipe: {self.sequences} sequences per decode rank do not divide into "
-                f"{engine.microbatches} microbatches, expected a multiple"
-            )
-
-    def capacity(self, role: str, context: int) -> Capacity:
-        """Returns the capacity of each rank of an instance for sequences of `context` tokens."""
-        width, sequences = Capacity().page_width, self.sequences
-        if role == "prefill":  # its rows are the microbatches
-            sequences = self.prefill_microbatches * (PREFILL_SEQUENCES if self.share_sequences else 1)
-        return Capacity(
-            sequences=sequences,
-            pages=sequences * -(-context // width),
-            page_width=width,
-            max_num_batched_tokens=self.engine.max_num_batched_tokens,
-        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from cmx_jax.mesh.runners import make_runner
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
 from cmx_jax.model.checkpoint.load import HostParts
 from cmx_jax.serving.deploy.model import Model
-from cmx_jax.serving.deploy.recipe import MAX_MODEL_LEN, Recipe
+from cmx_jax.serving.deploy.recipe import Recipe
+from cmx_jax.serving.deploy.recipe_layouts import MAX_MODEL_LEN, recipe_capacity, recipe_layout
 from cmx_jax.serving.ems import MPServer, Pool
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
@@ -107,11 +108,11 @@ class Site:
 
     def _start(self, s: Slice) -> Instance:
         recipe, args = self.recipe, self.recipe.engine
-        layout = recipe.layout(s.role, self.model.config, self.model.dtype)
+        layout = recipe_layout(recipe, s.role, self.model.config, self.model.dtype)
         first = s.start if args.runner == "devices" else 0
         runner = make_runner(args.runner, layout.axes, first, layout.ranks_per_npu)
         shared = self._read.setdefault(layout, {})  # instances of equal layouts read the weights once
-        capacity = recipe.capacity(s.role, self.context)
+        capacity = recipe_capacity(recipe, s.role, self.context)
         mtp = self.model.checkpoint.mtp
         drafts = args.drafts(mtp) if mtp else 0
         return self.model.instance(s.name, layout, runner, capacity, drafts, args.kv_cache_dtype, shared)

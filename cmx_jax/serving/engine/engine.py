@@ -231,8 +231,7 @@ class Engine:
     def step(self) -> list[Request]:
         """Runs one turn of the loop; returns the requests that finished in it."""
         began, before = time.perf_counter(), self.step_s
-        finished = self._expire()
-        finished += self.prefills.end_ready()
+        finished = self._expire() + self.prefills.end_ready()
         self._recarver.apply()
         for instance, request in self.scheduler.admit():
             self.mover.fetch_blocks(instance, request)
@@ -240,8 +239,7 @@ class Engine:
         finished += self.prefills.run_blocking()
         finished += self.mover.move() if self.decoders else self.mover.hand_over()
         finished += self._decode()
-        if self.step_s > before:
-            self.busy_s += time.perf_counter() - began
+        self.busy_s += time.perf_counter() - began if self.step_s > before else 0.0
         return finished
 
     def _expire(self) -> list[Request]:
