@@ -52,8 +52,12 @@ class PrefillSteps:
         self.moves.clear()
 
     def _blocks(self, instance: Instance) -> bool:
-        """True if an instance is waited for: it decodes too, or its processes must agree on an order."""
-        return instance in self._scheduler.both or not instance.programs.is_local
+        """True if an instance is waited for within a turn.
+
+        It decodes too, or its processes must agree on an order, or there is nothing to run beside it.
+        """
+        scheduler = self._scheduler
+        return instance in scheduler.both or not instance.programs.is_local or not scheduler.decoders
 
     def start(self) -> None:
         """Starts a step on each instance that has work, and is not waited for by `run_blocking`."""
@@ -63,12 +67,10 @@ class PrefillSteps:
 
     def run_blocking(self) -> list[Request]:
         """Runs a step on each instance that must be waited for; returns the requests that finished."""
-        finished = []
-        for instance in self._scheduler.prefill:
-            if self._blocks(instance) and instance.allocator.prefilling:
-                self._start(instance)
-                finished += self._end(instance)
-        return finished
+        instances = [i for i in self._scheduler.prefill if self._blocks(i)]
+        for instance in instances:
+            self._start(instance)
+        return [r for i in instances if i in self.running for r in self._end(i)]
 
     def end_ready(self) -> list[Request]:
         """Ends the steps that are ready, and the oldest one if there is nothing to decode.

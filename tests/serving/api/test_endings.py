@@ -113,7 +113,7 @@ def test_queue_timeout(server, monkeypatch) -> None:
     assert server.idle()
 
 
-@pytest.mark.parametrize("stage", ["prefill", "start_decode"])
+@pytest.mark.parametrize("stage", ["start_prefill", "start_decode"])
 def test_failed_step(server, monkeypatch, stage) -> None:
     """A failed step ends the requests in it with an error, and no others."""
     instance = server.context.deployment.engine.decode
@@ -171,7 +171,7 @@ def test_failed_reset(deployment, monkeypatch) -> None:
 
         with monkeypatch.context() as patch:
             patch.setattr(deployment.engine, "reset", fail)
-            patch.setattr(deployment.engine.decode, "prefill", fail)
+            patch.setattr(deployment.engine.decode, "start_prefill", fail)
             assert running.http.post("/v1/completions", json=SHORT).status_code == 500
             until(lambda: running.http.get("/health").status_code == 503)
         refused = running.http.post("/v1/completions", json=SHORT)

@@ -123,7 +123,7 @@ def test_serve_port_in_use(capsys) -> None:
         (("--max-model-len", "513"), "max_model_len is 513, expected 1 to the model's context of 512"),
         (("--max-num-seqs", "0"), "max_num_seqs is 0"),
         (("--prefill-instances", "2"), "--prefill-instances is for --deployment pools: leave it out"),
-        (("--deployment", "pools", "--ranks", "8"), "--ranks is for --deployment colocated: leave it out"),
+        (("--deployment", "pools", "--ranks", "8"), "--ranks is for one instance: leave it out"),
         (("--deployment", "pools", "--max-model-len", "0"), "max_model_len is 0, expected 1 to"),
         (("--deployment", "cloud"), "invalid choice: 'cloud'"),
         (("--num-speculative-tokens", "99"), "num_speculative_tokens is 99, expected zero or more, at most"),
