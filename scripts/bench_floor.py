@@ -1,11 +1,13 @@
 """A decode step over many XLA host devices against its floor: its own collectives and nothing else.
 
-    python scripts/bench_floor.py [--ranks 160] [--exchange hierarchical] [--wire float32] [--json]
+    python scripts/bench_floor.py [--ranks 160] [--ranks-per-npu 1] [--exchange hierarchical] [--json]
 
-The step is that of the demo's decode instance. The floor is a second program, made by walking the step's
-jaxpr: every collective in it, with the same axes, shapes, types, count and order, each waiting for the one
-before, and no arithmetic between them. Both run by turns, so that a busy machine slows both; the ratio of
-their medians is what the arithmetic, and the dispatch of its operations on every device, adds.
+The step is a decode step of the shipped model; `--recipe` takes that of `cmx demo`. The floor is a second
+program, made by walking the step's jaxpr: every collective in it, with the same axes, shapes, types, count
+and order, each waiting for the one before, and no arithmetic between them. Both run by turns, so that a busy
+machine slows both; the ratio of their medians is what the arithmetic, and the dispatch of its operations on
+every device, adds. Of ranks that share a device only what moves between devices counts. Where several do,
+the step of one rank on each device runs by turns with the others.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,11 @@ from jax.sharding import PartitionSpec as P
 
 from cmx_jax.mesh import enable_compilation_cache, expert_parallel, make_runner
 from cmx_jax.mesh.exchange import EXCHANGES, WIRES
-from cmx_jax.mesh.runners import Runner
+from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.runners import Devices
 from cmx_jax.serving.deploy.model import Model
+from cmx_jax.serving.deploy.recipe import Recipe
+from cmx_jax.serving.deploy.recipe_layouts import recipe_layout
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.programs import Programs
 from cmx_jax.serving.scheduling.allocator import Capacity
@@ -80,28 +85,22 @@ Plan = tuple[Collective | Loop, ...]
 
 @dataclass
 class Step:
-    """A decode step at work: `call()` runs it once and waits; `jaxpr` is its; `rounds` of each exchange."""
+    """A decode step at work: `call()` runs it once and waits; `rounds` of each exchange."""
 
     call: Callable[[], Any]
     serve: Callable[[], Any]
     jaxpr: Any
     rounds: list[int]
-    runner: Runner
-    spec: P
+    runner: Devices
 
 
-def build_step(
-    ranks: int, exchange: str, wire: str | None, sequences: int, steps: int, drafts: int = 0
-) -> Step:
-    """The demo's decode instance on `ranks` devices with `sequences` running sequences a rank.
+def build_step(layout: Layout, model: Model, sequences: int, steps: int, drafts: int = 0) -> Step:
+    """A decode instance with `sequences` running sequences a rank.
 
     This is all that knows how the model is called.
     """
-    model = Model.read("tiny")
-    layout = expert_parallel(
-        ranks, model.config.n_routed_experts, exchange=exchange, wire=wire or model.dtype
-    )
-    runner = make_runner("devices", layout.axes)
+    ranks = layout.ranks
+    runner = cast(Devices, make_runner("devices", layout.axes, 0, layout.ranks_per_npu))
     capacity = Capacity(sequences=sequences, pages=16 * sequences)
     one = model.instance("bench", layout, runner, capacity, drafts)
     programs = one.programs
@@ -122,7 +121,7 @@ def build_step(
     )
     stats = outputs[1].stats
     rounds = [] if stats is None else np.asarray(stats.exchange.rounds)[:, 0].tolist()
-    return Step(call, engine.step, jaxpr, rounds, runner, layout.data_spec)
+    return Step(call, engine.step, jaxpr, rounds, Devices(runner.mesh))
 
 
 def _last_call(programs: Programs, engine: Engine) -> tuple[tuple[Any, Any], Any]:
@@ -269,12 +268,12 @@ def _after(x: Any, last: Any) -> Any:
     return jax.lax.dynamic_update_slice(x, one, (0,) * x.ndim)
 
 
-def build_floor(step: Step, ranks: int) -> tuple[Callable[[], None], Any]:
+def build_floor(step: Step) -> tuple[Callable[[], None], Any]:
     """The floor of a step as a call, and the compiled program."""
-    plan = plan_of(step.jaxpr.jaxpr)
-    specs = tuple(step.spec for _ in keys_of(plan))
+    plan, devices = plan_of(step.jaxpr.jaxpr), step.runner.mesh.size
+    specs = tuple(P(tuple(step.runner.mesh.shape)) for _ in keys_of(plan))
     program = step.runner.jit(floor(plan), (specs, P()), specs, donate_argnums=(0,))
-    buffers = step.runner.put(tuple(np.ones((ranks, *s), jnp.dtype(d)) for s, d in keys_of(plan)), specs)
+    buffers = step.runner.put(tuple(np.ones((devices, *s), jnp.dtype(d)) for s, d in keys_of(plan)), specs)
     rounds = step.runner.put(np.array(step.rounds or [0], np.int32), P())
     state = [buffers]
 
@@ -295,16 +294,28 @@ def by_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
     return {name: float(np.median(t[2:])) * 1e3 for name, t in times.items()}
 
 
-def measure(
-    ranks: int, exchange: str, wire: str | None, sequences: int, repeats: int, drafts: int = 0
-) -> dict[str, Any]:
+def measure(layout: Layout, model: Model, sequences: int, repeats: int, drafts: int = 0) -> dict[str, Any]:
     """The document that `--json` prints."""
-    step = build_step(ranks, exchange, wire, sequences, repeats + 8, drafts)
-    floor_call, table = build_floor(step, ranks)
-    times = by_turns({"floor": floor_call, "step": step.call, "served": step.serve}, repeats)
+    step = build_step(layout, model, sequences, repeats + 8, drafts)
+    floor_call, table = build_floor(step)
+    calls = {"floor": floor_call, "step": step.call, "served": step.serve}
+    if layout.ranks_per_npu > 1:
+        alone = expert_parallel(
+            layout.ranks // layout.ranks_per_npu,
+            model.config.n_routed_experts,
+            exchange=layout.exchange,
+            wire=layout.wire,
+            mailbox_rows=layout.mailbox_rows,
+            microbatches=layout.microbatches,
+        )
+        calls["one_rank"] = build_step(alone, model, sequences, repeats + 8, drafts).call
+    times = by_turns(calls, repeats)
     return {
-        "ranks": ranks,
-        "exchange": exchange,
+        "ranks": layout.ranks,
+        "devices": step.runner.mesh.size,
+        "exchange": layout.exchange,
+        "wire": layout.wire,
+        "microbatches": layout.microbatches,
         "sequences": sequences,
         "num_speculative_tokens": drafts,
         "rounds": step.rounds,
@@ -320,7 +331,9 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--recipe", action="store_true", help="the decode instance of cmx demo")
     parser.add_argument("--ranks", type=int, default=160)
+    parser.add_argument("--ranks-per-npu", type=int, default=1)
     parser.add_argument("--exchange", choices=sorted(EXCHANGES), default="hierarchical")
     parser.add_argument("--wire", choices=WIRES)
     parser.add_argument("--sequences", type=int, default=1, help="running sequences a rank")
@@ -329,17 +342,36 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     enable_compilation_cache()
-    drafts = args.num_speculative_tokens
-    result = measure(args.ranks, args.exchange, args.wire, args.sequences, args.repeats, drafts)
+    drafts, sequences, model = args.num_speculative_tokens, args.sequences, Model.read("tiny")
+    layout = expert_parallel(
+        args.ranks,
+        model.config.n_routed_experts,
+        ranks_per_npu=args.ranks_per_npu,
+        exchange=args.exchange,
+        wire=args.wire or model.dtype,
+    )
+    if args.recipe:
+        recipe = Recipe()
+        model = Model.read("tiny", recipe.engine.dtype, recipe.engine.quant)
+        layout = recipe_layout(recipe, "decode", model.config, model.dtype)
+        drafts, sequences = recipe.engine.num_speculative_tokens or 0, recipe.sequences
+    result = measure(layout, model, sequences, args.repeats, drafts)
     if args.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"{args.ranks} devices, {args.exchange}, {args.sequences} sequence(s) a rank, {drafts} draft(s)")
+    print(
+        "{ranks} ranks on {devices} devices, {exchange}, {wire}, {sequences} sequence(s) a rank".format(
+            **result
+        )
+    )
     for row in result["collectives"]:
         print("  {count:>3} x {op} over {axes}: {dtype}{shape}".format(**row))
     print("floor  {floor_ms:7.1f} ms: these collectives alone".format(**result))
     print("step   {step_ms:7.1f} ms: {ratio:.2f} x the floor".format(**result))
     print("served {served_ms:7.1f} ms: with batches and tokens to and from the host".format(**result))
+    if "one_rank_ms" in result:
+        ratio = result["step_ms"] / result["one_rank_ms"]
+        print(f"one    {result['one_rank_ms']:7.1f} ms: one rank a device; {ratio:.2f} x that is the step")
 
 
 if __name__ == "__main__":

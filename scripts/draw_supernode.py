@@ -7,19 +7,21 @@ import argparse
 from pathlib import Path
 
 from cmx_jax.mesh import carve
+from cmx_jax.serving.deploy.recipe import Recipe
+
+RECIPE = Recipe()
 
 CELL, GAP, NODES_PER_ROW = 11, 3, 12
 COLOURS = {"decode": "#0072b2", "prefill": "#e69f00", "spare": "#c0c0c0"}  # distinct for colour-blind readers
 LEGEND = {
-    "decode": "decode: one instance of 160 NPUs",
-    "prefill": "prefill: six instances of 16 NPUs",
-    "spare": "spare: 128 NPUs",
+    "decode": f"decode: an instance of {RECIPE.decode_npus} NPUs, 320 dies",
+    "prefill": f"prefill: {RECIPE.prefill_instances} instances of {RECIPE.prefill_npus} NPUs",
 }
 
 
 def draw() -> str:
     """Returns the drawing: 48 nodes of eight NPUs, each NPU in the colour of its pool."""
-    pools = carve()
+    pools = carve(prefill=RECIPE.prefill_instances)
     node_npus = pools.supernode.npus_per_node
     pool_of = ["spare"] * pools.supernode.npus
     for part in (*pools.decode, *pools.prefill):
@@ -40,13 +42,13 @@ def draw() -> str:
             f"<title>NPU {npu}, node {node}: {pool}</title></rect>"
         )
     for i, (pool, text) in enumerate(LEGEND.items()):
-        x, y = 8 + i * (width // 3), height - 14
+        x, y = 8 + i * (width // 2), height - 14
         shapes.append(f'<rect x="{x}" y="{y - 9}" width="10" height="10" rx="2" fill="{COLOURS[pool]}"/>')
         shapes.append(
             f'<text x="{x + 15}" y="{y}" font-family="sans-serif" font-size="11" fill="#808080">{text}</text>'
         )
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-    label = 'aria-label="48 nodes of eight NPUs: decode, prefill and spare pools">'
+    label = 'aria-label="48 nodes of eight NPUs: decode and prefill pools">'
     return "\n".join([head + label, *shapes, "</svg>\n"])
 
 

@@ -29,7 +29,7 @@ _ENGINE = EngineArgs(
 class Recipe:
     """Layouts and options of the instances on a supernode's pools.
 
-    The defaults are the deployment of CloudMatrix-Infer (sections 4.1 to 4.4): decode with EP320, a slot on
+    The defaults are the deployment of CloudMatrix-Infer (sections 2 and 4): decode with EP320, a slot on
     each die (256 routed experts, 32 redundant and 32 shared ones), prefill instances of 16 NPUs with EP32 and
     SP-TP-SP, INT8 weights and dispatch, static mailboxes, two microbatches, one MTP draft, EPLB in both pools
     and a caching pool.
@@ -128,14 +128,14 @@ def _without_microbatches(recipe: Recipe) -> Recipe:
 
 
 MECHANISMS = {
-    "dies": Mechanism("two ranks on an NPU (4.1)", _engine_without(ranks_per_npu=1)),
+    "dies": Mechanism("two ranks on an NPU (2)", _engine_without(ranks_per_npu=1)),
     "int8": Mechanism("INT8 weights and products (4.5)", _engine_without(quant="auto")),
     "int8-wire": Mechanism("INT8 dispatch (4.2.1)", _engine_without(wire=None)),
     "static-mailboxes": Mechanism("mailboxes for the worst case (4.2.1)", _engine_without(mailbox_rows=None)),
     "microbatches": Mechanism("two streams in a step (4.2.3, 4.3.2)", _without_microbatches),
     "mtp": Mechanism("drafts by multi-token prediction (4.2.4)", _engine_without(num_speculative_tokens=0)),
-    "replicas": Mechanism("redundant and shared expert slots (4.1)", _without_replicas),
-    "eplb": Mechanism("experts placed by their load while serving (4.1)", _without_eplb),
+    "replicas": Mechanism("redundant and shared expert slots (2)", _without_replicas),
+    "eplb": Mechanism("experts placed by their load while serving (2)", _without_eplb),
     "sp-tp-sp": Mechanism("prefill ranks share sequences (4.3.1)", _recipe_without(share_sequences=False)),
     "caching": Mechanism("KV blocks of prompts reused (4.4.2)", _recipe_without(cache_block=0)),
 }
