@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmx_jax.testing.assertions import assert_collectives
     from cmx_jax.testing.coded import rank_coded, where_from
+    from cmx_jax.testing.same import assert_same
 
-__all__ = ["assert_collectives", "rank_coded", "where_from"]
+__all__ = ["assert_collectives", "assert_same", "rank_coded", "where_from"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from cmx_jax.testing import assertions as collectives
 
         return collectives.assert_collectives
+    if name == "assert_same":
+        from cmx_jax.testing import same
+
+        return same.assert_same
     if name in __all__:
         from cmx_jax.testing import coded
 
