@@ -229,16 +229,20 @@ class Clock:
 
 def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: Any, patch: Any) -> None:
     """Steps of an instance let the clock pass on: by `times`, or by what they took just now."""
-    prefill, start, end = one.prefill, one.start_decode, one.end_decode
+    starts_prefill, ends_prefill = one.start_prefill, one.end_prefill
+    start, end = one.start_decode, one.end_decode
 
     def passed(kind: str, began: float, seconds: float | None) -> None:
         took[kind].append(time.perf_counter() - began if seconds is None else seconds)
         clock.now += took[kind][-1]
 
-    def run_prefill() -> list[Request]:
-        began, seconds = time.perf_counter(), times and times.prefill(one.allocator.next_pieces())
-        result = prefill()
-        passed("prefill", began, seconds)
+    def start_prefill() -> None:
+        one.prefill_began = time.perf_counter(), times and times.prefill(one.allocator.next_pieces())
+        starts_prefill()
+
+    def end_prefill() -> list[Request]:
+        result = ends_prefill()
+        passed("prefill", *one.prefill_began)
         return result
 
     def start_decode() -> None:
@@ -257,7 +261,9 @@ def clocked(one: Instance, clock: Clock, times: StepTimes | None, took: Any, pat
         passed("decode", *one.began)
         return result
 
-    patch.setattr(one, "prefill", run_prefill)
+    patch.setattr(one, "start_prefill", start_prefill)
+    patch.setattr(one, "end_prefill", end_prefill)
+    patch.setattr(Instance, "prefill_ready", True)  # whichever the real step is
     patch.setattr(one, "start_decode", start_decode)
     patch.setattr(one, "end_decode", end_decode)
 

@@ -28,14 +28,20 @@ class Events:
 
 
 class Host:
-    """Runs its instances' steps one at a time, round-robin: each prefill instance, then each decode instance.
+    """Runs its instances' steps one at a time, round-robin: each decode instance, then each prefill instance.
+
+    An instance that does both prefills first, as in `cmx_jax.serving.engine.engine`.
 
     `node` is the `cmx_jax.analysis.simulate.simulator.SimSupernode` that they belong to.
     """
 
     def __init__(self, node: Any, prefill: list[Virtual], decoders: list[Virtual]):
         self.node, self.prefill, self.decoders = node, prefill, decoders
-        self.work = [(i, self._start_prefill) for i in prefill] + [(i, self._start_decode) for i in decoders]
+        prefills = [(i, self._start_prefill) for i in prefill]
+        decodes = [(i, self._start_decode) for i in decoders]
+        both = any(i in decoders for i in prefill)
+        self.work = prefills + decodes if both else decodes + prefills
+        self.receives = len(prefill) if both else 0  # turn at which prompts move to decode
         self.turn = 0
         self.step: object | None = None  # the step that runs; replaced when it is cut short
         self.instance: Virtual | None = None  # the instance whose decode steps run
@@ -56,7 +62,7 @@ class Host:
         for _ in self.work:
             if self.node.lockstep and self.turn == 0:
                 self.node.place()
-            if self.node.lockstep and self.turn == len(self.prefill):
+            if self.node.lockstep and self.turn == self.receives:
                 self.node.receive()
             instance, start = self.work[self.turn]
             self.turn = (self.turn + 1) % len(self.work)

@@ -63,8 +63,8 @@ def run(
     engine = site.start()
     try:
         progress("compiling (kept for the next time)")
-        for prompts in waves:
-            _serve(engine, model, prompts, 2, lambda _: None, namespace="warm-up")
+        for n, prompts in enumerate(waves):  # decode has to run only once
+            _serve(engine, model, prompts, 1 if n else 2, lambda _: None, namespace="warm-up")
         engine.reset_counters()
         requests = []
         for prompts in waves:

@@ -231,14 +231,14 @@ class Engine:
     def step(self) -> list[Request]:
         """Runs one turn of the loop; returns the requests that finished in it."""
         began, before = time.perf_counter(), self.step_s
-        finished = self._expire() + self.prefills.end_ready()
+        finished = self._expire()
         self._recarver.apply()
         for instance, request in self.scheduler.admit():
             self.mover.fetch_blocks(instance, request)
         self.mover.put_blocks()
         finished += self.prefills.run_blocking()
         finished += self.mover.move() if self.decoders else self.mover.hand_over()
-        finished += self._decode()
+        finished += self._decode() + self.prefills.end_ready()
         self.busy_s += time.perf_counter() - began if self.step_s > before else 0.0
         return finished
 

@@ -1,7 +1,7 @@
 """Prefill steps of an engine, which run beside its decode steps.
 
-All instances start before any is waited for. A step that is not ready when a turn begins is looked at again
-in the next one, unless there is nothing to decode.
+All instances start before any is waited for. A step that is not ready when a turn ends is looked at again in
+the next one, unless there is nothing to decode.
 """
 
 import time
