@@ -53,11 +53,23 @@ def test_demo_is_the_papers_deployment() -> None:
     check_greedy(result, Int8Wire)
     shown = {e["mechanism"]: e["figures"] for e in result["mechanisms"]}
     assert [*shown] == [
-        *("pools", "int8", "int8-wire", "dies", "microbatches", "mtp", "replicas", "eplb", "sp-tp-sp"),
+        *(
+            "pools",
+            "int8",
+            "int8-wire",
+            "static-mailboxes",
+            "dies",
+            "microbatches",
+            "mtp",
+            "replicas",
+            "eplb",
+            "sp-tp-sp",
+        ),
         *("caching", "transfer", "peers", "planes"),
     ]
     assert shown["pools"] == {"instances": 15, "npus": 384}
-    assert shown["dies"] == {"ranks": 320, "npus": 160}
+    assert shown["dies"] == {"ranks": 320, "devices": 160}
+    assert shown["static-mailboxes"] == {"most_rounds": 2, "streams": 2}
     assert shown["replicas"] == {"experts": 256, "redundant": 32, "shared": 32}
     requests = result["requests"]
     drafts, accepted = shown["mtp"]["proposed"], shown["mtp"]["accepted"]
@@ -74,7 +86,6 @@ def test_demo_is_the_papers_deployment() -> None:
     messages = 9 * (4 * computed + 3 * 2 * drafts + drafts + accepted)
     wire = shown["int8-wire"]
     assert (wire["dispatched"], wire["combined"]) == (messages * (160 + 6), messages * 160 * 2)
-    assert wire["most_rounds"] == 1
     row = layers * 80 * 4  # bytes
     pages = sum(-(-r["prompt_tokens"] // block) for r in requests)
     blocks = 3  # all of the long prompts' blocks are in the part that they share
@@ -149,6 +160,12 @@ def test_generate_seeds() -> None:
             "expected for example 24",
         ),
         (("demo", "--prefill-instances", "15"), "15 x 16 prefill NPUs need 400, CloudMatrix384 has 384"),
+        (
+            ("demo", "--max-tokens", "300"),
+            "prompt and max_tokens are 354 tokens, expected at most 256",
+        ),
+        (("demo", "--max-tokens", "0"), "max_tokens is 0, expected at least 1"),
+        (("demo", "--microbatches", "0"), "microbatches is 0, expected at least 1"),
         (("demo", "--without", "mtp,magic"), "mechanism 'magic' is unknown, expected one of dies, int8,"),
         (
             ("demo", "--model", str(GOLDENS / "base"), "--without", "replicas"),

@@ -17,8 +17,8 @@ def add_recipe(group: Any) -> None:
     for name in COUNTS:
         about = f"number of {name.split('_')[0]} instances of the pools (default {getattr(recipe, name)})"
         group.add_argument(f"--{name.replace('_', '-')}", type=int, help=about)
-    names = ", ".join(MECHANISMS)
-    without = f"mechanisms of the paper to switch off in the pools, separated by commas: {names}"
+    names = "; ".join(f"{name}: {mechanism.about}" for name, mechanism in MECHANISMS.items())
+    without = f"mechanisms of the paper to switch off in the pools, separated by commas. {names}"
     group.add_argument("--without", action="append", metavar="NAMES", default=[], help=without)
     about = "switch all of them off: floats, one rank per NPU, prefill ranks with sequences of their own"
     group.add_argument("--plain", action="store_true", help=about)

@@ -8,7 +8,7 @@ from typing import Any
 from cmx_jax.cli import caching, roles
 from cmx_jax.cli.common import add_engine_options
 from cmx_jax.cli.hosting import answer_api, cached, deployed, leave
-from cmx_jax.cli.recipes import add_recipe
+from cmx_jax.cli.recipes import add_recipe, recipe_of
 from cmx_jax.errors import CmxError
 from cmx_jax.serving.deploy.engine_args import EngineArgs
 
@@ -127,6 +127,8 @@ def _all(args: argparse.Namespace) -> None:
     from cmx_jax.serving.http.server import bind
     from cmx_jax.serving.service.service import Service
 
+    if args.deployment == "pools" and not recipe_of(args).cache_block:
+        args.no_context_cache = True
     with bind(args.host, args.port) as sock, cached(args) as pool:
         deployment = deployed(args)
         if pool is not None:

@@ -92,7 +92,7 @@ def _split(leaf: Any, labels: "_Labels", axes: Axes) -> Any:
             continue
         dim, parts = next(dims), math.prod(group)
         if dim % parts:
-            raise CmxError(f"an axis of {dim} does not divide over {parts} ranks")
+            raise CmxError(f"an array dimension of {dim} does not divide over {parts} ranks")
         shape += [*group, dim // parts]
         group = []
     return leaf.reshape(shape)

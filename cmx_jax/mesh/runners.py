@@ -143,10 +143,9 @@ class Devices:
         return NamedSharding(self.mesh, only_axes(spec, self.mesh.shape))
 
     def portable(self) -> "Abstract":
-        """Returns the runner of programs that run wherever their arguments lie.
+        """Returns an equal runner for all `Devices` with the same axes and lanes: they share one trace.
 
-        It is equal for all `Devices` with the same axes and lanes. Its programs are traced once for all of
-        them, and take placed arguments (`put`) only.
+        Its programs run on the devices of their arguments, which must be placed (`put`).
         """
         return Abstract(self.axes, lanes=self.lanes)
 

@@ -14,7 +14,8 @@ from cmx_jax.errors import CmxError
 from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.specs import map_specs
 
-_RTOL = {2: 2e-2, 4: 1e-5, 8: 1e-12}  # by bytes of a number
+_RTOL = {"float64": 1e-12, "complex128": 1e-12, "float32": 1e-5, "complex64": 1e-5}
+_NARROW_RTOL = 2e-2  # of all narrower types
 _SEED = 0  # of the cotangents
 
 
@@ -27,6 +28,7 @@ def assert_same(
     sharded: Callable[..., Any] | None = None,
     grad: bool = True,
     rtol: float | None = None,
+    atol: float = 0.0,
 ) -> None:
     """Asserts that a function gives the same on one device and split over a mesh.
 
@@ -42,8 +44,9 @@ def assert_same(
       sharded: The same computation written for the mesh, such as a `jax.shard_map`; None: `fn` itself, which
         the compiler splits.
       grad: True to compare gradients as well.
-      rtol: Largest difference relative to the largest expected number; None: 1e-5 in float32, 2e-2 in 16
-        bits.
+      rtol: Largest difference relative to the largest expected number of an array; None: 1e-12 in float64,
+        1e-5 in float32, 2e-2 in narrower types. Integers must be equal.
+      atol: Largest difference besides, for arrays that are zeros but for rounding.
 
     Raises:
       AssertionError: A result or gradient differs; the message names it, the device and its place in the
@@ -65,13 +68,13 @@ def assert_same(
     alone = jax.device_put(tuple(args), mesh.devices.flat[0])
     split = map_specs(lambda spec, leaf: jax.device_put(leaf, NamedSharding(on, spec)), specs, tuple(args))
     expected, actual = jax.jit(fn)(*alone), jax.jit(run)(*split)
-    _compare("result", actual, expected, mesh, rtol)
+    _compare("result", actual, expected, mesh, rtol, atol)
     if grad:
         rng = np.random.default_rng(_SEED)
         weights = jax.tree.map(lambda leaf: _cotangent(rng, leaf), expected)
         placed = jax.tree.map(lambda w, leaf: jax.device_put(w, leaf.sharding), weights, actual)
         wanted, found = _gradients(fn, alone, weights), _gradients(run, split, placed)
-        _compare("gradient of argument", found, wanted, mesh, rtol)
+        _compare("gradient of argument", found, wanted, mesh, rtol, atol)
 
 
 def _is_float(leaf: Any) -> bool:
@@ -103,33 +106,35 @@ def _gradients(fn: Callable[..., Any], args: tuple[Any, ...], weights: Any) -> A
     return jax.jit(pull)(floats, weights)
 
 
-def _compare(what: str, actual: Any, expected: Any, mesh: Mesh, rtol: float | None) -> None:
+def _compare(what: str, actual: Any, expected: Any, mesh: Mesh, rtol: float | None, atol: float) -> None:
     """Compares two trees of arrays.
 
     Raises:
       AssertionError: They differ.
     """
-    shapes = [
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), t) for t in (actual, expected)
-    ]
-    assert shapes[0] == shapes[1], f"{what}: sharded {shapes[0]}, dense {shapes[1]}"
+    sharded, dense = str(jax.tree.structure(actual)), str(jax.tree.structure(expected))
+    assert sharded == dense, f"{what}: sharded {sharded}, dense {dense}"
     faults = []
     for (path, leaf), want in zip(
         jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):
         name = f"{what}{jax.tree_util.keystr(path)}"
-        fault = _difference(leaf, np.asarray(want), mesh, rtol)
+        assert (leaf.shape, leaf.dtype) == (want.shape, want.dtype), (
+            f"{name}: sharded {leaf.dtype}{list(leaf.shape)}, dense {want.dtype}{list(want.shape)}"
+        )
+        fault = _difference(leaf, np.asarray(want), mesh, rtol, atol)
         faults += [f"{name}: {fault}"] if fault else []
     assert not faults, "\n".join(faults)
 
 
-def _difference(leaf: jax.Array, want: np.ndarray, mesh: Mesh, rtol: float | None) -> str | None:
+def _difference(leaf: jax.Array, want: np.ndarray, mesh: Mesh, rtol: float | None, atol: float) -> str | None:
     """Describes how the parts of an array on the devices differ from the dense array, or returns None."""
     wide = want.astype(np.complex128 if np.iscomplexobj(want) else np.float64)
     limit = 0.0
     if _is_float(want):
         largest = np.abs(wide, where=np.isfinite(wide), out=np.zeros(wide.shape)).max(initial=0.0)
-        limit = largest * (_RTOL.get(want.dtype.itemsize, 1e-5) if rtol is None else rtol)
+        usual = _RTOL.get(want.dtype.name, _NARROW_RTOL)
+        limit = atol + largest * (usual if rtol is None else rtol)
     worst: tuple[float, str] | None = None
     beyond = np.zeros(want.shape, bool)
     for shard in leaf.addressable_shards:

@@ -164,7 +164,7 @@ def test_invalid_runners_are_refused() -> None:
     assert "385 are needed" in refused(lambda: make_runner("devices", (("a", 1),), first_device=384))
     assert "runner 'cluster' is unknown, expected one of" in refused(lambda: make_runner("cluster", AXES))
     uneven = Lanes(AXES).jit(lambda x: x, (P("b"),), P("b"))
-    assert "an axis of 4 does not divide over 3 ranks" in refused(lambda: uneven(np.zeros((4, 2))))
+    assert "an array dimension of 4 does not divide over 3 ranks" in refused(lambda: uneven(np.zeros((4, 2))))
 
 
 def test_ranks_per_device_that_are_no_innermost_axes_are_refused() -> None:

@@ -75,6 +75,10 @@ def test_recipe_that_does_not_fit_names_its_field(recipe: Recipe, model: str, me
     assert "\n" not in str(error.value)
 
 
+def test_int8_is_switched_off_for_stored_int8_as_well() -> None:
+    assert Recipe().without("int8").engine.quant == "none"
+
+
 def test_invalid_recipes_are_refused() -> None:
     with pytest.raises(CmxError, match="mechanism 'magic' is unknown, expected one of dies, int8"):
         Recipe().without("magic")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from cmx_jax.errors import CmxError
 from cmx_jax.mesh.host import enable_compilation_cache
 from cmx_jax.mesh.pools import Pools
 from cmx_jax.mesh.supernode import CLOUDMATRIX384
@@ -60,17 +61,26 @@ def run(
     model = Model.read(name_or_path, recipe.engine.dtype, recipe.engine.quant)
     progress(f"starting {CLOUDMATRIX384.npus} devices, {recipe.prefill_instances} prefill instance(s)")
     site = Site(model=model, recipe=recipe)
-    engine = site.start()
+    params = SamplingParams(max_tokens=max_tokens)
+    longest = max(len(model.encode(p)) for prompts in waves for p in prompts) + max_tokens
+    if longest > site.context:
+        raise CmxError(
+            f"the longest prompt and max_tokens are {longest} tokens, expected at most {site.context}"
+        )
     try:
+        engine, seconds = site.start(), 0.0
         progress("compiling (kept for the next time)")
         for n, prompts in enumerate(waves):  # decode has to run only once
-            _serve(engine, model, prompts, 1 if n else 2, lambda _: None, namespace="warm-up")
+            few = SamplingParams(max_tokens=1 if n else 2)
+            _serve(engine, model, prompts, few, lambda _: None, namespace="warm-up")
         engine.reset_counters()
         requests = []
         for prompts in waves:
-            requests += _serve(engine, model, prompts, max_tokens, progress)
+            served = _serve(engine, model, prompts, params, progress)
+            seconds += max(r.finished or 0 for r in served) - min(r.arrived for r in served)
+            requests += [*zip(prompts, served, strict=True)]
         pools = site.carve(recipe.prefill_instances, recipe.decode_instances)
-        return report(model, pools, engine, recipe, requests, [p for prompts in waves for p in prompts])
+        return report(model, pools, engine, recipe, requests, seconds)
     finally:
         site.close()
 
@@ -79,12 +89,11 @@ def _serve(
     engine: Engine,
     model: Model,
     prompts: tuple[str, ...],
-    max_tokens: int,
+    params: SamplingParams,
     progress: Callable[[str], None],
     namespace: str = "",
 ) -> list[Request]:
     """Serves prompts together, and waits until the caching pool has their blocks."""
-    params = SamplingParams(max_tokens=max_tokens)
     requests = [engine.submit(model.encode(p), params, namespace=namespace) for p in prompts]
     while engine.busy:
         engine.step()
@@ -96,11 +105,15 @@ def _serve(
 
 
 def report(
-    model: Model, pools: Pools, engine: Engine, recipe: Recipe, requests: list[Request], prompts: list[str]
+    model: Model,
+    pools: Pools,
+    engine: Engine,
+    recipe: Recipe,
+    requests: list[tuple[str, Request]],
+    seconds: float,
 ) -> dict[str, Any]:
-    """The document that `cmx demo --json` prints."""
-    tokens = sum(len(r.tokens) for r in requests)
-    seconds = max(r.finished or 0 for r in requests) - min(r.arrived for r in requests)
+    """The document that `cmx demo --json` prints; `seconds` is the time in which requests were served."""
+    tokens = sum(len(r.tokens) for _, r in requests)
     return {
         "model": str(model.directory.name),
         "supernode": pools.supernode.name,
@@ -118,7 +131,7 @@ def report(
                 "ttft_s": round(r.ttft_s, 4),
                 "tpot_s": round(r.tpot_s, 4),
             }
-            for prompt, r in zip(prompts, requests, strict=True)
+            for prompt, r in requests
         ],
         "tokens_per_s": round(tokens / seconds, 2),
         "mechanisms": [asdict(e) for e in evidence(engine, recipe)],

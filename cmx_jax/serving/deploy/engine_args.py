@@ -22,7 +22,7 @@ class EngineArgs:
     """Options of an engine, with vLLM's names where it has them. Defaults are those of one instance.
 
     Attributes:
-      runner: `lanes` (any number of ranks on one device) or `devices` (one device per rank).
+      runner: `lanes` (any number of ranks on one device) or `devices` (`ranks_per_npu` ranks on each device).
       ranks: Number of expert-parallel ranks.
       ranks_per_npu: Number of ranks that share an NPU, which is a device of runner `devices`: 2 where a rank
         is a die.
@@ -49,7 +49,7 @@ class EngineArgs:
       eplb_interval: Number of decode steps between two rebalancings of the experts by their load; 0: never.
 
     Raises:
-      CmxError: `max_num_seqs` or `max_num_batched_tokens` is below 1.
+      CmxError: A number of sequences, tokens, microbatches or ranks is below 1.
     """
 
     runner: str = _option("lanes", "model", "execution of ranks on this machine: lanes or devices")
@@ -85,7 +85,7 @@ class EngineArgs:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "microbatches", "ranks_per_npu"):
             if getattr(self, name) < 1:
                 raise CmxError(f"{name} is {getattr(self, name)}, expected at least 1")
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cmx_jax.mesh.runners import Devices
 from cmx_jax.serving.deploy.recipe import Recipe
 from cmx_jax.serving.engine.engine import Engine
 from cmx_jax.serving.executor.instance import Instance
@@ -13,8 +14,9 @@ class Evidence:
     """Numbers that show that a mechanism of the paper ran.
 
     Attributes:
-      mechanism: Name of the mechanism, as in `cmx_jax.serving.deploy.recipe.MECHANISMS`, or of another
-        count.
+      mechanism: Name of the mechanism, as in `cmx_jax.serving.deploy.recipe.MECHANISMS`; or `pools`
+        (instances), `exchange` (without INT8), `transfer` (pages from prefill to decode), `peers` (prefill
+        beside decode), `planes` (bytes by network).
       text: The numbers in one line.
       figures: The numbers, for JSON.
     """
@@ -31,7 +33,7 @@ class PlaneBytes:
     Attributes:
       ub: Payload of dispatch and combine, and blocks to and from the caching pool.
       rdma: KV pages from prefill to decode.
-      vpc: Blocks that the caching pool persisted on disk.
+      vpc: Blocks given to the caching pool, which writes them to disk.
     """
 
     ub: int
@@ -55,20 +57,22 @@ def evidence(engine: Engine, recipe: Recipe) -> list[Evidence]:
     """Returns the evidence of each mechanism of a recipe; those that are switched off are left out."""
     args, decode = recipe.engine, engine.decode
     found = [_instances(engine)]
-    if args.quant == "int8":
+    if decode.config.int8:
         found.append(_int8(decode))
     found.append(_exchange(engine, args.wire or decode.programs.dtype))
+    if args.mailbox_rows == 0:
+        found.append(_mailboxes(engine))
     if args.ranks_per_npu > 1:
-        npus = decode.layout.ranks // args.ranks_per_npu
-        figures = {"ranks": decode.layout.ranks, "npus": npus}
-        found.append(
-            Evidence("dies", f"decode runs {decode.layout.ranks} dies as lanes of {npus} devices", figures)
-        )
+        runner = decode.programs.runner
+        devices = runner.mesh.size if isinstance(runner, Devices) else 1
+        figures = {"ranks": decode.layout.ranks, "devices": devices}
+        text = f"decode runs {decode.layout.ranks} dies as lanes of {devices} device(s)"
+        found.append(Evidence("dies", text, figures))
     if args.microbatches > 1 or recipe.prefill_microbatches > 1:
         figures = {"decode": args.microbatches, "prefill": recipe.prefill_microbatches}
         text = f"{figures['decode']} streams in a decode step, {figures['prefill']} in a prefill step"
         found.append(Evidence("microbatches", text, figures))
-    if args.num_speculative_tokens:
+    if decode.programs.num_speculative_tokens:
         found.append(_mtp(engine))
     if args.redundant_slots or args.shared_slots:
         found.append(_replicas(decode))
@@ -95,10 +99,16 @@ def _int8(decode: Instance) -> Evidence:
 def _exchange(engine: Engine, wire: str) -> Evidence:
     sent = [i.payload_bytes() for i in engine.instances]
     dispatched, combined = (sum(column) for column in zip(*sent, strict=True))
-    rounds = max(i.traffic.most_rounds // i.layout.microbatches for i in engine.instances)
-    figures = {"wire": wire, "dispatched": dispatched, "combined": combined, "most_rounds": rounds}
-    text = f"{dispatched:,} bytes dispatched in {wire}, {combined:,} combined, in at most {rounds} round(s)"
+    figures = {"wire": wire, "dispatched": dispatched, "combined": combined}
+    text = f"{dispatched:,} bytes dispatched in {wire}, {combined:,} combined"
     return Evidence("int8-wire" if wire == "int8" else "exchange", text, figures)
+
+
+def _mailboxes(engine: Engine) -> Evidence:
+    busiest = max(engine.instances, key=lambda i: i.traffic.most_rounds)
+    figures = {"most_rounds": busiest.traffic.most_rounds, "streams": busiest.layout.microbatches}
+    text = f"at most {figures['most_rounds']} rounds of dispatch a layer, in {figures['streams']} stream(s)"
+    return Evidence("static-mailboxes", text, figures)
 
 
 def _mtp(engine: Engine) -> Evidence:
@@ -148,7 +158,7 @@ def _caching(engine: Engine) -> Evidence:
     context = engine.mover.context
     assert context is not None
     figures = {"queries": context.queries, "hits": context.hits, "block": context.block}
-    text = f"{context.hits} of {context.queries} prompt tokens came from blocks of {context.block} tokens"
+    text = f"{context.hits} of {context.queries} tokens looked up came from blocks of {context.block} tokens"
     return Evidence("caching", text, figures)
 
 

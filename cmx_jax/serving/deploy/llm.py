@@ -70,16 +70,22 @@ class LLM:
       4
     """
 
-    def __init__(self, model: Model, engine: Engine, max_model_len: int):
+    def __init__(self, model: Model, engine: Engine, max_model_len: int, site: Site | None = None):
         """Serves a model with an engine; `on_layout` and `from_pretrained` make one.
 
         Args:
           model: Config, weights and tokenizer as read.
           engine: Serving loop with a decode instance.
           max_model_len: Longest sequence that there is room for, in tokens.
+          site: Site of the engine's pools, whose caching pool `close` ends.
         """
         self.model, self.engine, self.max_model_len = model, engine, max_model_len
-        self.instance = engine.decode
+        self.instance, self._site = engine.decode, site
+
+    def close(self) -> None:
+        """Ends the caching pool of a recipe, if there is one."""
+        if self._site is not None:
+            self._site.close()
 
     @classmethod
     def on_layout(cls, model: Model, layout: Layout, args: EngineArgs) -> "LLM":
@@ -192,8 +198,9 @@ class LLM:
             ignore_eos=ignore_eos,
         )
         texts = [prompts] if isinstance(prompts, str) else prompts
-        requests = [self.engine.submit(self.model.encode(prompt), params) for prompt in texts]
+        prompts_ids = [self.model.encode(prompt) for prompt in texts]
         try:
+            requests = [self.engine.submit(ids, params) for ids in prompts_ids]
             self.engine.run()
         except BaseException:  # an interrupt, say: the next call must not find half-served requests
             self.engine.reset()
@@ -249,7 +256,7 @@ def from_pretrained(
             given = ", ".join(["layout"] * (layout is not None) + sorted(options))
             raise CmxError(f"{given}: given beside a recipe, expected in the recipe (Recipe.with_engine)")
         site = Site(model=Model.read(name_or_path, recipe.engine.dtype, recipe.engine.quant), recipe=recipe)
-        return LLM(site.model, site.start(), site.context)
+        return LLM(site.model, site.start(), site.context, site)
     args = EngineArgs(**options)
     model = Model.read(name_or_path, args.dtype, args.quant)
     experts = model.config.n_routed_experts

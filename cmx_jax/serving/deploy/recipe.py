@@ -29,10 +29,11 @@ _ENGINE = EngineArgs(
 class Recipe:
     """Layouts and options of the instances on a supernode's pools.
 
-    The defaults are the deployment of CloudMatrix-Infer (sections 2 and 4): decode with EP320, a slot on
-    each die (256 routed experts, 32 redundant and 32 shared ones), prefill instances of 16 NPUs with EP32 and
+    The defaults are the deployment of CloudMatrix-Infer (sections 2 and 4): decode with EP320, a slot on each
+    die (256 routed experts, 32 redundant and 32 shared ones), prefill instances of 16 NPUs with EP32 and
     SP-TP-SP, INT8 weights and dispatch, static mailboxes, two microbatches, one MTP draft, EPLB in both pools
-    and a caching pool.
+    and a caching pool. There are as many prefill instances as the supernode has room for; the paper's
+    evaluation has six.
 
     Attributes:
       prefill_instances: Number of prefill instances.
@@ -129,7 +130,7 @@ def _without_microbatches(recipe: Recipe) -> Recipe:
 
 MECHANISMS = {
     "dies": Mechanism("two ranks on an NPU (2)", _engine_without(ranks_per_npu=1)),
-    "int8": Mechanism("INT8 weights and products (4.5)", _engine_without(quant="auto")),
+    "int8": Mechanism("INT8 weights and products (4.5)", _engine_without(quant="none")),
     "int8-wire": Mechanism("INT8 dispatch (4.2.1)", _engine_without(wire=None)),
     "static-mailboxes": Mechanism("mailboxes for the worst case (4.2.1)", _engine_without(mailbox_rows=None)),
     "microbatches": Mechanism("two streams in a step (4.2.3, 4.3.2)", _without_microbatches),

@@ -7,9 +7,9 @@ from cmx_jax.serving.deploy.recipe import Recipe
 from cmx_jax.serving.scheduling.allocator import Capacity
 
 MAX_MODEL_LEN = 256
-"""Tokens to make room for at most in pools, by default."""
+"""Longest sequence of pools by default, in tokens."""
 PREFILL_SEQUENCES = 2
-"""Longest sequences per microbatch for which ranks that share sequences have pages."""
+"""Full-length sequences per microbatch for which a prefill instance with SP-TP-SP has pages."""
 
 
 def recipe_layout(recipe: Recipe, role: str, c: ModelConfig, dtype: str) -> Layout:
@@ -72,7 +72,10 @@ def _check(recipe: Recipe, role: str, ranks: int, c: ModelConfig) -> None:
 
 
 def recipe_capacity(recipe: Recipe, role: str, context: int) -> Capacity:
-    """Returns the capacity of each rank of an instance for sequences of `context` tokens."""
+    """Returns the capacity of each data rank of an instance for sequences of `context` tokens.
+
+    A prefill instance whose ranks share sequences is one data rank.
+    """
     width, sequences = Capacity().page_width, recipe.sequences
     if role == "prefill":  # its rows are the microbatches
         sequences = recipe.prefill_microbatches * (PREFILL_SEQUENCES if recipe.share_sequences else 1)

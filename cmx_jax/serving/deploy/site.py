@@ -1,4 +1,4 @@
-"""Instances of a model on a supernode, on the slices that pools are carved into."""
+"""Starts a recipe's instances on their NPUs, and keeps them for later changes of the pools."""
 
 import tempfile
 from contextlib import ExitStack
@@ -113,6 +113,5 @@ class Site:
         runner = make_runner(args.runner, layout.axes, first, layout.ranks_per_npu)
         shared = self._read.setdefault(layout, {})  # instances of equal layouts read the weights once
         capacity = recipe_capacity(recipe, s.role, self.context)
-        mtp = self.model.checkpoint.mtp
-        drafts = args.drafts(mtp) if mtp else 0
+        drafts = args.drafts(self.model.checkpoint.mtp)
         return self.model.instance(s.name, layout, runner, capacity, drafts, args.kv_cache_dtype, shared)

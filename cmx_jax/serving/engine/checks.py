@@ -26,13 +26,13 @@ def check_pages(instances: Sequence[Instance]) -> None:
             )
 
 
-def check_rebalanced(decoders: Sequence[Instance]) -> None:
-    """Checks that the experts of decode instances can be rebalanced.
+def check_rebalanced(instances: Sequence[Instance]) -> None:
+    """Checks that the experts of instances can be rebalanced.
 
     Raises:
       CmxError: The experts do not fill the slots of a layout.
     """
-    for instance in decoders:
+    for instance in instances:
         config, layout = instance.config, instance.layout
         check_slots(layout, config.n_routed_experts, shared_in_slots(config, layout))
 

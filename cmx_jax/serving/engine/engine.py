@@ -4,7 +4,7 @@ One `step` of the loop: admit waiting requests, move prefilled prompts to decode
 each of these, start every prefill instance that has work, and wait for decode. Decode does not wait for
 prefill: a prefill step that takes longer than a decode step ends in a later turn. An instance that does both
 prefills first. Requests join and leave the decode batch between steps. An engine has a `Scheduler`, which
-decides what runs where, `PrefillSteps`, and a `PageMover`, which brings the pages there.
+decides what runs where, `PrefillSteps`, which start and end, and a `PageMover`, which moves pages.
 
 One thread at a time may use an engine.
 """
@@ -21,7 +21,7 @@ from cmx_jax.serving.engine.page_mover import PageMover
 from cmx_jax.serving.engine.prefill_steps import PrefillSteps
 from cmx_jax.serving.engine.recarve import Recarver
 from cmx_jax.serving.engine.timeline import Timeline
-from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.executor.instance import Instance, rebalance_all
 from cmx_jax.serving.kv import LeasedPages, Local, RemotePages
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, State, TokenLogprob
@@ -30,7 +30,7 @@ from cmx_jax.serving.scheduling.waiting import QueueLimits, Waiting
 
 
 class Engine:
-    """Serves requests with prefill and decode instances; one may be both (`prefill == decode`).
+    """Serves requests with prefill and decode instances; an instance may be in both lists.
 
     Without decode instances a request ends with its first token: its `finish_reason` is `transfer`, and
     `mover.tickets` has the ticket by which another process fetches its pages. Without prefill instances
@@ -88,7 +88,6 @@ class Engine:
         self.steps = self.overlapped_steps = 0
         self._decode_s = self.busy_s = 0.0
         check_rebalanced(decoders if eplb_interval else ())
-        check_rebalanced(prefill if prefill_eplb_interval else ())
         check_pages(instances)
         lookahead = 1 + max(instance.programs.num_speculative_tokens for instance in instances)
         self.scheduler = Scheduler(list(prefill), decoders, time.perf_counter, lookahead)
@@ -111,7 +110,7 @@ class Engine:
 
     @property
     def step_s(self) -> float:
-        """Seconds in which the engine waited for programs."""
+        """Seconds of decode steps, and of waiting for prefill steps."""
         return self._decode_s + self.prefills.step_s
 
     @property
@@ -221,7 +220,8 @@ class Engine:
     def busy(self) -> bool:
         """True while a request is unfinished or a change of instances is pending."""
         placed = any(instance.allocator.places for instance in self.instances)
-        return bool(self.waiting or self.scheduler.transfers or placed or self._recarver.pending)
+        waits = self.waiting or self.scheduler.transfers or self._recarver.pending
+        return bool(waits or placed or self.prefills.running)
 
     def run(self) -> None:
         """Steps until every submitted request is finished."""
@@ -230,8 +230,7 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Runs one turn of the loop; returns the requests that finished in it."""
-        began, before = time.perf_counter(), self.step_s
-        finished = self._expire()
+        began, before, finished = time.perf_counter(), self.step_s, self._expire()
         self._recarver.apply()
         for instance, request in self.scheduler.admit():
             self.mover.fetch_blocks(instance, request)
@@ -282,7 +281,7 @@ class Engine:
             self.steps += 1
             self.overlapped_steps += overlapped
             if self.eplb_interval and self.steps % self.eplb_interval == 0:
-                self.moves += [instance.rebalance() for instance in self.decoders]
+                self.moves += rebalance_all(self.decoders)
         return finished
 
     def recarve(
@@ -297,4 +296,5 @@ class Engine:
             raise CmxError("expected at least one prefill and one decode instance")
         check_pages([*prefill, *decoders, *self.instances])
         check_rebalanced(decoders if self.eplb_interval else ())
+        check_rebalanced(prefill if self.prefills.eplb_interval else ())
         self._recarver.begin(prefill, decoders, grace_s)

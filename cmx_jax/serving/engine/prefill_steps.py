@@ -1,7 +1,7 @@
 """Prefill steps of an engine, which run beside its decode steps.
 
 All instances start before any is waited for. A step that is not ready when a turn ends is looked at again in
-the next one, unless there is nothing to decode.
+the next one; if nothing decodes, the turn waits for the oldest step.
 """
 
 import time
@@ -12,8 +12,7 @@ from cmx_jax.model.rebalance import Move
 from cmx_jax.serving.engine.checks import check_rebalanced
 from cmx_jax.serving.engine.page_mover import PageMover
 from cmx_jax.serving.engine.timeline import Timeline
-from cmx_jax.serving.executor.instance import Instance
-from cmx_jax.serving.executor.stats import total_load
+from cmx_jax.serving.executor.instance import Instance, rebalance_all
 from cmx_jax.serving.scheduling.request import Request
 from cmx_jax.serving.scheduling.scheduler import Scheduler
 
@@ -112,11 +111,5 @@ class PrefillSteps:
             self._scheduler.finish_prefill(instance, request, last)
             finished += [request] * last
         if self.eplb_interval and self.steps % self.eplb_interval == 0:
-            self._rebalance()
+            self.moves += rebalance_all(self._scheduler.prefill)
         return finished
-
-    def _rebalance(self) -> None:
-        """Places the experts of all prefill instances by the load that they measured together."""
-        instances = self._scheduler.prefill
-        load = total_load(instance.traffic.load for instance in instances)
-        self.moves += [instance.rebalance(load) for instance in instances]
