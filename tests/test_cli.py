@@ -156,10 +156,6 @@ def test_generate_seeds() -> None:
         (("demo", "--max-tokens", "0"), "max_tokens is 0, expected at least 1"),
         (("demo", "--microbatches", "0"), "microbatches is 0, expected at least 1"),
         (("demo", "--without", "mtp,magic"), "mechanism 'magic' is unknown, expected one of dies, int8,"),
-        (
-            ("demo", "--model", str(GOLDENS / "base"), "--without", "replicas"),
-            "recipe: num_speculative_tokens is 1, expected 0 for a model without MTP layers: switch off",
-        ),
         (("compare", "tiny", "--layouts", "ep8,ep8"), "layout 'ep8' is given twice"),
         (("compare", "tiny", "--layouts", "ep8", "--html", "/nowhere/x.html"), "/nowhere is not a directory"),
         (("sing",), "invalid choice: 'sing'"),

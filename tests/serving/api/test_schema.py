@@ -61,7 +61,7 @@ def test_operation_random_requests(schema, path, method) -> None:
         if isinstance(case.body, dict) and served:
             known = {name: case.body[name] for name in FREE if name in case.body}
             case.body = {**known, "max_tokens": 4, "temperature": 0.5, "seed": 1}
-        response = case.call(timeout=60)
+        response = case.call(timeout=240)
         statuses.add(response.status_code)
         assert response.status_code < 500, response.text
         if response.status_code >= 400:
