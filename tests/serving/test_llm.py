@@ -100,7 +100,7 @@ def test_shipped_mtp_layer_is_loaded() -> None:
             {"eplb_interval": 1, "ranks": 3},
             "256 experts, 0 redundant and 0 shared slots are 256, expected to fill",
         ),
-        ({"microbatches": 0}, "microbatches is 0, expected 1 or more"),
+        ({"microbatches": 0}, "microbatches is 0, expected at least 1"),
         ({"microbatches": 10**6}, "microbatches is 1000000, expected at most 64"),
         (
             {"num_speculative_tokens": 10**5},
