@@ -110,7 +110,7 @@ def _compare(what: str, actual: Any, expected: Any, mesh: Mesh, rtol: float | No
     """Compares two trees of arrays.
 
     Raises:
-      AssertionError: They differ.
+      AssertionError: The two trees differ.
     """
     sharded, dense = str(jax.tree.structure(actual)), str(jax.tree.structure(expected))
     assert sharded == dense, f"{what}: sharded {sharded}, dense {dense}"

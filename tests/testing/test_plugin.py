@@ -309,4 +309,4 @@ def test_interrupted_run_leaves_no_process(elsewhere: pytest.Pytester) -> None:
 def test_example_of_the_docs(elsewhere: pytest.Pytester) -> None:
     section = (ROOT / "docs" / "testing.md").read_text()
     elsewhere.makepyfile(section.partition("```python\n")[2].partition("```")[0])
-    elsewhere.runpytest_subprocess().assert_outcomes(passed=3)
+    elsewhere.runpytest_subprocess().assert_outcomes(passed=4)

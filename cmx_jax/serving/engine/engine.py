@@ -21,7 +21,8 @@ from cmx_jax.serving.engine.page_mover import PageMover
 from cmx_jax.serving.engine.prefill_steps import PrefillSteps
 from cmx_jax.serving.engine.recarve import Recarver
 from cmx_jax.serving.engine.timeline import Timeline
-from cmx_jax.serving.executor.instance import Instance, rebalance_all
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.executor.rebalancing import rebalance_all
 from cmx_jax.serving.kv import LeasedPages, Local, RemotePages
 from cmx_jax.serving.kv.prefix_cache import ContextCache
 from cmx_jax.serving.scheduling.request import Request, SamplingParams, State, TokenLogprob
@@ -255,9 +256,7 @@ class Engine:
         Returns:
           The requests that finished.
         """
-        finished: list[Request] = []
-        for instance in self.decoders:
-            finished += self.scheduler.grow(instance)
+        finished = [r for instance in self.decoders for r in self.scheduler.grow(instance)]
         running = [instance for instance in self.decoders if instance.allocator.decodes]
         began = time.perf_counter()
         with ExitStack() as steps:

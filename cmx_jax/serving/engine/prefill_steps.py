@@ -12,7 +12,8 @@ from cmx_jax.model.rebalance import Move
 from cmx_jax.serving.engine.checks import check_rebalanced
 from cmx_jax.serving.engine.page_mover import PageMover
 from cmx_jax.serving.engine.timeline import Timeline
-from cmx_jax.serving.executor.instance import Instance, rebalance_all
+from cmx_jax.serving.executor.instance import Instance
+from cmx_jax.serving.executor.rebalancing import rebalance_all
 from cmx_jax.serving.scheduling.request import Request
 from cmx_jax.serving.scheduling.scheduler import Scheduler
 

@@ -1,7 +1,6 @@
 """One instance: a model on a sub-mesh, with its paged KV cache."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from cmx_jax.model.batch import DecodeBatch, StepOutput
 from cmx_jax.model.cache import NO_PAGE
 from cmx_jax.model.rebalance import Move, balanced, describe
 from cmx_jax.serving.executor.programs import Op, Programs
-from cmx_jax.serving.executor.stats import Traffic, load_of, total_load
+from cmx_jax.serving.executor.stats import Traffic, load_of
 from cmx_jax.serving.kv.mapping import prefill_tp_rank
 from cmx_jax.serving.scheduling.allocator import Place, RankAllocator
 from cmx_jax.serving.scheduling.packing import Piece, bucket, pack, sampling
@@ -271,12 +270,6 @@ class Instance:
     def exchange_bytes(self) -> dict[str, object]:
         """Returns `Traffic.report` of this instance."""
         return self.traffic.report(self.layout.ranks, *self._message_bytes())
-
-
-def rebalance_all(instances: Sequence[Instance]) -> list[Move]:
-    """Places the experts of instances by the load that they measured together since the last time."""
-    load = total_load(instance.traffic.load for instance in instances)
-    return [instance.rebalance(load) for instance in instances]
 
 
 def _add_logprob(request: Request, output: StepOutput, row: int, index: int) -> None:
