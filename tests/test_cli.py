@@ -19,7 +19,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 def cmx(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cmx_jax.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 def demo(*arguments: str) -> dict[str, Any]:
