@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from cmx_jax.errors import CmxError
 from cmx_jax.mesh.groups import Axes
 from cmx_jax.mesh.host import host_devices
-from cmx_jax.mesh.specs import Part, is_spec, map_specs
+from cmx_jax.mesh.specs import Part, entry_axes, is_spec, map_specs
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class _Dim:
 def _spec_labels(spec: P) -> tuple[str | None, ...]:
     names: list[str | None] = []
     for entry in spec:
-        names += [*((entry,) if isinstance(entry, str) else entry or ()), None]
+        names += [*entry_axes(entry), None]
     return tuple(names)
 
 

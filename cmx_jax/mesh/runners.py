@@ -26,7 +26,7 @@ from cmx_jax.mesh.groups import Axes
 from cmx_jax.mesh.host import MAX_COLLECTIVE_CPU_DEVICES, host_devices
 from cmx_jax.mesh.jax_versions import auto_mesh
 from cmx_jax.mesh.lanes import Lanes, vmapped
-from cmx_jax.mesh.specs import Part, is_spec, map_specs, only_axes
+from cmx_jax.mesh.specs import Part, entry_axes, is_spec, map_specs, only_axes
 
 _ALIGNMENT = 64  # bytes: XLA:CPU requires it of a buffer
 
@@ -213,7 +213,7 @@ def _check_lanes(spec: P, lanes: Collection[str]) -> None:
       CmxError: A dimension names an axis of lanes before one of devices.
     """
     for entry in spec:
-        are_lanes = [name in lanes for name in ((entry,) if isinstance(entry, str) else entry or ())]
+        are_lanes = [name in lanes for name in entry_axes(entry)]
         if are_lanes != sorted(are_lanes):
             raise CmxError(f"{spec}: {entry} has lanes before devices, expected the axes {list(lanes)} last")
 

@@ -23,11 +23,16 @@ def map_specs(fn: Callable[[P, Any], Any], specs: Any, tree: Any) -> Any:
     )
 
 
+def entry_axes(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes over which a spec's entry splits a dimension: none, one or several."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def only_axes(specs: Any, names: Collection[str]) -> Any:
     """Returns specs with these mesh axes alone: the rest of each dimension counts as one part."""
 
     def kept(entry: Any) -> Any:
-        group = tuple(name for name in ((entry,) if isinstance(entry, str) else entry or ()) if name in names)
+        group = tuple(name for name in entry_axes(entry) if name in names)
         return group[0] if len(group) == 1 else group or None
 
     return jax.tree.map(lambda spec: P(*map(kept, spec)), specs, is_leaf=is_spec)

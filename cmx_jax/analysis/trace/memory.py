@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from cmx_jax.analysis.trace.abstract_steps import PAGE_WIDTH
 from cmx_jax.mesh.exchange import message_bytes
 from cmx_jax.mesh.layout import Layout
+from cmx_jax.mesh.specs import entry_axes
 from cmx_jax.model.cache import abstract_cache, cache_dtype
 from cmx_jax.model.config import ModelConfig
 from cmx_jax.model.leaf import Leaf, leaf_dtype
@@ -67,8 +68,7 @@ def by_layout(
     leaves: list[Leaf] = []
     laid_out(c, layout, leaves.append, drafts > 0)
     for leaf in leaves:
-        axes = [axis for axis in leaf_spec(c, leaf, layout) if axis]
-        names = tuple(name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis))
+        names = tuple(name for entry in leaf_spec(c, leaf, layout) for name in entry_axes(entry))
         size = math.prod(leaf.shape) // layout.size(names) * leaf_dtype(leaf, jnp.bfloat16).itemsize
         memory[part(leaf)] = memory.get(part(leaf), 0) + size
     pages = batch * -(-length // PAGE_WIDTH)

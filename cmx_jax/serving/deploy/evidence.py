@@ -1,6 +1,6 @@
 """Numbers that show that each mechanism of a deployment ran."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cmx_jax.mesh.runners import Devices
@@ -132,9 +132,7 @@ def _eplb(engine: Engine) -> Evidence:
     figures: dict[str, Any] = {}
     texts = []
     for role, moves in (("decode", engine.moves), ("prefill", engine.prefills.moves)):
-        figures[role] = [
-            {"moved": m.moved, "slots": m.slots, "before": m.before, "after": m.after} for m in moves
-        ]
+        figures[role] = [asdict(move) for move in moves]
         if moves:
             moved, slots = sum(m.moved for m in moves), sum(m.slots for m in moves)
             before = sum(m.before for m in moves) / len(moves)
@@ -179,4 +177,4 @@ def _overlap(engine: Engine) -> Evidence:
 def _planes(engine: Engine) -> Evidence:
     moved = plane_bytes(engine)
     text = f"UB {moved.ub:,} bytes, RDMA {moved.rdma:,}, VPC {moved.vpc:,}"
-    return Evidence("planes", text, {"ub": moved.ub, "rdma": moved.rdma, "vpc": moved.vpc})
+    return Evidence("planes", text, asdict(moved))

@@ -5,6 +5,7 @@ from cmx_jax.mesh.layout import Layout, expert_parallel
 from cmx_jax.model.config import MLAConfig, ModelConfig
 from cmx_jax.serving.deploy.recipe import Recipe
 from cmx_jax.serving.scheduling.allocator import Capacity
+from cmx_jax.serving.scheduling.pages import pages_for
 
 MAX_MODEL_LEN = 256
 """Longest sequence of pools by default, in tokens."""
@@ -81,7 +82,7 @@ def recipe_capacity(recipe: Recipe, role: str, context: int) -> Capacity:
         sequences = recipe.prefill_microbatches * (PREFILL_SEQUENCES if recipe.share_sequences else 1)
     return Capacity(
         sequences=sequences,
-        pages=sequences * -(-context // width),
+        pages=sequences * pages_for(context, width),
         page_width=width,
         max_num_batched_tokens=recipe.engine.max_num_batched_tokens,
     )
