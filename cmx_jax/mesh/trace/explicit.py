@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from cmx_jax.mesh.specs import entry_axes
 from cmx_jax.mesh.trace.ops.sizes import array_bytes
 
 
@@ -32,7 +33,7 @@ def _split(aval: Any) -> list[tuple[str, ...]]:
     """Returns the explicit mesh axes that each dimension is split over."""
     known = explicit_axes(aval)
     spec = tuple(aval.sharding.spec) if known else ()
-    named = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    named = [entry_axes(entry) for entry in spec]
     named += [()] * (len(aval.shape) - len(named))
     return [tuple(axis for axis in axes if axis in known) for axes in named]
 

@@ -58,9 +58,9 @@ def run(
     enable_compilation_cache()
     recipe = recipe or Recipe()
     progress("reading the model")
-    model = Model.read(name_or_path, recipe.engine.dtype, recipe.engine.quant)
+    site = Site.read(name_or_path, recipe)
+    model = site.model
     progress(f"starting {CLOUDMATRIX384.npus} devices, {recipe.prefill_instances} prefill instance(s)")
-    site = Site(model=model, recipe=recipe)
     params = SamplingParams(max_tokens=max_tokens)
     longest = max(len(model.encode(p)) for prompts in waves for p in prompts) + max_tokens
     if longest > site.context:

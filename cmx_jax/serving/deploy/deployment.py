@@ -132,12 +132,10 @@ def pools(name_or_path: str, recipe: Recipe | None = None) -> Deployment:
       CmxError: The model is unknown or refused, or the instances do not fit it or the supernode.
     """
     enable_compilation_cache()
-    recipe = recipe or Recipe()
-    model = Model.read(name_or_path, recipe.engine.dtype, recipe.engine.quant)
-    site = Site(model=model, recipe=recipe)
+    site = Site.read(name_or_path, recipe or Recipe())
     return Deployment(
         name="pools",
-        model=model,
+        model=site.model,
         engine=site.start(),
         max_model_len=site.context,
         npus=site.npus(),

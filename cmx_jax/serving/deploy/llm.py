@@ -255,7 +255,7 @@ def from_pretrained(
         if layout is not None or options:
             given = ", ".join(["layout"] * (layout is not None) + sorted(options))
             raise CmxError(f"{given}: given beside a recipe, expected in the recipe (Recipe.with_engine)")
-        site = Site(model=Model.read(name_or_path, recipe.engine.dtype, recipe.engine.quant), recipe=recipe)
+        site = Site.read(name_or_path, recipe)
         return LLM(site.model, site.start(), site.context, site)
     args = EngineArgs(**options)
     model = Model.read(name_or_path, args.dtype, args.quant)

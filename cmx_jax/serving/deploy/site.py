@@ -54,6 +54,16 @@ class Site:
         if self.recipe.engine.runner == "devices":
             host_devices(CLOUDMATRIX384.npus)  # all of the supernode, not just what the first instance needs
 
+    @classmethod
+    def read(cls, name_or_path: str | Path, recipe: Recipe) -> "Site":
+        """Returns the site of a model, read in the types of a recipe.
+
+        Raises:
+          CmxError: The model is unknown or refused.
+        """
+        model = Model.read(name_or_path, recipe.engine.dtype, recipe.engine.quant)
+        return cls(model=model, recipe=recipe)
+
     @property
     def context(self) -> int:
         """Longest sequence that there is room for, in tokens."""
